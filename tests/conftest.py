@@ -1,0 +1,185 @@
+"""Tiny seeded random models of both TransformerLens classes, and where the shared material is."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import tempfile
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+try:  # gone in TransformerLens 4: its module __getattr__ raises ImportError
+    from transformer_lens import HookedTransformer
+except ImportError:
+    HookedTransformer = None
+
+SHARED = Path(__file__).parents[2] / "shared"
+TOKENS = (3, 17, 5, 40, 8, 22)
+
+_SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
+_ROTARY = dict(vocab_size=61, max_position_embeddings=32, **_SIZES)
+_GROUPED = dict(num_key_value_heads=2, **_ROTARY)
+_GPT2 = dict(vocab_size=61, n_embd=24, n_head=3, n_layer=3, n_positions=32)
+
+# Family -> (Hugging Face class, configuration). Every kind of block that is supported.
+FAMILIES = {
+    "gpt2": ("GPT2LMHeadModel", lambda: transformers.GPT2Config(**_GPT2, n_ctx=32)),
+    "llama": ("LlamaForCausalLM", lambda: transformers.LlamaConfig(**_GROUPED)),
+    "mistral": ("MistralForCausalLM", lambda: transformers.MistralConfig(**_GROUPED, head_dim=6)),
+    "qwen2": ("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**_GROUPED)),
+    "qwen3": ("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8)),
+    "phi3": ("Phi3ForCausalLM", lambda: transformers.Phi3Config(**_GROUPED, pad_token_id=0)),
+    "opt": (
+        "OPTForCausalLM",
+        lambda: transformers.OPTConfig(
+            vocab_size=61,
+            hidden_size=24,
+            ffn_dim=40,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            max_position_embeddings=32,
+            word_embed_proj_dim=24,
+        ),
+    ),
+    "neox": (
+        "GPTNeoXForCausalLM",
+        lambda: transformers.GPTNeoXConfig(**_ROTARY, use_parallel_residual=False),
+    ),
+    "neox-parallel": (
+        "GPTNeoXForCausalLM",
+        lambda: transformers.GPTNeoXConfig(**_ROTARY, use_parallel_residual=True),
+    ),
+    "gptj": (
+        "GPTJForCausalLM",
+        lambda: transformers.GPTJConfig(**_GPT2, rotary_dim=4, n_ctx=32),
+    ),
+}
+
+# Families that must be refused, with a word of the reason.
+REFUSED = {
+    "mixtral": (
+        "MixtralForCausalLM",
+        lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
+        "experts",
+    ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(**_GROUPED, head_dim=6, query_pre_attn_scalar=6),
+        "soft cap",
+    ),
+    "olmo2": ("Olmo2ForCausalLM", lambda: transformers.Olmo2Config(**_GROUPED), "post-norm"),
+    "granite": (
+        "GraniteForCausalLM",
+        lambda: transformers.GraniteConfig(**_GROUPED, residual_multiplier=0.5),
+        "scales",
+    ),
+}
+
+
+def hugging_face_model(class_name, config, seed=0, scale=0.15):
+    """A model with every weight random: norms off 1, biases off 0, predictions not flat."""
+    config._attn_implementation = "eager"
+    hf = getattr(transformers, class_name)._from_config(config, attn_implementation="eager").eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in hf.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(scale * noise)
+    return hf
+
+
+def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
+    """A TransformerBridge of one family, its weights raw or folded."""
+    class_name, config, *_ = {**FAMILIES, **REFUSED}[family]
+    config = config()
+    hf = hugging_face_model(class_name, config, seed).to(dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bridge = build_bridge_from_module(
+            hf, class_name, hf_config=config, dtype=dtype, device="cpu"
+        ).eval()
+        if processed:
+            bridge.enable_compatibility_mode()
+    return bridge
+
+
+def hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
+    """A HookedTransformer with the very weights of ``bridge_of`` (TransformerLens 3.9)."""
+    import transformer_lens.loading_from_pretrained as loading
+
+    class_name, config, *_ = FAMILIES[family]
+    hf = hugging_face_model(class_name, config(), seed)
+    rms = hf.config.__class__.__name__ in ("LlamaConfig", "MistralConfig", "Qwen2Config")
+    # the loader recognises families by their directory's name, and some names mislead it
+    with tempfile.TemporaryDirectory(prefix="host-") as directory, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        hf.save_pretrained(directory)
+        cfg = loading.get_pretrained_model_config(
+            directory, hf_cfg=hf.config.to_dict(), fold_ln=processed, device="cpu"
+        )
+        cfg.tokenizer_name = None
+        state = loading.get_pretrained_state_dict(directory, cfg, hf_model=hf)
+        model = HookedTransformer(cfg)
+        model.load_and_process_state_dict(
+            state,
+            fold_ln=processed,
+            center_writing_weights=processed and not rms,
+            center_unembed=processed,
+            fold_value_biases=processed if fold_value_biases is None else fold_value_biases,
+        )
+    return model
+
+
+needs_hooked_transformer = pytest.mark.skipif(
+    HookedTransformer is None, reason="HookedTransformer was removed in TransformerLens 4"
+)
+
+
+@pytest.fixture(scope="session", params=["gpt2", "llama"])
+def tiny_model(request):
+    """One GPT-2-like model (biases, LayerNorm), one Llama-like (gated, RMSNorm, grouped heads)."""
+    return bridge_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2():
+    return bridge_of("gpt2")
+
+
+@pytest.fixture(scope="session", params=list(FAMILIES))
+def any_model(request):
+    """One model of each supported family."""
+    return bridge_of(request.param)
+
+
+@pytest.fixture(autouse=True)
+def model_state_is_left_alone(request):
+    """After every test: hooks, training flags, grad mode and the random state are as before."""
+    models = [
+        request.getfixturevalue(name)
+        for name in ("tiny_model", "tiny_gpt2", "any_model")
+        if name in request.fixturenames
+    ]
+    before = [_state_of(model) for model in models]
+    random_state = torch.get_rng_state()
+    yield
+    assert torch.is_grad_enabled()
+    assert torch.equal(torch.get_rng_state(), random_state), "the random state was changed"
+    assert [_state_of(model) for model in models] == before, "the model was changed"
+
+
+def _state_of(model):
+    hooks = {
+        name: (len(point.fwd_hooks), len(point.bwd_hooks))
+        for name, point in model.hook_dict.items()
+    }
+    weights = tuple((p.data_ptr(), p._version, p.requires_grad) for p in model.parameters())
+    return hooks, [module.training for module in model.modules()], weights

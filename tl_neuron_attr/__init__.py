@@ -1,0 +1,69 @@
+"""Which neurons gave the answer: static neuron-level attribution on TransformerLens.
+
+``attribute(model, prompt)`` is the front door; ``attribute.py`` shows the pipeline behind it. The
+names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
+"""
+
+from tl_neuron_attr.attribute import attribute
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.capture import Capture, capture, load_capture, save_capture
+from tl_neuron_attr.decompose import (
+    AttnDecomposition,
+    FFNDecomposition,
+    attn_decomposition,
+    ffn_decomposition,
+)
+from tl_neuron_attr.errors import (
+    IdentityError,
+    InputError,
+    NeuronAttrError,
+    NonFiniteError,
+    UnsupportedModelError,
+)
+from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.identities import identities
+from tl_neuron_attr.models import load_model
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
+from tl_neuron_attr.prompts import Prompt, Target
+from tl_neuron_attr.readout import ReadOut, project, read_out
+from tl_neuron_attr.scores import head_scores, layer_scores, neuron_scores, position_scores
+from tl_neuron_attr.topk import RankedNeurons, top_neurons
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttnDecomposition",
+    "AttnNeuron",
+    "Attribution",
+    "Capture",
+    "FFNDecomposition",
+    "FFNNeuron",
+    "Host",
+    "IdentityError",
+    "InputError",
+    "NeuronAttrError",
+    "NonFiniteError",
+    "Prompt",
+    "RankedNeurons",
+    "ReadOut",
+    "Target",
+    "UnsupportedModelError",
+    "attn_decomposition",
+    "attribute",
+    "capture",
+    "ffn_decomposition",
+    "head_scores",
+    "identities",
+    "layer_scores",
+    "load_capture",
+    "load_model",
+    "neuron_scores",
+    "open_host",
+    "parse_neuron",
+    "position_scores",
+    "project",
+    "read_out",
+    "save_capture",
+    "tokenize",
+    "top_neurons",
+]

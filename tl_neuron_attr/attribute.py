@@ -1,0 +1,145 @@
+"""START HERE: model + prompt -> Attribution, the whole pipeline in one screen.
+
+    host      = open_host(model)              whose model      (host.py)
+    asked     = tokenize(host, prompt)        what we ask      (prompts.py, host.py)
+    captured  = capture(host, asked)          what happened    (capture.py)
+    verify(host, captured)                    is it so         (identities.py)
+    out       = read_out(host, ...)           what it says     (readout.py)
+    blocks    = ffn_/attn_decomposition(...)  who wrote what   (decompose.py)
+    scores    = layer_/head_/neuron_scores    who raised it    (scores.py)
+    ranked    = top_neurons(...)              the best         (topk.py)
+    Attribution(...).neurons()                what we report   (attribution.py, tables.py)
+"""
+
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.capture import Capture, capture
+from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import Host, open_host, resolve_target, tokenize
+from tl_neuron_attr.identities import verify
+from tl_neuron_attr.prompts import Convention, Prompt, Target, as_prompt
+from tl_neuron_attr.readout import DEFAULT_BUDGET, read_out
+from tl_neuron_attr.scores import head_scores, layer_scores
+from tl_neuron_attr.topk import top_neurons
+
+
+def attribute(
+    model: Any,
+    prompt: str | Sequence[int] | Tensor | Prompt | Capture,
+    *,
+    target: str | int | None = None,
+    position: int | None = None,
+    prepend_bos: bool | None = None,
+    top: int = 300,
+    convention: Convention = "exact",
+    dtype: torch.dtype | None = None,
+    budget: int = DEFAULT_BUDGET,
+    cache: Any = None,
+    progress: bool = False,
+) -> Attribution:
+    """Which layers, heads and neurons raised log p(target) of one prompt, and by how much.
+
+    Args:
+        model: A ``TransformerBridge`` or a ``HookedTransformer``; it is left as it was.
+        prompt: Text, token ids, a ``Prompt``, or a ``Capture`` taken before (no forward pass).
+        target: A token id, or text that is one token; by default the model's own top prediction.
+        position: Where the answer is read, by default the last token; negative from the end.
+        prepend_bos: Whether text gets a BOS token; by default what TransformerLens does.
+        top: How many neurons of each kind to rank.
+        convention: How residual vectors are read out (see ``readout.py``).
+        dtype: What scores are computed in: float32 by default, whatever the weights are.
+        budget: Bytes for the working set of the read-out, 1 GiB by default.
+        cache: The ``ActivationCache`` of these very tokens, to use in place of a forward pass.
+        progress: Show a progress bar where scoring takes longer than two seconds.
+
+    Raises:
+        InputError: For anything wrong with the request, before the forward pass.
+        UnsupportedModelError: For an architecture whose neurons would come out wrong.
+        NonFiniteError: If the forward pass gives NaN or infinite activations.
+        IdentityError: If the model contradicts what this package believes about it.
+
+    Cost: one forward pass, and one read-out per layer, head and neuron.
+    Source: Yu & Ananiadou (2024), section 3.
+    """
+    started = time.perf_counter()
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}")
+    host = open_host(model)
+    if isinstance(prompt, Capture):
+        if (position, prepend_bos, cache) != (None, None, None):
+            raise InputError("a Capture carries its own tokens: give only target beside it")
+        captured = prompt
+        asked_target = None if target is None else resolve_target(host, target)
+    else:
+        asked = tokenize(
+            host, as_prompt(prompt, target=target, position=position, prepend_bos=prepend_bos)
+        )
+        asked_target = asked.target
+        captured = capture(host, asked, cache)
+    verify(host, captured)
+    if dtype is not None:
+        captured = captured.to(dtype)
+    wanted = asked_target or captured.prompt.target or _own_top_prediction(host, captured)
+    with torch.no_grad():
+        out = read_out(host, captured.resid_final, convention, budget=budget)
+        log_prob = out.of(wanted.id)
+        ffns = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
+        attns = [attn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
+        n_vectors = host.n_layers * host.n_heads + sum(
+            block.n_neurons for block in (*ffns, *attns)
+        )
+        # delay: no bar for what is over in two seconds
+        with tqdm(total=n_vectors, unit="vector", delay=2, leave=False, disable=not progress) as bar:
+            layers = layer_scores(captured, log_prob)
+            heads = head_scores(attns, log_prob, bar.update)
+            ffn_neurons = top_neurons(ffns, log_prob, top, progress=bar.update)
+            attn_neurons = top_neurons(attns, log_prob, top, progress=bar.update)
+        result = Attribution(
+            host=host,
+            captured=captured,
+            target=wanted,
+            convention=convention,
+            out=out,
+            ffns=tuple(ffns),
+            attns=tuple(attns),
+            log_prob=float(log_prob(captured.resid_final)),
+            embedding_log_prob=float(log_prob(captured.resid_pre[0])),
+            layer_scores=layers,
+            head_scores=heads,
+            ffn_neurons=ffn_neurons,
+            attn_neurons=attn_neurons,
+            warnings=_warnings(host),
+            seconds=time.perf_counter() - started,
+        )
+    for message in result.warnings:
+        warnings.warn(message, stacklevel=2)
+    return result
+
+
+def _own_top_prediction(host: Host, captured: Capture) -> Target:
+    token, _ = captured.top_predictions(1)[0]
+    return Target(id=token, text=host.token_text(token))
+
+
+def _warnings(host: Host) -> tuple[str, ...]:
+    if not host.value_biases_folded:
+        return ()
+    how = (
+        "do not call enable_compatibility_mode on it, or call it with no_processing=True"
+        if host.class_name == "TransformerBridge"
+        else "load it with fold_value_biases=False (from_pretrained_no_processing)"
+    )
+    return (
+        "value biases were folded into the attention output's bias, so attention neurons lack "
+        "their share of it and their scores differ from the raw model's; everything else is the "
+        f"same. To get the raw model: {how}",
+    )

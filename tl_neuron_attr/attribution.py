@@ -1,0 +1,188 @@
+"""What we found: the result of attributing one prompt, from which every table is made."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import pandas as pd
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.prompts import Convention, Target
+from tl_neuron_attr.readout import ReadOut, project
+from tl_neuron_attr.scores import LayerScores, position_scores
+from tl_neuron_attr.tables import (
+    head_table,
+    layer_table,
+    neuron_table,
+    position_table,
+    token_columns,
+)
+from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attribution:
+    """What ``attribute`` found out about one prompt and target. Scores are in nats.
+
+    Layers, heads and the top neurons are here; ``positions`` and what depends on choices made
+    later are computed when asked for, from the capture and the model's weights. It therefore
+    keeps the model alive: keep the tables, or ``captured``, where that matters.
+    """
+
+    host: Host = field(repr=False)
+    captured: Capture = field(repr=False)
+    target: Target
+    convention: Convention
+    out: ReadOut = field(repr=False)
+    ffns: tuple[FFNDecomposition, ...] = field(repr=False)
+    """The FFN of each layer, as a sum over its neurons."""
+    attns: tuple[AttnDecomposition, ...] = field(repr=False)
+    """The attention of each layer, as a sum over heads, sources and dimensions."""
+    log_prob: float
+    """log p(target) of the final residual; in ``exact`` the model's own."""
+    embedding_log_prob: float
+    """log p(target) of what enters the first block."""
+    layer_scores: LayerScores = field(repr=False)
+    head_scores: Float[Tensor, "layer head"] = field(repr=False)
+    ffn_neurons: RankedNeurons = field(repr=False)
+    attn_neurons: RankedNeurons = field(repr=False)
+    warnings: tuple[str, ...] = ()
+    seconds: float
+
+    def layers(self) -> pd.DataFrame:
+        """Rise from each layer's attention and FFN: ``layer, kind, score``, in layer order."""
+        return layer_table(self.layer_scores)
+
+    def heads(self, top: int | None = None) -> pd.DataFrame:
+        """Rise from each head: ``layer, head, score``; in layer order, or the ``top`` best first."""
+        table = head_table(self.head_scores)
+        if top is None:
+            return table
+        _at_least_one(top)
+        ordered = table.sort_values("score", ascending=False, kind="stable")
+        return ordered.head(top).reset_index(drop=True)
+
+    def positions(self, layer: int | None = None, head: int | None = None) -> pd.DataFrame:
+        """Rise from what a head brings from each source position, with its attention.
+
+        Of one head, of all heads of a layer, or of all heads: ``layer, head, source_pos, token,
+        attention, score``. Cost: one read-out per row; computed anew at each call.
+
+        Raises:
+            InputError: If there is no such layer or head.
+        """
+        if layer is None and head is not None:
+            raise InputError("give the head's layer too")
+        for name, value, count in (
+            ("layer", layer, self.host.n_layers),
+            ("head", head, self.host.n_heads),
+        ):
+            if value is not None and not 0 <= value < count:
+                raise InputError(f"{name} {value} is out of range: the model has {count} {name}s")
+        layers = range(self.host.n_layers) if layer is None else [layer]
+        heads = slice(None) if head is None else slice(head, head + 1)
+        tables = []
+        with torch.no_grad():
+            for block in (self.attns[place] for place in layers):
+                scores = position_scores([block], self.out.of(self.target.id), heads=heads)[0]
+                tables.append(
+                    position_table(
+                        block.layer,
+                        range(self.host.n_heads)[heads],
+                        self.captured.prompt.token_texts,
+                        block.pattern[heads],
+                        scores,
+                    )
+                )
+        return pd.concat(tables, ignore_index=True)
+
+    def neurons(
+        self,
+        kind: Kind | None = None,
+        top: int | None = None,
+        *,
+        by_source: bool = True,
+        tokens: int = 0,
+    ) -> pd.DataFrame:
+        """The best value neurons: one row a neuron, ranked within its kind.
+
+        Args:
+            kind: ``"ffn"``, ``"attn"``, or both, FFN neurons first.
+            top: How many of each kind; by default all that were ranked.
+            by_source: Attention neurons at each source position (the paper's), or, if False,
+                summed over source positions; the latter are scored at each call.
+            tokens: If positive, three more columns: the source token, and so many tokens that
+                the neuron's signed contribution ``raises`` and ``lowers`` most.
+
+        Raises:
+            InputError: If ``kind`` is unknown, or more neurons are asked for than were ranked.
+        """
+        if kind not in (None, "ffn", "attn"):
+            raise InputError(f"kind must be 'ffn', 'attn' or None for both, got {kind!r}")
+        ranked = []
+        if kind != "attn":
+            ranked.append((self.ffn_neurons, self.ffns))
+        if kind != "ffn":
+            ranked.append(
+                (self.attn_neurons, self.attns) if by_source else self._over_sources
+            )
+        tables = []
+        for neurons, blocks in ranked:
+            if top is not None:
+                _at_least_one(top)
+                neurons_total = sum(block.n_neurons for block in blocks)
+                if len(neurons) < min(top, neurons_total):
+                    raise InputError(
+                        f"only the best {len(neurons)} {neurons.kind} neurons were ranked; "
+                        f"call attribute(..., top={top})"
+                    )
+                neurons = neurons.first(top)
+            table = neuron_table(neurons, self.captured.prompt.prompt_id)
+            if tokens:
+                table = table.join(self._token_columns(neurons, blocks, tokens))
+            tables.append(table)
+        return pd.concat(tables, ignore_index=True)
+
+    def predictions(self, top: int = 5) -> pd.DataFrame:
+        """The model's likeliest next tokens: ``id, token, log_prob, prob``."""
+        _at_least_one(top)
+        likeliest = self.captured.top_predictions(top)
+        return pd.DataFrame(
+            {
+                "id": [token for token, _ in likeliest],
+                "token": [self.host.token_text(token) for token, _ in likeliest],
+                "log_prob": [log_prob for _, log_prob in likeliest],
+                "prob": [torch.tensor(log_prob).exp().item() for _, log_prob in likeliest],
+            }
+        )
+
+    @cached_property
+    def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
+        blocks = [block.over_sources() for block in self.attns]
+        with torch.no_grad():
+            return top_neurons(blocks, self.out.of(self.target.id), len(self.attn_neurons)), blocks
+
+    def _token_columns(
+        self,
+        neurons: RankedNeurons,
+        blocks: Sequence[Decomposition],
+        k: int,
+    ) -> pd.DataFrame:
+        # the sign rule: with a negative coefficient a neuron raises the bottom of its subvalue
+        signs = torch.where(neurons.coefficient < 0, -1.0, 1.0)[:, None]
+        with torch.no_grad():
+            ends = project(self.out, signs * subvalues_of(blocks, neurons), k)
+        ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}
+        text_of = {token: self.host.token_text(token) for token in ids}
+        return token_columns(neurons, ends, self.captured.prompt.token_texts, text_of)
+
+
+def _at_least_one(top: int) -> None:
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}")

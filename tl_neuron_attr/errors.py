@@ -1,0 +1,21 @@
+"""What can go wrong, told apart: the request, the model, or the numbers."""
+
+
+class NeuronAttrError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class InputError(NeuronAttrError, ValueError):
+    """What was asked for cannot be done; the message says what to ask for instead."""
+
+
+class UnsupportedModelError(NeuronAttrError, NotImplementedError):
+    """The model is of a kind whose neurons this package cannot attribute correctly."""
+
+
+class IdentityError(NeuronAttrError, RuntimeError):
+    """The model's activations contradict its weights as this package reads them."""
+
+
+class NonFiniteError(NeuronAttrError, ArithmeticError):
+    """The forward pass produced NaN or infinite activations."""

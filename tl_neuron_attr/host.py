@@ -1,0 +1,401 @@
+"""Whose model: one adapter over both TransformerLens classes.
+
+The only module that knows hook names, weight layout and architectures. It is duck-typed: it
+imports nothing from TransformerLens, and asks a model only for ``cfg``, ``blocks``, ``ln_final``,
+``W_U``, ``b_U``, its tokenizer and ``run_with_hooks``. What it believes about a model is checked
+against the model's own activations in ``identities.py``.
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_neuron_attr.errors import InputError, UnsupportedModelError
+from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt
+
+# Blocks in which no value bias exists although the attention output has a bias: nothing was
+# folded there. (HookedTransformer shows an absent bias as zeros, so names are all there is.)
+_WITHOUT_VALUE_BIAS = frozenset({"GPTNeoForCausalLM"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """A supported TransformerLens model and what it is; weights are read from it, never copied."""
+
+    model: Any
+    class_name: str
+    """``TransformerBridge`` or ``HookedTransformer``."""
+    model_name: str
+    architecture: str
+    processing: str
+    """What was done to the weights after loading: ``raw``, or what was folded."""
+    value_biases_folded: bool
+    """Whether ``b_V`` was moved into ``b_O``, which changes what attention neurons contribute."""
+    norm: Literal["layer_norm", "rms_norm"]
+    eps: float
+    parallel: bool
+    """Attention and FFN read the same residual stream (NeoX, GPT-J), so there is no resid_mid."""
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights."""
+        return self.W_U.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where token ids go in."""
+        return next(self.model.parameters()).device
+
+    @property
+    def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
+        """The unembedding as it lies in memory (on the bridge a transposed view; not a copy)."""
+        return self.model.W_U.detach()
+
+    @property
+    def b_U(self) -> Float[Tensor, " d_vocab"] | None:
+        """The unembedding's bias, if the model has one."""
+        return _parameter(self.model, "b_U")
+
+    @property
+    def final_gain(self) -> Float[Tensor, " d_model"] | None:
+        """The final norm's gain; ``None`` where it was folded into the unembedding."""
+        gain = _parameter(self.model.ln_final, "weight", "w")
+        if gain is not None and self.class_name != "HookedTransformer":
+            # Gemma's checkpoints hold gain - 1; HookedTransformer adds the 1 when it loads them
+            if getattr(self.model.cfg, "rmsnorm_uses_offset", False):
+                gain = 1 + gain
+        return gain
+
+    @property
+    def final_bias(self) -> Float[Tensor, " d_model"] | None:
+        """The final norm's bias (LayerNorm only); ``None`` where absent or folded."""
+        return _parameter(self.model.ln_final, "bias", "b")
+
+    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+        """Row k is the subvalue of FFN neuron k."""
+        # not model.W_out: that property stacks, and so copies, all layers at each access
+        return self.model.blocks[layer].mlp.W_out.detach()
+
+    def b_out(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The FFN's output bias, which belongs to no neuron."""
+        return _parameter(self.model.blocks[layer].mlp, "b_out")
+
+    def W_O(self, layer: int) -> Float[Tensor, "head d_head d_model"]:
+        """Row [h, k] is the subvalue of attention neuron k of head h."""
+        return self.model.blocks[layer].attn.W_O.detach()
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"] | None:
+        """The attention output's bias, which belongs to no neuron."""
+        return _parameter(self.model.blocks[layer].attn, "b_O")
+
+    def token_text(self, token: int) -> str:
+        """How one token reads in a sentence, with its leading space; ``<id>`` without tokenizer."""
+        tokenizer = getattr(self.model, "tokenizer", None)
+        if tokenizer is None:
+            return f"<{token}>"
+        piece = tokenizer.convert_ids_to_tokens(token)
+        text = tokenizer.decode([token])
+        if piece is None or "\ufffd" in text:  # part of a character: the raw piece says more
+            return piece if piece is not None else f"<{token}>"
+        if piece.startswith("\u2581") and not text.startswith(" "):
+            return " " + text  # SentencePiece decoders drop the space of a first token
+        return text
+
+
+def open_host(model: Any) -> Host:
+    """The adapter for ``model``, after checking that its neurons can be attributed correctly.
+
+    Raises:
+        InputError: If ``model`` is not a TransformerLens model, or drops activations at random
+            because it is in training mode.
+        UnsupportedModelError: If its architecture is not supported, naming the reason.
+    """
+    class_name = _class_name(model)
+    cfg = model.cfg
+    if model.training and class_name != "HookedTransformer":
+        # HookedTransformer has no dropout: its training flag, set by default, changes nothing
+        raise InputError("the model is in training mode, where dropout is active; call model.eval()")
+    _refuse_unsupported(model)
+    block = model.blocks[0]
+    W_O = block.attn.W_O
+    folded_norm, folded_values = _folding(model, class_name)
+    folded = [
+        name for name, done in (("norms", folded_norm), ("value biases", folded_values)) if done
+    ]
+    n_heads = int(W_O.shape[0])
+    return Host(
+        model=model,
+        class_name=class_name,
+        model_name=str(getattr(cfg, "model_name", "unknown")),
+        architecture=_architecture(cfg),
+        processing=f"folded {' and '.join(folded)}" if folded else "raw",
+        value_biases_folded=folded_values,
+        norm="rms_norm" if cfg.normalization_type.startswith("RMS") else "layer_norm",
+        eps=float(cfg.eps),
+        parallel=bool(cfg.parallel_attn_mlp),
+        n_layers=len(model.blocks),
+        n_heads=n_heads,
+        n_key_value_heads=int(getattr(cfg, "n_key_value_heads", None) or n_heads),
+        d_model=int(W_O.shape[2]),
+        d_head=int(W_O.shape[1]),
+        d_mlp=int(block.mlp.W_out.shape[0]),  # cfg.d_mlp is wrong on OPT
+        d_vocab=int(model.W_U.shape[1]),
+        n_ctx=int(cfg.n_ctx),
+    )
+
+
+def weights_hash(host: Host) -> str:
+    """SHA-256 over the names, shapes, dtypes and bytes of all weights as the model holds them.
+
+    The same checkpoint gives another hash after folding, or in the other TransformerLens class:
+    the scores of attention neurons depend on both. Cost: one pass over the weights.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in sorted(host.model.state_dict().items()):
+        if not isinstance(parameter, Tensor):
+            continue
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().cpu().contiguous().flatten()
+        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+# --- hooks ------------------------------------------------------------------------------------
+
+
+def hook_names(host: Host, layer: int) -> dict[str, str]:
+    """The activations a capture reads in one layer, by the name it keeps them under."""
+    block = f"blocks.{layer}."
+    names = {
+        "resid_pre": f"{block}hook_resid_pre",
+        "resid_mid": f"{block}hook_resid_mid",
+        "attn_out": f"{block}hook_attn_out",
+        "mlp_out": f"{block}hook_mlp_out",
+        "mlp_post": f"{block}mlp.hook_post",
+        "pattern": f"{block}attn.hook_pattern",
+        "v": f"{block}attn.hook_v",
+        "z": f"{block}attn.hook_z",
+    }
+    if host.parallel:
+        del names["resid_mid"]
+    return names
+
+
+def final_resid_name(host: Host) -> str:
+    """The hook of the residual stream after the last block."""
+    return f"blocks.{host.n_layers - 1}.hook_resid_post"
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
+    """``prompt`` as the model will see it; everything that can be wrong with it is found here.
+
+    Raises:
+        InputError: No tokenizer for a text; ids outside the vocabulary; longer than the context;
+            position out of range; a target that is not one token (its tokens are shown).
+    """
+    if prompt.tokens is not None:
+        tokens = prompt.tokens
+    else:
+        _need_tokenizer(host, "prompt")
+        ids: Int[Tensor, "1 pos"] = host.model.to_tokens(
+            prompt.text, prepend_bos=prompt.prepend_bos, truncate=False
+        )
+        tokens = tuple(ids[0].tolist())
+    for position, token in enumerate(tokens):
+        if not 0 <= token < host.d_vocab:
+            bos_hint = (
+                "; it is the BOS token the tokenizer adds: leave it out with prepend_bos=False "
+                "(on the command line --no-bos)"
+                if prompt.tokens is None and position == 0
+                else ""
+            )
+            raise InputError(
+                f"token id {token} at position {position} is outside the model's vocabulary "
+                f"of {host.d_vocab}{bos_hint}"
+            )
+    if not tokens:
+        raise InputError("the prompt has no tokens; give some text, or keep the BOS token")
+    if len(tokens) > host.n_ctx:
+        raise InputError(
+            f"the prompt is {len(tokens)} tokens, longer than the model's context of "
+            f"{host.n_ctx}; shorten it"
+        )
+    if not -len(tokens) <= prompt.position < len(tokens):
+        raise InputError(
+            f"position {prompt.position} is out of range: the prompt is {len(tokens)} tokens "
+            f"(0 to {len(tokens) - 1}, or -{len(tokens)} to -1 from the end)"
+        )
+    return TokenizedPrompt(
+        prompt_id=prompt.prompt_id,
+        text=prompt.text,
+        tokens=tokens,
+        token_texts=tuple(host.token_text(token) for token in tokens),
+        read_pos=prompt.position % len(tokens),
+        target=None if prompt.target is None else resolve_target(host, prompt.target),
+    )
+
+
+def resolve_target(host: Host, target: str | int) -> Target:
+    """The one token a target names.
+
+    Raises:
+        InputError: For an id outside the vocabulary, or a text that is not exactly one token.
+    """
+    if isinstance(target, int):
+        if not 0 <= target < host.d_vocab:
+            raise InputError(
+                f"target id {target} is outside the model's vocabulary of {host.d_vocab}"
+            )
+        return Target(id=target, text=host.token_text(target))
+    _need_tokenizer(host, "target")
+    ids = _encode(host, target)
+    if len(ids) == 1:
+        return Target(id=ids[0], text=host.token_text(ids[0]))
+    # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
+    # is the one token that reads " Paris"
+    bare = _encode(host, target.strip(" ")) if target.startswith(" ") else []
+    if len(bare) == 1 and host.token_text(bare[0]) == target:
+        return Target(id=bare[0], text=target)
+    pieces = ", ".join(repr(host.token_text(token)) for token in ids)
+    spaced = [] if target.startswith(" ") else _encode(host, " " + target)
+    hint = f" (did you mean {' ' + target!r}?)" if len(spaced) == 1 else ""
+    raise InputError(
+        f"target {target!r} is {len(ids)} tokens ({pieces}){hint}; "
+        "give a single-token target or a token id"
+    )
+
+
+def _encode(host: Host, text: str) -> list[int]:
+    ids = host.model.tokenizer(text, add_special_tokens=False)["input_ids"]
+    # a token the tokenizer knows but the model does not is no token of the model's
+    return [] if any(token >= host.d_vocab for token in ids) else list(ids)
+
+
+def _need_tokenizer(host: Host, what: str) -> None:
+    if getattr(host.model, "tokenizer", None) is None:
+        raise InputError(f"the model has no tokenizer to read the {what} with; give token ids")
+
+
+# --- what kind of model -----------------------------------------------------------------------
+
+
+def _class_name(model: Any) -> str:
+    names = [base.__name__ for base in type(model).__mro__]
+    for name in ("TransformerBridge", "HookedTransformer"):
+        if name in names:
+            return name
+    raise InputError(
+        "expected a TransformerBridge or a HookedTransformer, got a "
+        f"{type(model).__name__}; load it with TransformerBridge.boot_transformers(...)"
+    )
+
+
+def _architecture(cfg: Any) -> str:
+    for field in ("original_architecture", "architecture"):
+        value = getattr(cfg, field, None)
+        if value:
+            return str(value)
+    return "unknown"
+
+
+def _parameter(module: Any, *names: str) -> Tensor | None:
+    """The first of ``names`` that ``module`` has as a tensor (the bridge may raise, or give None)."""
+    for name in names:
+        try:
+            value = getattr(module, name, None)
+        except (AttributeError, NotImplementedError, ValueError):
+            value = None
+        if isinstance(value, Tensor):
+            return value.detach()
+    return None
+
+
+def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
+    """Whether norms, and whether value biases, were folded into their neighbours."""
+    cfg = model.cfg
+    if class_name == "HookedTransformer":
+        norms = cfg.normalization_type.endswith("Pre")
+        processed = True  # each kind of folding can be chosen on its own when loading
+    else:
+        processed = bool(getattr(model, "compatibility_mode", False))
+        gain = _parameter(model.ln_final, "weight", "w")
+        bias = _parameter(model.ln_final, "bias", "b")
+        norms = (
+            processed
+            and gain is not None
+            and bool((gain == 1).all())
+            and (bias is None or bool((bias == 0).all()))
+        )
+    if not processed or _architecture(cfg) in _WITHOUT_VALUE_BIAS:
+        return norms, False
+    attns = [block.attn for block in model.blocks]
+    value_biases = [_parameter(attn, "b_V") for attn in attns]
+    output_biases = [_parameter(attn, "b_O") for attn in attns]
+    values = all(bias is not None and not bias.any() for bias in value_biases) and any(
+        bias is not None and bool(bias.any()) for bias in output_biases
+    )
+    return norms, values
+
+
+def _refuse_unsupported(model: Any) -> None:
+    """Stop at every architecture whose neurons would come out wrong, saying why."""
+    cfg = model.cfg
+    architecture = _architecture(cfg)
+
+    def setting(name: str) -> Any:
+        return getattr(cfg, name, None)
+
+    def refuse(reason: str) -> None:
+        raise UnsupportedModelError(f"{architecture} is not supported: {reason}")
+
+    if setting("num_experts") or setting("num_local_experts"):
+        refuse("its FFN is a mixture of experts, whose neurons sit behind a router")
+    if setting("is_stateful"):
+        refuse("it is a state-space or recurrent model, not an attention decoder")
+    if setting("attention_dir") == "bidirectional":
+        refuse("it is an encoder; only causal decoders predict a next token")
+    if setting("load_in_4bit") or setting("load_in_8bit") or not model.W_U.is_floating_point():
+        refuse("its weights are quantised; load it in float32, bfloat16 or float16")
+    if (setting("output_logits_soft_cap") or 0) > 0:
+        refuse("its logits pass through a soft cap, so the read-out is not affine")
+    if setting("use_normalization_before_and_after"):
+        refuse("it normalises the output of each sub-layer (post-norm)")
+    if (setting("residual_multiplier") or 1) != 1 or (setting("logits_scaling") or 1) != 1:
+        refuse("it scales what each sub-layer writes to the residual stream, or its logits")
+    if setting("do_layer_norm_before") is False:
+        refuse("it normalises the residual stream after each sub-layer (post-LayerNorm)")
+    if setting("normalization_type") not in ("LN", "LNPre", "RMS", "RMSPre"):
+        refuse(f"its norm is {setting('normalization_type')!r}, neither LayerNorm nor RMSNorm")
+    if setting("attn_only"):
+        refuse("it has no FFN")
+    shapes: dict[str, torch.Size] = {}
+    for layer, block in enumerate(model.blocks):
+        parts = dict(block.named_children())
+        for part in ("attn", "mlp"):
+            if part not in parts:
+                refuse(f"layer {layer} has no {part!r}")
+        if "ln1_post" in parts or "ln2_post" in parts:
+            refuse("it normalises the output of each sub-layer (post-norm)")
+        for module, name in ((block.mlp, "W_out"), (block.attn, "W_O")):
+            weight = _parameter(module, name)
+            if weight is None:
+                refuse(f"layer {layer} has no {name}: its neurons are not the rows of one matrix")
+            elif not weight.is_floating_point():
+                refuse("its weights are quantised; load it in float32, bfloat16 or float16")
+            elif shapes.setdefault(name, weight.shape) != weight.shape:
+                refuse(f"layer {layer} has a {name} of another shape than layer 0")

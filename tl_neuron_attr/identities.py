@@ -1,0 +1,151 @@
+"""Is it so: what this package believes about a model, held against the model's own activations.
+
+Scores mean something only if neurons really add up to what their block wrote, and the read-out
+really is the model's. Each of these identities is computed on a capture; where one fails, the
+architecture is not what ``host.py`` takes it for, and every score would be silently wrong.
+"""
+
+from dataclasses import dataclass
+from weakref import WeakKeyDictionary
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
+from tl_neuron_attr.errors import IdentityError
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.readout import read_out
+
+# Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
+# models in float32 stay below 2e-6; what these catch (a transposed weight, a missing scale, a
+# soft cap) is off by 0.04 and more.
+_TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+
+
+@dataclass(frozen=True)
+class Identity:
+    """One identity and how well a model meets it."""
+
+    name: str
+    equation: str
+    error: float
+    """Largest absolute difference of the two sides, divided by the largest part of either."""
+    layer: int | None
+    """Where the error is largest; ``None`` if the identity has no layer."""
+    tolerance: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether the error is within the tolerance of the model's dtype."""
+        return self.error <= self.tolerance  # False for NaN
+
+
+def identities(host: Host, captured: Capture) -> tuple[Identity, ...]:
+    """Every identity this package relies on, measured on one capture.
+
+    Cost: about one pass over ``W_out``, ``W_O`` and the unembedding.
+    """
+    with torch.no_grad():
+        return (
+            _residual_stream(host, captured),
+            *_attention(host, captured),
+            _ffn(host, captured),
+            _read_out(host, captured),
+        )
+
+
+# Models already verified, with the state of the weights they were verified in. Weak: it keeps no
+# model alive, and a model changed in place (edited, folded) is verified again.
+_verified: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def verify(host: Host, captured: Capture) -> None:
+    """Check every identity, once per model and state of its weights.
+
+    Raises:
+        IdentityError: If one fails, naming it, its layer and by how much.
+    """
+    state = hash(
+        tuple((p.data_ptr(), p._version) for p in host.model.parameters() if not p.is_inference())
+    )
+    if _verified.get(host.model) == state:
+        return
+    for identity in identities(host, captured):
+        if not identity.holds:
+            where = "" if identity.layer is None else f" at layer {identity.layer}"
+            raise IdentityError(
+                f"{host.architecture}: {identity.name} fails{where}: {identity.equation} is off by "
+                f"{identity.error:.2g} of its largest part (allowed: {identity.tolerance:.0e}). "
+                "The model computes something this package does not know, or a hook edits an "
+                "activation between the two sides; its neuron scores would be wrong"
+            )
+    _verified[host.model] = state
+
+
+def _residual_stream(host: Host, captured: Capture) -> Identity:
+    after = torch.cat([captured.resid_pre[1:], captured.resid_final[None]])
+    if captured.resid_mid is None:
+        return _identity(
+            host,
+            "the residual stream",
+            "resid_pre + attn_out + mlp_out = resid_post",
+            captured.resid_pre + captured.attn_out + captured.mlp_out,
+            after,
+        )
+    return _identity(
+        host,
+        "the residual stream",
+        "resid_pre + attn_out = resid_mid, resid_mid + mlp_out = resid_post",
+        torch.cat(
+            [captured.resid_pre + captured.attn_out, captured.resid_mid + captured.mlp_out], -1
+        ),
+        torch.cat([captured.resid_mid, after], -1),
+    )
+
+
+def _attention(host: Host, captured: Capture) -> tuple[Identity, Identity]:
+    parts = [attn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
+    z = torch.stack([part.coefficients().sum(1) for part in parts])
+    sums = torch.stack([_plus(part.sum(), part.b_O) for part in parts])
+    return (
+        _identity(host, "the attention pattern", "pattern @ v = z", z, captured.z),
+        _identity(host, "the attention neurons", "z @ W_O + b_O = attn_out", sums, captured.attn_out),
+    )
+
+
+def _ffn(host: Host, captured: Capture) -> Identity:
+    parts = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
+    sums = torch.stack([_plus(part.sum(), part.b_out) for part in parts])
+    return _identity(
+        host, "the FFN neurons", "mlp_post @ W_out + b_out = mlp_out", sums, captured.mlp_out
+    )
+
+
+def _read_out(host: Host, captured: Capture) -> Identity:
+    logits = read_out(host, captured.resid_final, "exact").logits(captured.resid_final)
+    # a constant shift of all logits (a centred unembedding) changes no probability
+    ours, theirs = logits.log_softmax(-1), captured.logits.log_softmax(-1)
+    error = float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1.0))
+    return Identity(
+        "the read-out",
+        "log_softmax(ln_final(resid_post) @ W_U + b_U) = log_softmax(logits)",
+        error,
+        None,
+        _TOLERANCE[host.dtype],
+    )
+
+
+def _identity(
+    host: Host, name: str, equation: str, ours: Float[Tensor, "layer ..."], theirs: Tensor
+) -> Identity:
+    errors = (ours - theirs).abs().flatten(1).amax(1)
+    sizes = torch.maximum(ours.abs().flatten(1).amax(1), theirs.abs().flatten(1).amax(1))
+    relative = errors / sizes.clamp(min=torch.finfo(ours.dtype).tiny)
+    layer = int(relative.argmax())
+    return Identity(name, equation, float(relative[layer]), layer, _TOLERANCE[host.dtype])
+
+
+def _plus(vector: Tensor, bias: Tensor | None) -> Tensor:
+    return vector if bias is None else vector + bias.to(vector.dtype)

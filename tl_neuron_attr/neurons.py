@@ -1,0 +1,71 @@
+"""What we talk about: FFN neurons and attention neurons, and their labels. No tensors."""
+
+import re
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class FFNNeuron:
+    """One hidden unit of one FFN: a column of ``W_in`` (and ``W_gate``) and a row of ``W_out``."""
+
+    layer: int
+    index: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.N{self.index}"
+
+    @classmethod
+    def parse(cls, label: str) -> "FFNNeuron":
+        """Read back what ``str`` wrote, e.g. ``"L9.N1234"``.
+
+        Raises:
+            ValueError: If ``label`` has another form.
+        """
+        match = re.fullmatch(r"L(\d+)\.N(\d+)", label)
+        if match is None:
+            raise ValueError(f"FFN neuron label must look like 'L9.N1234', got {label!r}")
+        return cls(layer=int(match[1]), index=int(match[2]))
+
+
+@dataclass(frozen=True)
+class AttnNeuron:
+    """One dimension of one attention head: a column of ``W_V`` and a row of ``W_O``.
+
+    With ``source_pos`` it is what that dimension carries from one source position to the read
+    position (the paper's attention neuron); without, the sum over all source positions.
+    """
+
+    layer: int
+    head: int
+    index: int
+    source_pos: int | None = None
+
+    def __str__(self) -> str:
+        place = "" if self.source_pos is None else f"@{self.source_pos}"
+        return f"L{self.layer}.H{self.head}.D{self.index}{place}"
+
+    @classmethod
+    def parse(cls, label: str) -> "AttnNeuron":
+        """Read back what ``str`` wrote: ``"L9.H3.D17@5"``, or ``"L9.H3.D17"`` for all positions.
+
+        Raises:
+            ValueError: If ``label`` has another form.
+        """
+        match = re.fullmatch(r"L(\d+)\.H(\d+)\.D(\d+)(?:@(\d+))?", label)
+        if match is None:
+            raise ValueError(
+                f"attention neuron label must look like 'L9.H3.D17@5' or 'L9.H3.D17', got {label!r}"
+            )
+        source_pos = None if match[4] is None else int(match[4])
+        return cls(
+            layer=int(match[1]), head=int(match[2]), index=int(match[3]), source_pos=source_pos
+        )
+
+
+def parse_neuron(label: str) -> FFNNeuron | AttnNeuron:
+    """The neuron a label names, of either kind.
+
+    Raises:
+        ValueError: If ``label`` is neither ``"L9.N1234"`` nor ``"L9.H3.D17[@5]"``.
+    """
+    return AttnNeuron.parse(label) if ".H" in label else FFNNeuron.parse(label)

@@ -1,0 +1,104 @@
+"""What we ask: a prompt, the position to read it at, and the target whose probability we explain.
+
+These are plain values. Turning text into token ids needs the model's tokenizer: ``host.py``.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from tl_neuron_attr.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prompt:
+    """One question to a model: ``text`` or ``tokens``, exactly one of them.
+
+    ``target`` is a token id, or a string that is one token; ``None`` stands for the model's own
+    top prediction. ``position`` is where the answer is read, an index into the tokens as the
+    model sees them (a prepended BOS counts), from the end if negative. ``prepend_bos`` is
+    ``None`` for TransformerLens's default of that model; token ids are used as they are.
+    ``prompt_id`` names the prompt in tables.
+    """
+
+    text: str | None = None
+    tokens: tuple[int, ...] | None = None
+    target: str | int | None = None
+    position: int = -1
+    prepend_bos: bool | None = None
+    prompt_id: str = "0"
+
+    def __post_init__(self) -> None:
+        if (self.text is None) == (self.tokens is None):
+            raise InputError("a prompt needs either text or tokens, exactly one of them")
+        if self.text is not None and not self.text:
+            raise InputError("the prompt is empty; give some text, or token ids")
+        if self.tokens is not None and not self.tokens:
+            raise InputError("the prompt is empty: no token ids were given")
+        if self.tokens is not None and self.prepend_bos is not None:
+            raise InputError("token ids are used as they are: leave prepend_bos out beside them")
+
+
+@dataclass(frozen=True)
+class Target:
+    """The token whose log-probability is explained, and its text as the tokenizer spells it."""
+
+    id: int
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenizedPrompt:
+    """A prompt as the model sees it, checked: ids inside the vocabulary and the context."""
+
+    prompt_id: str
+    text: str | None
+    tokens: tuple[int, ...]
+    token_texts: tuple[str, ...]
+    read_pos: int
+    target: Target | None
+
+
+def as_prompt(
+    prompt: "str | Sequence[int] | torch.Tensor | Prompt",
+    *,
+    target: str | int | None = None,
+    position: int | None = None,
+    prepend_bos: bool | None = None,
+) -> Prompt:
+    """A ``Prompt`` from text, from token ids (a sequence or a tensor), or from a ``Prompt``.
+
+    Beside a ``Prompt`` the keyword arguments must be left out: it carries them itself.
+
+    Raises:
+        InputError: For an empty prompt, a batch of several prompts, or doubly given arguments.
+    """
+    if isinstance(prompt, Prompt):
+        if (target, position, prepend_bos) != (None, None, None):
+            raise InputError("target, position and prepend_bos belong inside the Prompt given")
+        return prompt
+    position = -1 if position is None else position
+    if isinstance(prompt, str):
+        return Prompt(text=prompt, target=target, position=position, prepend_bos=prepend_bos)
+    if isinstance(prompt, torch.Tensor):
+        if prompt.ndim == 2 and prompt.shape[0] == 1:
+            prompt = prompt[0]
+        if prompt.ndim != 1 or prompt.is_floating_point():
+            raise InputError(
+                f"token ids must be one prompt: integers of shape [pos] or [1, pos], "
+                f"got {prompt.dtype} of shape {list(prompt.shape)}"
+            )
+        prompt = prompt.tolist()
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
+        raise InputError("token ids must be integers")
+    return Prompt(
+        tokens=tuple(prompt), target=target, position=position, prepend_bos=prepend_bos
+    )
+
+
+Convention = Literal["exact", "published", "recomputed"]
+"""How a residual vector is read out as a log-probability; see ``readout.py``."""
+
+CONVENTIONS: tuple[Convention, ...] = ("exact", "published", "recomputed")
