@@ -4,6 +4,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import functools
 import tempfile
 import warnings
 from pathlib import Path
@@ -84,7 +85,8 @@ REFUSED = {
 def hugging_face_model(class_name, config, seed=0, scale=0.15):
     """A model with every weight random: norms off 1, biases off 0, predictions not flat."""
     config._attn_implementation = "eager"
-    hf = getattr(transformers, class_name)._from_config(config, attn_implementation="eager").eval()
+    hugging_face_class = getattr(transformers, class_name)
+    hf = hugging_face_class._from_config(config, attn_implementation="eager").eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in hf.parameters():
@@ -96,6 +98,18 @@ def hugging_face_model(class_name, config, seed=0, scale=0.15):
     return hf
 
 
+def leaving_the_random_state(build):
+    """Building a model draws initial weights; a test that builds one must not look as if it did."""
+
+    @functools.wraps(build)
+    def wrapped(*args, **kwargs):
+        with torch.random.fork_rng():
+            return build(*args, **kwargs)
+
+    return wrapped
+
+
+@leaving_the_random_state
 def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
     """A TransformerBridge of one family, its weights raw or folded."""
     class_name, config, *_ = {**FAMILIES, **REFUSED}[family]
@@ -111,6 +125,7 @@ def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
     return bridge
 
 
+@leaving_the_random_state
 def hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
     """A HookedTransformer with the very weights of ``bridge_of`` (TransformerLens 3.9)."""
     import transformer_lens.loading_from_pretrained as loading

@@ -21,7 +21,6 @@ from tl_neuron_attr.errors import (
     UnsupportedModelError,
 )
 from tl_neuron_attr.host import Host, open_host, tokenize
-from tl_neuron_attr.identities import identities
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Prompt, Target
@@ -53,7 +52,6 @@ __all__ = [
     "capture",
     "ffn_decomposition",
     "head_scores",
-    "identities",
     "layer_scores",
     "load_capture",
     "load_model",

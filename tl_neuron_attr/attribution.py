@@ -1,8 +1,13 @@
 """What we found: the result of attributing one prompt, from which every table is made."""
 
+import json
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -12,7 +17,8 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host
+from tl_neuron_attr.files import writable_directory
+from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.prompts import Convention, Target
 from tl_neuron_attr.readout import ReadOut, project
 from tl_neuron_attr.scores import LayerScores, position_scores
@@ -22,8 +28,11 @@ from tl_neuron_attr.tables import (
     neuron_table,
     position_table,
     token_columns,
+    write_tables,
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
+
+_VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +171,63 @@ class Attribution:
             }
         )
 
+    def facts(self) -> dict[str, Any]:
+        """Where these numbers come from, ready for JSON: prompt, target, model, versions.
+
+        Cost: one pass over the model's weights, for their hash.
+        """
+        host, prompt = self.host, self.captured.prompt
+        return {
+            "prompt_id": prompt.prompt_id,
+            "prompt": prompt.text,
+            "tokens": list(prompt.tokens),
+            "token_texts": list(prompt.token_texts),
+            "read_pos": prompt.read_pos,
+            "target": {
+                "id": self.target.id,
+                "text": self.target.text,
+                "log_prob": self.log_prob,
+                "embedding_log_prob": self.embedding_log_prob,
+            },
+            "convention": self.convention,
+            "neuron_basis": "mlp.hook_post (act(pre), gated: act(gate) * up); pattern * v of a head",
+            "model": {
+                "name": host.model_name,
+                "architecture": host.architecture,
+                "class": host.class_name,
+                "processing": host.processing,
+                "dtype": str(host.dtype).removeprefix("torch."),
+                "sha256": weights_hash(host),
+            },
+            "score_dtype": str(self.out.dtype).removeprefix("torch."),
+            "score_unit": "nats",
+            "versions": {
+                "python": platform.python_version(),
+                **{name: _version(name) for name in _VERSIONED},
+            },
+            "seconds": round(self.seconds, 3),
+            "warnings": list(self.warnings),
+        }
+
+    def save(self, directory: str | Path) -> None:
+        """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
+
+        All files appear together at the end, or none. Cost: scores every head at every source
+        position.
+
+        Raises:
+            InputError: If the directory cannot be written to.
+        """
+        path = writable_directory(directory)
+        tables = {
+            "layers": self.layers(),
+            "heads": self.heads(),
+            "positions": self.positions(),
+            "neurons": self.neurons(),
+        }
+        facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
+        write_tables(path, tables, {"run.json": facts + "\n"})
+
     @cached_property
     def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
         blocks = [block.over_sources() for block in self.attns]
@@ -181,6 +247,13 @@ class Attribution:
         ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}
         text_of = {token: self.host.token_text(token) for token in ids}
         return token_columns(neurons, ends, self.captured.prompt.token_texts, text_of)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "not installed"
 
 
 def _at_least_one(top: int) -> None:

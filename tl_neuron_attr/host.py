@@ -21,6 +21,9 @@ from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt
 # folded there. (HookedTransformer shows an absent bias as zeros, so names are all there is.)
 _WITHOUT_VALUE_BIAS = frozenset({"GPTNeoForCausalLM"})
 
+# Post-norm families whose blocks TransformerLens 3.9 does not mark as such.
+_POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
@@ -373,7 +376,7 @@ def _refuse_unsupported(model: Any) -> None:
         refuse("its weights are quantised; load it in float32, bfloat16 or float16")
     if (setting("output_logits_soft_cap") or 0) > 0:
         refuse("its logits pass through a soft cap, so the read-out is not affine")
-    if setting("use_normalization_before_and_after"):
+    if setting("use_normalization_before_and_after") or architecture in _POST_NORM:
         refuse("it normalises the output of each sub-layer (post-norm)")
     if (setting("residual_multiplier") or 1) != 1 or (setting("logits_scaling") or 1) != 1:
         refuse("it scales what each sub-layer writes to the residual stream, or its logits")

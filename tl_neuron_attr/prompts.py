@@ -98,6 +98,19 @@ def as_prompt(
     )
 
 
+def visible(text: str) -> str:
+    """``text`` so that every character of it can be seen: ``·`` for a space, ``⏎`` for a newline.
+
+    Other characters that print as nothing, or that reorder their neighbours (controls,
+    right-to-left marks), become ``\\u`` escapes.
+    """
+    signs = {" ": "·", "\n": "⏎", "\t": "⇥", "\r": "␍"}
+    return "".join(
+        signs.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode())
+        for char in text
+    )
+
+
 Convention = Literal["exact", "published", "recomputed"]
 """How a residual vector is read out as a log-probability; see ``readout.py``."""
 

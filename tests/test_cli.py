@@ -1,0 +1,220 @@
+"""The command line: text for people, JSON for programs, files for both, one sentence for errors."""
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import bridge_of
+from typer.testing import CliRunner
+
+from tl_neuron_attr import cli
+
+PROMPT = "The capital of France is"
+NEURON_COLUMNS = (
+    "prompt_id role kind layer head index source_pos coefficient score rank".split()
+)
+
+
+@pytest.fixture
+def run():
+    def invoke(*arguments, env=None):
+        return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": "100", **(env or {})})
+
+    return invoke
+
+
+def test_the_main_job_prints_everything_a_reader_needs(run):
+    shown = run("attribute", PROMPT)
+    assert shown.exit_code == 0, shown.output
+    for words in (
+        "Tokens  0 <|endoftext|>  1 The  2 ·capital",
+        "Predicts  ·Paris",
+        "Target  ·Paris (id ",
+        "log p = ",
+        "layer  attention",
+        "Heads",
+        "FFN value neurons, the best 10",
+        "Attention value neurons, the best 10",
+        "raises",
+        "lowers",
+        "peak memory",
+        "s attributing",
+    ):
+        assert words in shown.output, words
+    assert max(len(line) for line in shown.output.splitlines()) <= 100
+
+
+def test_json_is_one_object_and_nothing_else(run):
+    shown = run("attribute", PROMPT, "--json", "--top", "7")
+    assert shown.exit_code == 0
+    found = json.loads(shown.stdout)
+    assert shown.stderr == ""
+    assert [token["text"] for token in found["tokens"]][1:] == [
+        "The", " capital", " of", " France", " is"
+    ]
+    assert found["target"]["text"] == " Paris" == found["top_predictions"][0]["text"]
+    assert found["target"]["id"] == found["top_predictions"][0]["id"]
+    assert found["target"]["log_prob"] == pytest.approx(
+        found["top_predictions"][0]["log_prob"], abs=1e-5
+    )
+    kinds = [row["kind"] for row in found["neurons"]]
+    assert kinds == ["ffn"] * 7 + ["attn"] * 7
+    assert set(NEURON_COLUMNS) <= found["neurons"][0].keys()
+    assert found["neurons"][0]["head"] is None
+    n_layers = len(found["layers"]) // 2
+    assert {row["layer"] for row in found["heads"]} == set(range(n_layers))
+
+
+def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
+    out = tmp_path / "new" / "france"
+    shown = run("attribute", PROMPT, "--out", str(out), "--top", "20")
+    assert shown.exit_code == 0, shown.output
+    assert sorted(path.name for path in out.iterdir()) == [
+        "heads.parquet", "layers.parquet", "neurons.parquet", "positions.parquet", "run.json"
+    ]
+    tables = {name: pd.read_parquet(out / f"{name}.parquet") for name in
+              ("layers", "heads", "positions", "neurons")}
+    assert list(tables["layers"]) == ["layer", "kind", "score"]
+    assert list(tables["heads"]) == ["layer", "head", "score"]
+    assert list(tables["positions"]) == [
+        "layer", "head", "source_pos", "token", "attention", "score"
+    ]
+    assert list(tables["neurons"]) == NEURON_COLUMNS
+    neurons = tables["neurons"]
+    assert neurons.groupby("kind").size().to_dict() == {"ffn": 20, "attn": 20}
+    assert neurons[neurons["kind"] == "ffn"]["head"].isna().all()
+    assert str(neurons["source_pos"].dtype) == "Int64"
+    positions = tables["positions"]
+    attention = positions.groupby(["layer", "head"])["attention"].sum()
+    assert attention.to_numpy() == pytest.approx(1.0, abs=1e-5)
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["prompt"] == PROMPT
+    assert facts["target"]["text"] == " Paris"
+    assert facts["convention"] == "exact"
+    assert len(facts["model"]["sha256"]) == 64
+    assert facts["model"]["class"] == "TransformerBridge"
+    assert facts["model"]["processing"] == "raw"
+    assert facts["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert facts["seconds"] > 0
+
+
+def test_token_ids_are_used_as_they_are(run):
+    by_text = json.loads(run("attribute", PROMPT, "--json", "--top", "3").stdout)
+    ids = ",".join(str(token["id"]) for token in by_text["tokens"])
+    by_ids = json.loads(run("attribute", "--tokens", ids, "--json", "--top", "3").stdout)
+    assert by_ids["tokens"] == by_text["tokens"]
+    assert by_ids["neurons"] == by_text["neurons"]
+
+
+def test_no_bos_leaves_the_bos_token_out(run):
+    found = json.loads(run("attribute", PROMPT, "--no-bos", "--json", "--top", "1").stdout)
+    assert [token["text"] for token in found["tokens"]][0] == "The"
+
+
+def test_convention_position_and_target_reach_the_scores(run):
+    def scores(*options):
+        shown = run("attribute", PROMPT, "--json", "--top", "1", *options)
+        assert shown.exit_code == 0, shown.output
+        return json.loads(shown.stdout)
+
+    plain = scores()
+    for options in (
+        ("--convention", "published"), ("--position", "2"), ("--target", " Rome")
+    ):
+        assert scores(*options)["layers"] != plain["layers"], options
+    assert scores("--position", "-1")["layers"] == plain["layers"]
+    assert scores("--target", " Rome")["target"]["text"] == " Rome"
+
+
+BAD_REQUESTS = {
+    "empty prompt": (["attribute", ""], "the prompt is empty"),
+    "no prompt": (["attribute"], "give a prompt, either as text or as --tokens"),
+    "text and tokens": (["attribute", PROMPT, "--tokens", "1,2"], "either as text or as --tokens"),
+    "tokens that are no ids": (["attribute", "--tokens", "1,x"], "ids separated by commas"),
+    "token outside the vocabulary": (["attribute", "--tokens", "1,999999"], "outside the model's"),
+    "longer than the context": (["attribute", "word " * 500], "longer than the model's context"),
+    "target of several tokens": (
+        ["attribute", PROMPT, "--target", " Paris Texas"], r"is \d tokens \(' Paris', "
+    ),
+    "position out of range": (["attribute", PROMPT, "--position", "99"], "position 99 is out of"),
+    "unknown convention": (["attribute", PROMPT, "--convention", "x"], "must be one of exact"),
+    "top of 0": (["attribute", PROMPT, "--top", "0"], "--top must be at least 1"),
+    "unknown model": (["attribute", PROMPT, "--model", "no-such/model"], "cannot load the model"),
+    "absent directory": (["attribute", PROMPT, "--model", "./absent"], "no such directory"),
+    "bos beside tokens": (["attribute", "--tokens", "1", "--bos"], "leave out --bos"),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD_REQUESTS))
+def test_bad_input_is_one_sentence_and_exit_code_2(run, case, tmp_path):
+    import re
+
+    arguments, words = BAD_REQUESTS[case]
+    out = tmp_path / "out"
+    shown = run(*arguments, "--out", str(out))
+    assert shown.exit_code == 2
+    assert shown.stdout == ""
+    assert shown.stderr.startswith("Error: ")
+    assert len(shown.stderr.strip().splitlines()) == 1
+    assert re.search(words, shown.stderr)
+    assert not out.exists() or not list(out.iterdir())
+
+
+def test_a_directory_without_weights_says_so(run, tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    shown = run("attribute", PROMPT, "--model", str(tmp_path))
+    assert shown.exit_code == 2
+    assert "no weights" in shown.stderr
+    (tmp_path / "config.json").unlink()
+    assert "no config.json" in run("attribute", PROMPT, "--model", str(tmp_path)).stderr
+
+
+def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
+    run, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(cli, "load_model", lambda name: pytest.fail("the model was loaded"))
+    (tmp_path / "file").write_text("")
+    shown = run("attribute", PROMPT, "--out", str(tmp_path / "file"))
+    assert shown.exit_code == 2
+    assert "cannot write" in shown.stderr
+
+
+def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_path):
+    broken = bridge_of("gpt2")
+    with torch.no_grad():
+        broken.blocks[2].mlp.b_in[0] = float("nan")
+    monkeypatch.setattr(cli, "load_model", lambda name: broken)
+    shown = run("attribute", "--tokens", "3,4", "--out", str(tmp_path))
+    assert shown.exit_code == 2
+    assert "layer 2" in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(cli, "load_model", lambda name: bridge_of("gpt2").train())
+    shown = run("attribute", "--tokens", "3,4")
+    assert (shown.exit_code, "training mode" in shown.stderr) == (2, True)
+
+
+def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
+    def fail(self, *arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    monkeypatch.setattr(pd.DataFrame, "to_parquet", fail)
+    shown = run("attribute", PROMPT, "--out", str(out), "--top", "1")
+    assert shown.exit_code == 2
+    assert "No space left" in shown.stderr
+    assert list(out.iterdir()) == []
+
+
+def test_no_argument_shows_what_to_do(run):
+    shown = run()
+    assert "attribute" in shown.output
+    assert "The capital of France is" in shown.output
+
+
+def test_markup_and_control_characters_in_a_prompt_are_shown_not_obeyed(run):
+    shown = run("attribute", "[bold]a[/bold] \x1b[31m \u202e b", "--top", "1")
+    assert shown.exit_code == 0
+    assert "[bold" in shown.output.replace("·", "")  or "bold" in shown.output
+    assert "\x1b[31m" not in shown.output
+    assert "\u202e" not in shown.output

@@ -1,0 +1,188 @@
+"""One adapter over both classes: the same numbers from each, and a clear refusal of the rest."""
+
+import warnings
+
+import pytest
+import torch
+from conftest import FAMILIES, REFUSED, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+
+from tl_neuron_attr import (
+    IdentityError,
+    InputError,
+    UnsupportedModelError,
+    attribute,
+    capture,
+    open_host,
+    tokenize,
+)
+from tl_neuron_attr.host import weights_hash
+from tl_neuron_attr.identities import identities
+from tl_neuron_attr.prompts import Prompt
+
+TARGET = 7
+
+
+def attribute_quietly(model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        return attribute(model, TOKENS, target=TARGET, top=10_000)
+
+
+def assert_same_numbers(found, wanted, *, attention_neurons=True):
+    assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-5)
+    tables = [("layers", ["layer", "kind"]), ("heads", ["layer", "head"])]
+    frames = [(getattr(found, name)(), getattr(wanted, name)(), key) for name, key in tables]
+    if not attention_neurons:  # heads and attention layers differ too: b_V moved into b_O
+        frames[1:] = []
+    frames.append((found.neurons("ffn"), wanted.neurons("ffn"), ["layer", "index"]))
+    if attention_neurons:
+        key = ["layer", "head", "source_pos", "index"]
+        frames.append((found.neurons("attn"), wanted.neurons("attn"), key))
+        frames.append((found.positions(), wanted.positions(), ["layer", "head", "source_pos"]))
+    for ours, theirs, key in frames:
+        merged = ours.merge(theirs, on=key, suffixes=("", "_wanted"))
+        assert len(merged) == len(ours) == len(theirs)
+        assert (merged["score"] - merged["score_wanted"]).abs().max() < 1e-5
+
+
+def test_every_identity_holds_on_every_supported_family(any_model):
+    host = open_host(any_model)
+    captured = capture(host, tokenize(host, Prompt(tokens=TOKENS)))
+    found = identities(host, captured)
+    assert {identity.name for identity in found} == {
+        "the residual stream",
+        "the attention pattern",
+        "the attention neurons",
+        "the FFN neurons",
+        "the read-out",
+    }
+    for identity in found:
+        assert identity.error < 5e-6, identity
+        assert identity.holds
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox"])
+def test_a_processed_bridge_gives_the_raw_ones_numbers(family):
+    raw, processed = bridge_of(family), bridge_of(family, processed=True)
+    assert open_host(raw).processing == "raw"
+    found, wanted = attribute_quietly(processed), attribute_quietly(raw)
+    assert "norms" in found.host.processing
+    folded = family != "llama"  # which has no value biases to fold
+    assert found.host.value_biases_folded == folded
+    assert_same_numbers(found, wanted, attention_neurons=not folded)
+
+
+def test_folded_value_biases_bring_a_warning_that_says_how_to_load_raw():
+    with pytest.warns(UserWarning, match="value biases were folded.*no_processing"):
+        result = attribute(bridge_of("gpt2", processed=True), TOKENS, top=3)
+    assert len(result.warnings) == 1
+    assert "value biases" in result.facts()["warnings"][0]
+
+
+def test_a_raw_model_brings_no_warning(any_model):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert attribute(any_model, TOKENS, top=3).warnings == ()
+
+
+@needs_hooked_transformer
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "neox-parallel", "gptj"])
+def test_hooked_transformer_gives_the_bridges_numbers(family):
+    wanted = attribute_quietly(bridge_of(family))
+    raw = attribute_quietly(hooked_of(family))
+    assert raw.host.class_name == "HookedTransformer"
+    assert raw.host.processing == "raw"
+    assert_same_numbers(raw, wanted)
+    processed = attribute_quietly(hooked_of(family, processed=True))
+    assert "norms" in processed.host.processing
+    assert_same_numbers(
+        processed, wanted, attention_neurons=not processed.host.value_biases_folded
+    )
+
+
+@needs_hooked_transformer
+def test_folding_all_but_value_biases_changes_no_number():
+    wanted = attribute_quietly(bridge_of("gpt2"))
+    found = attribute_quietly(hooked_of("gpt2", processed=True, fold_value_biases=False))
+    assert not found.warnings
+    assert_same_numbers(found, wanted)
+
+
+@pytest.mark.parametrize("family", list(REFUSED))
+def test_a_family_that_would_come_out_wrong_is_refused_by_name(family):
+    class_name, _, reason = REFUSED[family]
+    with pytest.raises(UnsupportedModelError, match=f"{class_name}.*{reason}"):
+        open_host(bridge_of(family))
+
+
+def test_a_refusal_is_a_not_implemented_error():
+    assert issubclass(UnsupportedModelError, NotImplementedError)
+    assert issubclass(InputError, ValueError)
+
+
+def test_something_else_than_a_transformer_lens_model_is_refused():
+    with pytest.raises(InputError, match="TransformerBridge or a HookedTransformer, got a Identity"):
+        attribute(torch.nn.Identity(), TOKENS)
+
+
+def test_a_bridge_in_training_mode_is_refused():
+    model = bridge_of("gpt2").train()
+    with pytest.raises(InputError, match=r"training mode.*eval\(\)"):
+        attribute(model, TOKENS)
+
+
+def test_a_weight_that_is_not_what_the_model_uses_fails_its_identity():
+    model = bridge_of("gpt2")
+    block = model.blocks[1]
+    # a hook that edits the FFN's output: the neurons no longer add up to it
+    edit = (f"blocks.{1}.hook_mlp_out", lambda value, hook: value * 1.5)
+    with model.hooks(fwd_hooks=[edit]):
+        with pytest.raises(IdentityError, match="FFN neurons fails at layer 1.*off by 0.33"):
+            attribute(model, TOKENS)
+    assert attribute(model, TOKENS, top=1) is not None  # nothing was left behind
+    with torch.no_grad():
+        block.mlp.b_out.add_(1.0)  # the model uses it too: every identity still holds
+    assert attribute(model, TOKENS, top=1) is not None
+
+
+def test_a_model_changed_in_place_is_verified_again(monkeypatch):
+    model = bridge_of("gpt2")
+    checks = []
+
+    def counted(*args):
+        checks.append(1)
+        return identities(*args)
+
+    monkeypatch.setattr("tl_neuron_attr.identities.identities", counted)
+    attribute(model, TOKENS, top=1)
+    attribute(model, TOKENS, top=1)
+    assert len(checks) == 1
+    with torch.no_grad():
+        model.blocks[0].mlp.W_out.mul_(2)
+    attribute(model, TOKENS, top=1)
+    assert len(checks) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_weight_dtypes_are_scored_in_float32_or_wider(dtype):
+    wanted = attribute_quietly(bridge_of("llama"))
+    found = attribute_quietly(bridge_of("llama", dtype=dtype))
+    expected = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found.ffn_neurons.score.dtype == expected
+    assert found.host.dtype == dtype
+    merged = found.neurons("ffn").merge(wanted.neurons("ffn"), on=["layer", "index"])
+    assert merged["score_x"].corr(merged["score_y"]) > 0.99
+
+
+def test_the_hash_tells_weights_apart_and_only_weights():
+    one, same, other = bridge_of("gpt2"), bridge_of("gpt2"), bridge_of("gpt2", seed=1)
+    hashes = [weights_hash(open_host(model)) for model in (one, same, other)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_families_cover_every_kind_of_block():
+    hosts = {name: open_host(bridge_of(name)) for name in FAMILIES}
+    assert {host.norm for host in hosts.values()} == {"layer_norm", "rms_norm"}
+    assert {name for name, host in hosts.items() if host.parallel} == {"neox-parallel", "gptj"}
+    assert any(host.n_key_value_heads < host.n_heads for host in hosts.values())
+    assert hosts["opt"].d_mlp == 40

@@ -1,0 +1,210 @@
+"""Every fast score against the definition in float64, and the identities the method promises."""
+
+import pytest
+import torch
+from conftest import TOKENS, bridge_of
+from oracle import log_prob as oracle_log_prob
+from oracle import norm_scale
+
+from tl_neuron_attr import (
+    attribute,
+    neuron_scores,
+    open_host,
+    read_out,
+)
+from tl_neuron_attr.scores import log_prob_increase
+
+TARGET = 7
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama", "neox-parallel"])
+def oracle(request):
+    """A model, its ActivationCache in float64, and its weights as the oracle wants them."""
+    model = bridge_of(request.param, dtype=torch.float64)
+    with torch.no_grad():
+        logits, cache = model.run_with_cache(torch.tensor([TOKENS]))
+    rms = request.param == "llama"
+    ln_final = model.ln_final
+    bias = torch.zeros(24) if rms else ln_final.bias
+    weights = (
+        ln_final.weight.tolist(),
+        bias.tolist(),
+        model.W_U.T.tolist(),
+        model.b_U.tolist(),
+    )
+
+    def increase(base, vector, convention):
+        final = cache["blocks.2.hook_resid_post"][0, -1].tolist()
+        scale = norm_scale(final, convention=convention, rms=rms, eps=model.cfg.eps)
+        options = dict(convention=convention, rms=rms, eps=model.cfg.eps)
+        before = oracle_log_prob(weights, base.tolist(), TARGET, scale, **options)
+        after = oracle_log_prob(weights, (base + vector).tolist(), TARGET, scale, **options)
+        return after - before
+
+    return request.param, model, cache, increase
+
+
+@pytest.mark.parametrize("convention", ["exact", "published", "recomputed"])
+def test_every_score_is_the_definition(oracle, convention):
+    family, model, cache, increase = oracle
+    result = attribute(
+        model, TOKENS, target=TARGET, convention=convention, top=10_000, dtype=torch.float64
+    )
+    layers = result.layers().set_index(["layer", "kind"])["score"]
+    heads = result.heads().set_index(["layer", "head"])["score"]
+    positions = result.positions().set_index(["layer", "head", "source_pos"])
+    ffn = result.neurons("ffn").set_index(["layer", "index"])
+    attn = result.neurons("attn").set_index(["layer", "head", "source_pos", "index"])
+    summed = result.neurons("attn", by_source=False).set_index(["layer", "head", "index"])
+    generator = torch.Generator().manual_seed(1)
+
+    def some(n, of):
+        return torch.randperm(of, generator=generator)[:n].tolist()
+
+    for layer in range(3):
+        block = model.blocks[layer]
+        pre = cache[f"blocks.{layer}.hook_resid_pre"][0, -1]
+        mid = pre if family == "neox-parallel" else cache[f"blocks.{layer}.hook_resid_mid"][0, -1]
+        attn_out = cache[f"blocks.{layer}.hook_attn_out"][0, -1]
+        mlp_out = cache[f"blocks.{layer}.hook_mlp_out"][0, -1]
+        post = cache[f"blocks.{layer}.mlp.hook_post"][0, -1]
+        pattern = cache[f"blocks.{layer}.attn.hook_pattern"][0, :, -1]
+        v = cache[f"blocks.{layer}.attn.hook_v"][0]
+        n_heads = pattern.shape[0]
+        group = n_heads // v.shape[1]
+        assert layers[layer, "attn"] == pytest.approx(increase(pre, attn_out, convention))
+        assert layers[layer, "ffn"] == pytest.approx(increase(mid, mlp_out, convention))
+        for index in some(5, post.shape[0]):
+            vector = post[index] * block.mlp.W_out[index]
+            row = ffn.loc[(layer, index)]
+            assert row["score"] == pytest.approx(increase(mid, vector, convention), abs=1e-12)
+            assert row["coefficient"] == pytest.approx(post[index].item())
+        for head in some(2, n_heads):
+            W_O = block.attn.W_O[head]
+            values = v[:, head // group]
+            carried = torch.stack(
+                [pattern[head, pos] * (values[pos] @ W_O) for pos in range(len(TOKENS))]
+            )
+            wanted = increase(pre, carried.sum(0), convention)
+            assert heads[layer, head] == pytest.approx(wanted, abs=1e-12)
+            for pos in some(2, len(TOKENS)):
+                row = positions.loc[(layer, head, pos)]
+                wanted = increase(pre, carried[pos], convention)
+                assert row["score"] == pytest.approx(wanted, abs=1e-12)
+                assert row["attention"] == pytest.approx(pattern[head, pos].item())
+                index = some(1, W_O.shape[0])[0]
+                coefficient = pattern[head, pos] * values[pos, index]
+                row = attn.loc[(layer, head, pos, index)]
+                wanted = increase(pre, coefficient * W_O[index], convention)
+                assert row["score"] == pytest.approx(wanted, abs=1e-12)
+                assert row["coefficient"] == pytest.approx(coefficient.item())
+                coefficient = (pattern[head] * values[:, index]).sum()
+                row = summed.loc[(layer, head, index)]
+                wanted = increase(pre, coefficient * W_O[index], convention)
+                assert row["score"] == pytest.approx(wanted, abs=1e-12)
+                assert row["coefficient"] == pytest.approx(coefficient.item())
+
+
+def test_layer_increases_telescope_from_embedding_to_final(tiny_model):
+    for convention in ("exact", "published", "recomputed"):
+        result = attribute(tiny_model, TOKENS, convention=convention)
+        total = result.layers()["score"].sum()
+        assert total == pytest.approx(result.log_prob - result.embedding_log_prob, abs=1e-4)
+        assert abs(total) > 0.1  # else the check above says nothing
+
+
+def test_exact_log_prob_of_the_final_residual_is_the_models_own(any_model):
+    result = attribute(any_model, TOKENS, target=TARGET, top=1)
+    own = any_model(torch.tensor([TOKENS]))[0, -1].log_softmax(-1)[TARGET].item()
+    assert result.log_prob == pytest.approx(own, abs=1e-5)
+
+
+def test_conventions_differ_where_the_model_has_final_biases(tiny_gpt2):
+    log_probs = {
+        convention: attribute(tiny_gpt2, TOKENS, target=TARGET, top=1, convention=convention)
+        for convention in ("exact", "published", "recomputed")
+    }
+    assert log_probs["exact"].log_prob == pytest.approx(log_probs["recomputed"].log_prob, abs=1e-5)
+    assert abs(log_probs["exact"].log_prob - log_probs["published"].log_prob) > 0.01
+    exact, recomputed = (
+        log_probs[name].layers()["score"].to_numpy() for name in ("exact", "recomputed")
+    )
+    assert abs(exact - recomputed).max() > 0.01
+
+
+def test_adding_nothing_raises_nothing(tiny_model):
+    result = attribute(tiny_model, TOKENS, top=1)
+    base = result.captured.resid_pre[1]
+    nothing = torch.zeros(3, base.shape[0])
+    assert log_prob_increase(base, nothing, result.out.of(TARGET)).abs().max() == 0
+
+
+def test_a_planted_ffn_neuron_ranks_first():
+    model = bridge_of("gpt2", seed=3)
+    with torch.no_grad():  # neuron 11 of layer 1 is always on and writes the target's direction
+        mlp = model.blocks[1].mlp
+        mlp.b_in[11] = 5.0
+        mlp.W_in[:, 11] = 0.0
+        direction = model.W_U[:, TARGET] - model.W_U.mean(1)
+        mlp.W_out[11] = 4 * direction * model.ln_final.weight
+    result = attribute(model, TOKENS, target=TARGET, top=3)
+    best = result.neurons("ffn", 1).iloc[0]
+    assert (best["layer"], best["index"]) == (1, 11)
+    runner_up = result.neurons("ffn", 2).iloc[1]
+    assert best["score"] > 2 * runner_up["score"]
+
+
+def test_a_planted_attention_neuron_ranks_first_at_its_source():
+    model = bridge_of("llama", seed=3)
+    with torch.no_grad():  # head 2, dimension 4: its value is one input direction, its output ours
+        attn = model.blocks[2].attn
+        direction = model.W_U[:, TARGET] - model.W_U.mean(1)
+        attn.W_O[2, 4] = direction * model.ln_final.weight
+        attn.W_V[1, :, 4] *= 8
+    result = attribute(model, TOKENS, target=TARGET, top=100)
+    table = result.neurons("attn", 100)
+    best = table.iloc[table["score"].abs().argmax()]
+    assert (best["layer"], best["head"], best["index"]) == (2, 2, 4)
+    host = result.host
+    coefficients = result.attns[2].coefficients()[2, :, 4]
+    assert best["source_pos"] == int((coefficients * (coefficients > 0)).argmax())
+    assert host.n_key_value_heads == 2
+
+
+def test_scores_do_not_depend_on_chunk_or_budget(tiny_model):
+    result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
+    log_prob = result.out.of(TARGET)
+    for block in (*result.ffns, *result.attns):
+        whole = neuron_scores(block, log_prob, chunk=10_000)
+        for chunk in (1, 7, 64):
+            assert torch.allclose(
+                neuron_scores(block, log_prob, chunk=chunk), whole, atol=2e-6, rtol=0
+            )
+    small = attribute(tiny_model, TOKENS, target=TARGET, top=500, budget=4000)
+    large = attribute(tiny_model, TOKENS, target=TARGET, top=500)
+    assert small.out.rows_per_block < 5 < large.out.rows_per_block
+    key = ["kind", "layer", "head", "source_pos", "index"]
+    merged = small.neurons().merge(large.neurons(), on=key, suffixes=("_small", "_large"))
+    assert len(merged) >= 0.99 * len(large.neurons())
+    assert (merged["score_small"] - merged["score_large"]).abs().max() < 2e-6
+
+
+def test_float64_shrinks_the_rounding_error_of_float32(tiny_model):
+    host = open_host(tiny_model)
+    narrow = attribute(tiny_model, TOKENS, target=TARGET, top=1)
+    wide = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
+    telescoped = {}
+    for name, result in (("narrow", narrow), ("wide", wide)):
+        log_prob = read_out(host, result.captured.resid_final, "exact").of(TARGET)
+        block = result.ffns[1]
+        scores = neuron_scores(block, log_prob)
+        again = torch.stack(
+            [
+                log_prob_increase(block.base, vector, log_prob)
+                for vector in block.vectors(torch.arange(block.n_neurons))
+            ]
+        )
+        telescoped[name] = (scores - again).abs().max().item()
+        assert scores.dtype == result.captured.resid_pre.dtype
+    assert telescoped["wide"] < 1e-12
+    assert telescoped["narrow"] < 1e-5

@@ -1,0 +1,350 @@
+"""For the shell: arguments -> the same calls a notebook makes -> text, JSON or files."""
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tl_neuron_attr.attribute import attribute as attribute_prompt
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.errors import InputError, NeuronAttrError
+from tl_neuron_attr.files import writable_directory
+from tl_neuron_attr.models import load_model
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.prompts import CONVENTIONS, Prompt, visible
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which neurons gave the answer? Attribute a language model's prediction to its neurons.",
+    epilog="Start with:  tl-neuron-attr attribute 'The capital of France is'",
+)
+
+_SHOWN = 10
+_KEPT = 300
+_WIDTH = 100
+
+
+@app.callback()
+def main() -> None:
+    """Which neurons gave the answer? Attribute a language model's prediction to its neurons."""
+
+
+@app.command()
+def attribute(
+    text: Annotated[str | None, typer.Argument(help="The prompt.", show_default=False)] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="tiny-facts (bundled), a Hugging Face directory, or a hub name."),
+    ] = "tiny-facts",
+    target: Annotated[
+        str | None,
+        typer.Option(help="The answer, one token (mind its leading space). Default: the model's."),
+    ] = None,
+    position: Annotated[
+        int, typer.Option(help="Where the answer is read: a token's place, or from the end.")
+    ] = -1,
+    convention: Annotated[
+        str, typer.Option(help="exact, published (as the paper's code) or recomputed.")
+    ] = "exact",
+    top: Annotated[
+        int | None,
+        typer.Option(
+            help=f"Neurons of each kind. Default: {_SHOWN} on screen, {_KEPT} in files and JSON.",
+            show_default=False,
+        ),
+    ] = None,
+    tokens: Annotated[
+        str | None,
+        typer.Option(help="Token ids in place of the text, used as they are: 1,403,261."),
+    ] = None,
+    bos: Annotated[
+        bool | None,
+        typer.Option(
+            "--bos/--no-bos",
+            help="Put a BOS token in front. Default: as TransformerLens does for the model.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Directory for the Parquet tables and run.json.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+) -> None:
+    """The layers, heads and neurons that raised the answer's log-probability.
+
+    Example: tl-neuron-attr attribute "The capital of France is" --out france
+    """
+    with _errors_in_one_sentence():
+        prompt = _prompt(text, tokens, target, position, bos)
+        if convention not in CONVENTIONS:
+            raise InputError(
+                f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
+            )
+        if top is not None and top < 1:
+            raise InputError(f"--top must be at least 1, got {top}")
+        if out is not None:
+            writable_directory(out)
+        started = time.perf_counter()
+        loaded = _load(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # shown below, from the result
+            result = attribute_prompt(
+                loaded,
+                prompt,
+                top=top or _KEPT,
+                convention=convention,
+                progress=sys.stderr.isatty(),
+            )
+        if out is not None:
+            result.save(out)
+        if as_json:
+            print(json.dumps(_as_json(result, model), ensure_ascii=False, allow_nan=False))
+        else:
+            _show(result, model, top or _SHOWN, time.perf_counter() - started, out)
+
+
+# --- arguments --------------------------------------------------------------------------------
+
+
+def _prompt(
+    text: str | None, tokens: str | None, target: str | None, position: int, bos: bool | None
+) -> Prompt:
+    if (text is None) == (tokens is None):
+        raise InputError(
+            "give a prompt, either as text or as --tokens; "
+            'for example: tl-neuron-attr attribute "The capital of France is"'
+        )
+    if tokens is None:
+        return Prompt(text=text, target=target, position=position, prepend_bos=bos)
+    if bos is not None:
+        raise InputError("--tokens are used as they are: leave out --bos and --no-bos")
+    try:
+        ids = tuple(int(token) for token in tokens.split(","))
+    except ValueError:
+        raise InputError(
+            f"--tokens must be ids separated by commas, like 1,403,261; got {tokens!r}"
+        ) from None
+    return Prompt(tokens=ids, target=target, position=position)
+
+
+def _load(name: str) -> Any:
+    """The model, without the progress bars and warnings of the libraries that load it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_model(name)
+
+
+@contextmanager
+def _errors_in_one_sentence() -> Iterator[None]:
+    """An expected error becomes one sentence on standard error and exit code 2."""
+    try:
+        yield
+    except NeuronAttrError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+
+
+# --- JSON -------------------------------------------------------------------------------------
+
+
+def _as_json(result: Attribution, model: str) -> dict[str, Any]:
+    prompt = result.captured.prompt
+    predictions = result.predictions(10).rename(columns={"token": "text"})
+    neurons = result.neurons(tokens=5)
+    return {
+        "model": model,
+        "prompt": prompt.text,
+        "tokens": [
+            {"pos": pos, "id": token, "text": token_text}
+            for pos, (token, token_text) in enumerate(
+                zip(prompt.tokens, prompt.token_texts, strict=True)
+            )
+        ],
+        "read_pos": prompt.read_pos,
+        "top_predictions": _records(predictions),
+        "target": {
+            "id": result.target.id,
+            "text": result.target.text,
+            "log_prob": result.log_prob,
+        },
+        "convention": result.convention,
+        "layers": _records(result.layers()),
+        "heads": _records(result.heads()),
+        "neurons": _records(neurons),
+        "warnings": list(result.warnings),
+        "seconds": result.seconds,
+    }
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values, ``None`` where a cell is empty."""
+    columns = {name: table[name].astype(object).tolist() for name in table.columns}
+    return [
+        {
+            name: None if values[row] is pd.NA else values[row]
+            for name, values in columns.items()
+        }
+        for row in range(len(table))
+    ]
+
+
+# --- the terminal -----------------------------------------------------------------------------
+
+
+def _show(
+    result: Attribution, model: str, top: int, seconds: float, out: Path | None
+) -> None:
+    console = Console(width=min(_WIDTH, Console().width), highlight=False)
+    host, prompt = result.host, result.captured.prompt
+    dtype = str(host.dtype).removeprefix("torch.")
+    console.print(
+        f"[bold]{escape(model)}[/]  {host.architecture}, {host.n_layers} layers, {dtype}, "
+        f"{host.processing} weights ({host.class_name})"
+    )
+    console.print(_token_line(prompt.token_texts, prompt.read_pos))
+    console.print(_prediction_line(result))
+    target = visible(result.target.text)
+    console.print(
+        f"[bold]Target[/]  {escape(target)} (id {result.target.id})   "
+        f"log p = {result.log_prob:.3f} nats, p = {_exp(result.log_prob):.3f}; "
+        f"before the first layer p = {_exp(result.embedding_log_prob):.2g}"
+    )
+    console.print("\n[bold]Rise in log p(target), nats[/], from each layer")
+    console.print(_layer_table(result))
+    console.print(f"\n[bold]Heads[/], the best {min(top, result.head_scores.numel())}")
+    console.print(_head_table(result, top))
+    for kind, name in (("ffn", "FFN"), ("attn", "Attention")):
+        table = result.neurons(kind, top, tokens=5)
+        console.print(f"\n[bold]{name} value neurons[/], the best {len(table)}")
+        console.print(_neuron_table(table))
+    console.print(
+        "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
+        "coefficient has here[/]"
+    )
+    for message in result.warnings:
+        console.print(f"[yellow]Warning:[/] {escape(message)}")
+    console.print(
+        f"\n[dim]{seconds:.1f} s with loading, {result.seconds:.2f} s attributing, "
+        f"peak memory {_peak_memory()}[/]"
+    )
+    if out is not None:
+        console.print(
+            f"[dim]wrote layers, heads, positions, neurons (.parquet) and run.json to "
+            f"{escape(str(out))}[/]"
+        )
+
+
+def _token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
+    line = Text.assemble(("Tokens", "bold"), "  ")
+    for pos, text in enumerate(token_texts):
+        style = "reverse" if pos == read_pos else ""
+        line.append(f"{pos}", style="dim").append(" ").append(visible(text), style=style)
+        line.append("  ")
+    return line.append("(read at the marked one)", style="dim")
+
+
+def _prediction_line(result: Attribution) -> Text:
+    line = Text.assemble(("Predicts", "bold"), "  ")
+    for row in result.predictions(5).itertuples(index=False):
+        line.append(visible(row.token)).append(f" {row.prob:.3f}", style="dim").append("   ")
+    return line
+
+
+def _layer_table(result: Attribution) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("layer", "attention", "", "FFN", ""):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+    scores = result.layer_scores
+    largest = max(float(scores.attn.abs().max()), float(scores.ffn.abs().max()), 1e-9)
+    for layer, (attn, ffn) in enumerate(
+        zip(scores.attn.tolist(), scores.ffn.tolist(), strict=True)
+    ):
+        table.add_row(
+            str(layer), f"{attn:+.3f}", _bar(attn / largest), f"{ffn:+.3f}", _bar(ffn / largest)
+        )
+    table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", "")
+    return table
+
+
+def _bar(share: float, width: int = 24) -> Text:
+    """A bar as long as the score is large; the colour tells the sign, as the number does."""
+    return Text("█" * round(abs(share) * width), style="blue" if share >= 0 else "red")
+
+
+def _head_table(result: Attribution, top: int) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("head")
+    table.add_column("score", justify="right")
+    table.add_column("brings most from", overflow="fold")
+    for row in result.heads(top).itertuples(index=False):
+        positions = result.positions(row.layer, row.head).sort_values("score", ascending=False)
+        sources = [
+            f"{source.source_pos} {visible(source.token)} ({source.score:+.2f})"
+            for source in positions.head(3).itertuples(index=False)
+        ]
+        table.add_row(f"L{row.layer}.H{row.head}", f"{row.score:+.3f}", Text("  ".join(sources)))
+    return table
+
+
+def _neuron_table(neurons: pd.DataFrame) -> Table:
+    attention = bool(neurons["head"].notna().any())
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    table.add_column("neuron", no_wrap=True)
+    if attention:
+        table.add_column("source", no_wrap=True, max_width=14)
+    table.add_column("score", justify="right", no_wrap=True)
+    table.add_column("coef.", justify="right", no_wrap=True)
+    table.add_column("raises", ratio=1, no_wrap=True, overflow="ellipsis")
+    table.add_column("lowers", ratio=1, no_wrap=True, overflow="ellipsis")
+    for row in neurons.itertuples(index=False):
+        if attention:
+            neuron = AttnNeuron(row.layer, row.head, row.index, row.source_pos)
+            source = [Text(visible(row.source_token))]
+        else:
+            neuron, source = FFNNeuron(row.layer, row.index), []
+        table.add_row(
+            str(neuron),
+            *source,
+            f"{row.score:+.3f}",
+            f"{row.coefficient:+.2f}",
+            Text(" ".join(visible(token) for token in row.raises)),
+            Text(" ".join(visible(token) for token in row.lowers)),
+        )
+    return table
+
+
+def _exp(log_prob: float) -> float:
+    return torch.tensor(log_prob).exp().item()
+
+
+def _peak_memory() -> str:
+    """The most memory this process held, and on a GPU the most it allocated there."""
+    parts = []
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parts.append(f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU")
+    return ", ".join(parts) or "unknown"

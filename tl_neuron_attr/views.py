@@ -1,0 +1,388 @@
+"""How it looks: tables -> plotly figures, drawn from tables alone, never from a model.
+
+Every function takes one table of ``tables.py``, fresh or read back from disk, and returns a
+``plotly.graph_objects.Figure`` that is neither shown nor tied to a global theme. Layers run from
+left to right in all of them. Green raises log p(target) and purple lowers it.
+
+``title`` is plain text, not HTML; by default it says what is drawn, and ``""`` leaves it out.
+"""
+
+import html
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.prompts import visible
+from tl_neuron_attr.tables import HEAD_COLUMNS, LAYER_COLUMNS, NEURON_COLUMNS, POSITION_COLUMNS
+
+RISE = "rise in log p(target), nats"
+KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
+
+# Paul Tol's high-contrast pair: told apart in every kind of colour blindness, and in grey
+_KIND_COLOURS = {"attn": "#004488", "ffn": "#DDAA33"}
+# Paul Tol's PRGn, colour-blind safe; plotly's own PRGn ends so dark that both signs look black
+_DIVERGING = (
+    "#762A83",
+    "#9970AB",
+    "#C2A5CF",
+    "#E7D4E8",
+    "#F7F7F7",
+    "#D9F0D3",
+    "#ACD39E",
+    "#5AAE61",
+    "#1B7837",
+)
+# length already says how much: bars only need the sign, and pale ones cannot be read
+_SIGNS = [[0, _DIVERGING[0]], [0.5, _DIVERGING[0]], [0.5, _DIVERGING[-1]], [1, _DIVERGING[-1]]]
+_GREY = "#777777"
+_GAP = "#C8C8C8"
+_LABELLED_ROWS = 80
+_TOKEN_CHARS = 18
+
+
+def layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """Two bars a layer: the rise in log p(target), in nats, from its attention and its FFN.
+
+    Drawn from ``Attribution.layers()``. Over all layers the bars add up to the rise from the
+    embedding to the final residual, except in parallel blocks, where the sum says nothing.
+
+    Raises:
+        InputError: If ``layers`` is empty, lacks columns, or has two rows for one bar.
+    """
+    layers = _checked(layers, "layers", LAYER_COLUMNS, key=["layer", "kind"])
+    figure = go.Figure()
+    for kind in _kinds(layers):
+        rows = layers[layers["kind"] == kind]
+        figure.add_bar(
+            x=rows["layer"].tolist(),
+            y=rows["score"].tolist(),
+            name=KIND_NAMES[kind],
+            marker_color=_KIND_COLOURS[kind],
+            hovertemplate=f"layer %{{x}}, {KIND_NAMES[kind]}: %{{y:.3f}} nats<extra></extra>",
+        )
+    _finish(figure, title, "What each layer adds to log p(target)", height=380)
+    figure.update_yaxes(title_text=RISE, **_zero_line())
+    _layer_axis(figure, layers["layer"].tolist())
+    return figure
+
+
+def head_heatmap(heads: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """One cell a head, layers from left to right: the rise in log p(target) from it, in nats.
+
+    Drawn from ``Attribution.heads()``. The colour scale is symmetrical about 0. Heads that are not
+    in the table (after ``heads(top=...)``) are left grey, so that they do not look like zeros.
+
+    Raises:
+        InputError: If ``heads`` is empty, lacks columns, or has two rows for one head.
+    """
+    heads = _checked(heads, "heads", HEAD_COLUMNS, key=["layer", "head"])
+    n_layers, n_heads = max(heads["layer"].tolist()) + 1, max(heads["head"].tolist()) + 1
+    limit = _limit(heads["score"].tolist())
+    grid = np.full((n_heads, n_layers), None, dtype=object)
+    grid[heads["head"].tolist(), heads["layer"].tolist()] = heads["score"].tolist()
+    figure = go.Figure(
+        go.Heatmap(
+            x=list(range(n_layers)),
+            y=list(range(n_heads)),
+            z=grid.tolist(),
+            colorscale=list(_DIVERGING),
+            zmid=0,
+            zmin=-limit,
+            zmax=limit,
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            colorbar={"title": {"text": RISE, "side": "right"}, "thickness": 14},
+            hovertemplate="layer %{x}, head %{y}: %{z:.3f} nats<extra></extra>",
+        )
+    )
+    height = max(380, 130 + 15 * n_heads)
+    _finish(figure, title, "What each attention head adds to log p(target)", height=height)
+    if len(heads) < grid.size:
+        figure.update_layout(plot_bgcolor=_GAP)
+    figure.update_xaxes(showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title_text="head",
+        showgrid=False,
+        zeroline=False,
+        range=[-0.5, n_heads - 0.5],
+        tick0=0,
+        dtick=_tick_step(n_heads, (height - 130) // 15),
+    )
+    _layer_axis(figure, range(n_layers))
+    return figure
+
+
+def position_bars(positions: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """One row a token of the prompt: what one head brings from there, and how much it attends.
+
+    On the left the rise in log p(target), in nats; on the right the attention weight (0 to 1) that
+    the read position gives the token. Tokens read from top to bottom, as ``3: ·France``, with ``·``
+    for a space and ``⏎`` for a newline. The figure grows with the prompt up to 80 tokens; beyond
+    that only some rows keep their label (hovering names every one).
+
+    Drawn from ``Attribution.positions(layer, head)``.
+
+    Raises:
+        InputError: If ``positions`` is empty, lacks columns, holds more than one head, or has two
+            rows for one position.
+    """
+    positions = _checked(positions, "positions", POSITION_COLUMNS, key=None)
+    found = positions[["layer", "head"]].drop_duplicates()
+    layer, head = (int(value) for value in found.iloc[0])
+    if len(found) > 1:
+        raise InputError(
+            f"the positions table holds {len(found)} heads; draw one at a time, for example "
+            f"positions(layer={layer}, head={head})"
+        )
+    positions = _unique(positions, "positions", ["source_pos"])
+    places = [int(place) for place in positions["source_pos"]]
+    labels = [
+        f"{place}: {_escaped(_shortened(visible(token) or '(empty)'))}"
+        for place, token in zip(places, positions["token"], strict=True)
+    ]
+    n_rows = places[-1] - places[0] + 1
+    scores = positions["score"].tolist()
+    limit = _limit(scores)
+    figure = make_subplots(
+        cols=2, shared_yaxes=True, column_widths=[0.68, 0.32], horizontal_spacing=0.04
+    )
+    figure.add_bar(
+        x=scores,
+        y=places,
+        name="score",
+        orientation="h",
+        marker={
+            "color": scores,
+            "colorscale": _SIGNS,
+            "cmid": 0,
+            "cmin": -limit,
+            "cmax": limit,
+        },
+        customdata=labels,
+        hovertemplate="%{customdata}<br>%{x:.3f} nats<extra></extra>",
+        row=1,
+        col=1,
+    )
+    figure.add_bar(
+        x=positions["attention"].tolist(),
+        y=places,
+        name="attention",
+        orientation="h",
+        marker={"color": _GREY},
+        customdata=labels,
+        hovertemplate="%{customdata}<br>attention %{x:.3f}<extra></extra>",
+        row=1,
+        col=2,
+    )
+    height = 130 + 18 * max(6, min(n_rows, _LABELLED_ROWS))
+    _finish(figure, title, f"What head L{layer}.H{head} brings from each token", height=height)
+    figure.update_layout(showlegend=False)
+    step = -(-n_rows // _LABELLED_ROWS)
+    figure.update_yaxes(range=[places[-1] + 0.5, places[0] - 0.5], showgrid=False, zeroline=False)
+    figure.update_yaxes(
+        title_text="position: token",
+        tickmode="array",
+        tickvals=places[::step],
+        ticktext=labels[::step],
+        col=1,
+    )
+    figure.update_xaxes(title_text=RISE, nticks=7, col=1, **_zero_line())
+    figure.update_xaxes(
+        title_text="attention weight", rangemode="tozero", nticks=4, col=2, **_zero_line()
+    )
+    return figure
+
+
+def neuron_histogram(
+    neurons: pd.DataFrame,
+    top: int | None = None,
+    *,
+    n_layers: int | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """How many of the best neurons of each kind lie in each layer.
+
+    Drawn from ``Attribution.neurons()``, or from such tables of several prompts put together; then
+    the neurons of all prompts are counted.
+
+    Args:
+        neurons: Neurons of one role (value or query).
+        top: How many of each kind and prompt to count, by rank; by default all in the table.
+        n_layers: The model's number of layers; by default the axis ends at the last layer that
+            has a neuron in the table.
+
+    Raises:
+        InputError: If ``neurons`` is empty, lacks columns, mixes roles, ranks fewer than ``top``
+            of a kind, or has a layer beyond ``n_layers``.
+    """
+    neurons = _checked(neurons, "neurons", NEURON_COLUMNS, key=None, finite=False)
+    roles = sorted(str(role) for role in neurons["role"].unique())
+    if len(roles) > 1:
+        raise InputError(
+            f"the neurons table mixes the roles {', '.join(roles)}; draw one at a time, for "
+            f"example neurons[neurons['role'] == {roles[0]!r}]"
+        )
+    last_layer = max(neurons["layer"].tolist())
+    if n_layers is not None:
+        if last_layer >= n_layers:
+            raise InputError(
+                f"the neurons table has layer {last_layer}, but n_layers is {n_layers}"
+            )
+        last_layer = n_layers - 1
+    kinds = _kinds(neurons)
+    if top is not None:
+        neurons = _best(neurons, top)
+    n_prompts = len(set(neurons["prompt_id"].tolist()))
+    most = 0
+    figure = go.Figure()
+    for kind in kinds:
+        found = Counter(neurons["layer"][neurons["kind"] == kind].tolist())
+        most = max(most, *found.values())
+        figure.add_bar(
+            x=list(range(last_layer + 1)),
+            y=[found[layer] for layer in range(last_layer + 1)],
+            name=KIND_NAMES[kind],
+            marker_color=_KIND_COLOURS[kind],
+            hovertemplate=f"layer %{{x}}, {KIND_NAMES[kind]}: %{{y}} neurons<extra></extra>",
+        )
+    which = "ranked" if top is None else f"top {top}"
+    of_prompts = f" of {n_prompts} prompts" if n_prompts > 1 else ""
+    default = f"Layers of the {which} {roles[0]} neurons of each kind{of_prompts}"
+    _finish(figure, title, default, height=380)
+    figure.update_yaxes(
+        title_text="number of neurons", tick0=0, dtick=_tick_step(most, 8), **_zero_line()
+    )
+    _layer_axis(figure, range(last_layer + 1))
+    return figure
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _TOKEN_CHARS else f"{text[: _TOKEN_CHARS - 1]}…"
+
+
+def _escaped(text: str) -> str:
+    """Text that plotly shows as it is: no tags, no entities, and no formula between dollars."""
+    return html.escape(text, quote=False).replace("$", "&#36;")
+
+
+def _checked(
+    table: pd.DataFrame,
+    name: str,
+    columns: Sequence[str],
+    *,
+    key: list[str] | None,
+    finite: bool = True,
+) -> pd.DataFrame:
+    """``table`` in order of its ``key``, once it is known to be one that can be drawn."""
+    missing = [column for column in columns if column not in table.columns]
+    if missing:
+        raise InputError(
+            f"a {name} table has the columns {', '.join(columns)}; this one lacks "
+            f"{', '.join(missing)}: give the table of Attribution.{name}()"
+        )
+    if table.empty:
+        raise InputError(f"the {name} table has no rows: there is nothing to draw")
+    if finite:
+        bad = int((~np.isfinite(table["score"].to_numpy(dtype=float))).sum())
+        if bad:
+            raise InputError(f"{bad} scores of the {name} table are not finite; drop those rows")
+    return table if key is None else _unique(table, name, key)
+
+
+def _unique(table: pd.DataFrame, name: str, key: list[str]) -> pd.DataFrame:
+    twice = table.loc[table.duplicated(key), key]
+    if len(twice):
+        where = ", ".join(f"{column} {twice.iloc[0][column]}" for column in key)
+        raise InputError(
+            f"the {name} table has more than one row for {where}; give the {name} of one prompt, "
+            f"or average them first with groupby({key})"
+        )
+    return table.sort_values(key, kind="stable")
+
+
+def _kinds(table: pd.DataFrame) -> list[str]:
+    """The kinds in ``table``, in the order they act in a block."""
+    found = set(table["kind"].tolist())
+    unknown = sorted(str(kind) for kind in found - set(KIND_NAMES))
+    if unknown:
+        raise InputError(f"kind must be one of {', '.join(KIND_NAMES)}, got {', '.join(unknown)}")
+    return [kind for kind in KIND_NAMES if kind in found]
+
+
+def _best(neurons: pd.DataFrame, top: int) -> pd.DataFrame:
+    if top < 1:
+        raise InputError(f"top must be at least 1, got {top}")
+    ranked: dict[tuple[str, str], int] = {}
+    for prompt_id, kind, rank in zip(
+        neurons["prompt_id"], neurons["kind"], neurons["rank"], strict=True
+    ):
+        ranked[prompt_id, kind] = max(rank, ranked.get((prompt_id, kind), 0))
+    for (prompt_id, kind), count in ranked.items():
+        if count < top:
+            raise InputError(
+                f"only {count} {kind} neurons of prompt {prompt_id!r} are ranked in the table, "
+                f"fewer than top={top}; rank more with attribute(..., top={top}), or leave top out "
+                "to count every row"
+            )
+    return neurons.loc[neurons["rank"] <= top]
+
+
+def _limit(scores: Sequence[float]) -> float:
+    """The end of a colour scale from ``-limit`` to ``limit``; 1 where all scores are 0."""
+    return max(map(abs, scores)) or 1.0
+
+
+def _tick_step(n_values: int, at_most: int) -> int:
+    """How many values lie between two ticks, so that no more than ``at_most`` ticks are drawn."""
+    step = 1
+    for factor in (2, 2.5, 2) * 8:
+        if n_values <= step * at_most:
+            break
+        step = int(step * factor)
+    return step
+
+
+def _zero_line() -> dict:
+    return {"zeroline": True, "zerolinecolor": _GREY, "zerolinewidth": 1}
+
+
+def _layer_axis(figure: go.Figure, layers: Sequence[int]) -> None:
+    first, last = min(layers), max(layers)
+    figure.update_xaxes(
+        title_text="layer",
+        range=[first - 0.5, last + 0.5],
+        tick0=0,
+        dtick=_tick_step(last - first + 1, 24),
+    )
+
+
+def _finish(figure: go.Figure, title: str | None, default: str, height: int) -> None:
+    lines = textwrap.wrap(default if title is None else title, width=80)
+    title_height = 22 * len(lines)
+    figure.update_layout(
+        template="plotly_white",
+        height=height + title_height,
+        margin={"l": 70, "r": 20, "t": 55 + title_height, "b": 55},
+        legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
+        barmode="group",
+    )
+    if lines:
+        figure.update_layout(
+            title={
+                "text": "<br>".join(_escaped(line) for line in lines),
+                "font": {"size": 16},
+                "x": 0.01,
+                "xanchor": "left",
+                "y": 1,
+                "yanchor": "top",
+                # below plotly's row of buttons; a second line would push the first one up
+                "pad": {"t": 19 + 11 * len(lines)},
+            }
+        )
