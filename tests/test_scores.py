@@ -1,17 +1,14 @@
 """Every fast score against the definition in float64, and the identities the method promises."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import TOKENS, bridge_of
 from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
 
-from tl_neuron_attr import (
-    attribute,
-    neuron_scores,
-    open_host,
-    read_out,
-)
+from tl_neuron_attr import InputError, attribute, neuron_scores
 from tl_neuron_attr.scores import log_prob_increase
 
 TARGET = 7
@@ -134,9 +131,9 @@ def test_conventions_differ_where_the_model_has_final_biases(tiny_gpt2):
 
 def test_adding_nothing_raises_nothing(tiny_model):
     result = attribute(tiny_model, TOKENS, top=1)
-    base = result.captured.resid_pre[1]
-    nothing = torch.zeros(3, base.shape[0])
-    assert log_prob_increase(base, nothing, result.out.of(TARGET)).abs().max() == 0
+    base = result.captured.resid_pre[1:2]
+    nothing = torch.zeros(1, 3, base.shape[1])
+    assert log_prob_increase(base, nothing, result.out, TARGET).abs().max() < 1e-6
 
 
 def test_a_planted_ffn_neuron_ranks_first():
@@ -171,40 +168,54 @@ def test_a_planted_attention_neuron_ranks_first_at_its_source():
     assert host.n_key_value_heads == 2
 
 
-def test_scores_do_not_depend_on_chunk_or_budget(tiny_model):
+def test_scores_do_not_depend_on_the_budget(tiny_model):
     result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
-    log_prob = result.out.of(TARGET)
     for block in (*result.ffns, *result.attns):
-        whole = neuron_scores(block, log_prob, chunk=10_000)
-        for chunk in (1, 7, 64):
-            assert torch.allclose(
-                neuron_scores(block, log_prob, chunk=chunk), whole, atol=2e-6, rtol=0
-            )
-    small = attribute(tiny_model, TOKENS, target=TARGET, top=500, budget=4000)
-    large = attribute(tiny_model, TOKENS, target=TARGET, top=500)
-    assert small.out.rows_per_block < 5 < large.out.rows_per_block
-    key = ["kind", "layer", "head", "source_pos", "index"]
-    merged = small.neurons().merge(large.neurons(), on=key, suffixes=("_small", "_large"))
-    assert len(merged) >= 0.99 * len(large.neurons())
-    assert (merged["score_small"] - merged["score_large"]).abs().max() < 2e-6
+        whole = neuron_scores(block, result.out, TARGET)
+        for budget in (2000, 9000, 40_000):
+            out = replace(result.out, budget=budget)
+            assert out.rows_per_block < result.out.rows_per_block
+            scores = neuron_scores(block, out, TARGET)
+            assert torch.allclose(scores, whole, atol=2e-6, rtol=0)
 
 
-def test_float64_shrinks_the_rounding_error_of_float32(tiny_model):
-    host = open_host(tiny_model)
-    narrow = attribute(tiny_model, TOKENS, target=TARGET, top=1)
-    wide = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
+def test_a_budget_too_small_for_one_vector_is_an_error_before_the_forward_pass(
+    tiny_model, monkeypatch
+):
+    monkeypatch.setattr(
+        type(tiny_model), "run_with_hooks", lambda *a, **k: pytest.fail("the model was run")
+    )
+    with pytest.raises(InputError, match="budget of 100 bytes is too small.*at least"):
+        attribute(tiny_model, TOKENS, budget=100)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_float64_shrinks_the_rounding_error_of_float32(family):
     telescoped = {}
-    for name, result in (("narrow", narrow), ("wide", wide)):
-        log_prob = read_out(host, result.captured.resid_final, "exact").of(TARGET)
-        block = result.ffns[1]
-        scores = neuron_scores(block, log_prob)
-        again = torch.stack(
-            [
-                log_prob_increase(block.base, vector, log_prob)
-                for vector in block.vectors(torch.arange(block.n_neurons))
-            ]
-        )
-        telescoped[name] = (scores - again).abs().max().item()
-        assert scores.dtype == result.captured.resid_pre.dtype
-    assert telescoped["wide"] < 1e-12
-    assert telescoped["narrow"] < 1e-5
+    for dtype in (torch.float32, torch.float64):
+        result = attribute(bridge_of(family, dtype=dtype), TOKENS, target=TARGET, top=1)
+        assert result.ffn_neurons.score.dtype == dtype
+        layers = result.layer_scores
+        total = (layers.attn + layers.ffn).sum().item()
+        telescoped[dtype] = abs(total - (result.log_prob - result.embedding_log_prob))
+    assert telescoped[torch.float64] < 1e-12
+    assert telescoped[torch.float32] < 1e-5
+
+
+def test_the_whole_vocabulary_takes_part_where_it_spans_several_blocks(tiny_gpt2, monkeypatch):
+    result = attribute(tiny_gpt2, TOKENS, target=TARGET, top=1, dtype=torch.float64)
+    block = result.ffns[0]
+    whole = neuron_scores(block, result.out, TARGET)
+    gradient = result.out.gradient(result.out.baseline(block.base[None]), TARGET)
+    monkeypatch.setattr("tl_neuron_attr.readout._COLUMNS", 7)
+    assert torch.allclose(neuron_scores(block, result.out, TARGET), whole, atol=1e-13, rtol=0)
+    again = result.out.gradient(result.out.baseline(block.base[None]), TARGET)
+    assert torch.allclose(again, gradient, atol=1e-13, rtol=0)
+
+
+def test_the_gradient_is_autograds(tiny_model):
+    result = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
+    bases = result.captured.resid_pre.clone().requires_grad_()
+    result.out.log_prob(bases, TARGET).sum().backward()
+    found = result.out.gradient(result.out.baseline(bases.detach()), TARGET)
+    assert torch.allclose(found, bases.grad, atol=1e-12, rtol=0)

@@ -27,7 +27,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, open_host, resolve_target, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.prompts import Convention, Prompt, Target, as_prompt
-from tl_neuron_attr.readout import DEFAULT_BUDGET, read_out
+from tl_neuron_attr.readout import DEFAULT_BUDGET, check_budget, read_out
 from tl_neuron_attr.scores import head_scores, layer_scores
 from tl_neuron_attr.topk import top_neurons
 
@@ -67,13 +67,15 @@ def attribute(
         NonFiniteError: If the forward pass gives NaN or infinite activations.
         IdentityError: If the model contradicts what this package believes about it.
 
-    Cost: one forward pass, and one read-out per layer, head and neuron.
+    Cost: one forward pass, two gradients, and about one read-out per layer, head and neuron
+    listed (under ``recomputed``: per neuron there is).
     Source: Yu & Ananiadou (2024), section 3.
     """
     started = time.perf_counter()
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
     host = open_host(model)
+    check_budget(host, budget, dtype)
     if isinstance(prompt, Capture):
         if (position, prepend_bos, cache) != (None, None, None):
             raise InputError("a Capture carries its own tokens: give only target beside it")
@@ -91,18 +93,18 @@ def attribute(
     wanted = asked_target or captured.prompt.target or _own_top_prediction(host, captured)
     with torch.no_grad():
         out = read_out(host, captured.resid_final, convention, budget=budget)
-        log_prob = out.of(wanted.id)
         ffns = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
         attns = [attn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
-        n_vectors = host.n_layers * host.n_heads + sum(
-            block.n_neurons for block in (*ffns, *attns)
-        )
+        layers = layer_scores(captured, out, wanted.id)
+        heads = head_scores(attns, out, wanted.id)
+        # certified, one read-out per neuron listed and a few more; else one per neuron there is
+        expected = 2 * top if out.affine else sum(b.n_neurons for b in (*ffns, *attns))
         # delay: no bar for what is over in two seconds
-        with tqdm(total=n_vectors, unit="vector", delay=2, leave=False, disable=not progress) as bar:
-            layers = layer_scores(captured, log_prob)
-            heads = head_scores(attns, log_prob, bar.update)
-            ffn_neurons = top_neurons(ffns, log_prob, top, progress=bar.update)
-            attn_neurons = top_neurons(attns, log_prob, top, progress=bar.update)
+        with tqdm(
+            total=expected, unit="neuron", delay=2, leave=False, disable=not progress
+        ) as bar:
+            ffn_neurons = top_neurons(ffns, out, wanted.id, top, progress=bar.update)
+            attn_neurons = top_neurons(attns, out, wanted.id, top, progress=bar.update)
         result = Attribution(
             host=host,
             captured=captured,
@@ -111,8 +113,8 @@ def attribute(
             out=out,
             ffns=tuple(ffns),
             attns=tuple(attns),
-            log_prob=float(log_prob(captured.resid_final)),
-            embedding_log_prob=float(log_prob(captured.resid_pre[0])),
+            log_prob=float(out.log_prob(captured.resid_final, wanted.id)),
+            embedding_log_prob=float(out.log_prob(captured.resid_pre[0], wanted.id)),
             layer_scores=layers,
             head_scores=heads,
             ffn_neurons=ffn_neurons,

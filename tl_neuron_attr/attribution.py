@@ -99,7 +99,9 @@ class Attribution:
         tables = []
         with torch.no_grad():
             for block in (self.attns[place] for place in layers):
-                scores = position_scores([block], self.out.of(self.target.id), heads=heads)[0]
+                scores = position_scores(
+                    [block], self.out, self.target.id, heads=heads
+                )[0]
                 tables.append(
                     position_table(
                         block.layer,
@@ -232,7 +234,8 @@ class Attribution:
     def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
         blocks = [block.over_sources() for block in self.attns]
         with torch.no_grad():
-            return top_neurons(blocks, self.out.of(self.target.id), len(self.attn_neurons)), blocks
+            ranked = top_neurons(blocks, self.out, self.target.id, len(self.attn_neurons))
+        return ranked, blocks
 
     def _token_columns(
         self,

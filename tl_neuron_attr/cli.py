@@ -198,7 +198,7 @@ def _as_json(result: Attribution, model: str) -> dict[str, Any]:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values, ``None`` where a cell is empty."""
-    columns = {name: table[name].astype(object).tolist() for name in table.columns}
+    columns = {name: table[name].tolist() for name in table.columns}
     return [
         {
             name: None if values[row] is pd.NA else values[row]
@@ -258,7 +258,7 @@ def _token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
     line = Text.assemble(("Tokens", "bold"), "  ")
     for pos, text in enumerate(token_texts):
         style = "reverse" if pos == read_pos else ""
-        line.append(f"{pos}", style="dim").append(" ").append(visible(text), style=style)
+        line.append(f"{pos}:", style="dim").append(visible(text), style=style)
         line.append("  ")
     return line.append("(read at the marked one)", style="dim")
 
@@ -307,30 +307,35 @@ def _head_table(result: Attribution, top: int) -> Table:
 
 
 def _neuron_table(neurons: pd.DataFrame) -> Table:
-    attention = bool(neurons["head"].notna().any())
+    # plain ints, not numpy's: these become neurons
+    rows = _records(neurons)
+    attention = any(row["head"] is not None for row in rows)
+    labels = [str(_neuron(row)) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("neuron", no_wrap=True)
+    table.add_column("neuron", no_wrap=True, min_width=max(map(len, labels)))
     if attention:
-        table.add_column("source", no_wrap=True, max_width=14)
-    table.add_column("score", justify="right", no_wrap=True)
-    table.add_column("coef.", justify="right", no_wrap=True)
+        table.add_column("source", no_wrap=True, min_width=8, max_width=14)
+    table.add_column("score", justify="right", no_wrap=True, min_width=6)
+    table.add_column("coef.", justify="right", no_wrap=True, min_width=6)
     table.add_column("raises", ratio=1, no_wrap=True, overflow="ellipsis")
     table.add_column("lowers", ratio=1, no_wrap=True, overflow="ellipsis")
-    for row in neurons.itertuples(index=False):
-        if attention:
-            neuron = AttnNeuron(row.layer, row.head, row.index, row.source_pos)
-            source = [Text(visible(row.source_token))]
-        else:
-            neuron, source = FFNNeuron(row.layer, row.index), []
+    for label, row in zip(labels, rows, strict=True):
+        source = [Text(visible(row["source_token"]))] if attention else []
         table.add_row(
-            str(neuron),
+            label,
             *source,
-            f"{row.score:+.3f}",
-            f"{row.coefficient:+.2f}",
-            Text(" ".join(visible(token) for token in row.raises)),
-            Text(" ".join(visible(token) for token in row.lowers)),
+            f"{row['score']:+.3f}",
+            f"{row['coefficient']:+.2f}",
+            Text(" ".join(visible(token) for token in row["raises"])),
+            Text(" ".join(visible(token) for token in row["lowers"])),
         )
     return table
+
+
+def _neuron(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
+    if row["kind"] == "ffn":
+        return FFNNeuron(row["layer"], row["index"])
+    return AttnNeuron(row["layer"], row["head"], row["index"], row["source_pos"])
 
 
 def _exp(log_prob: float) -> float:

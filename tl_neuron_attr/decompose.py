@@ -49,8 +49,18 @@ class FFNDecomposition:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
+    def slopes(
+        self, gradient: Float[Tensor, " d_model"]
+    ) -> tuple[Float[Tensor, " d_mlp"], Float[Tensor, " d_mlp"]]:
+        """``subvalue . gradient`` of every neuron, and the norms of the subvalues."""
+        return _products_and_norms(self.W_out, gradient)
+
+    def per_neuron(self, per_subvalue: Float[Tensor, " d_mlp"]) -> Float[Tensor, " neuron"]:
+        """What each neuron makes of a number its subvalue has: times its coefficient."""
+        return self.coefficients * per_subvalue
+
     def sum(self) -> Float[Tensor, " d_model"]:
-        """What all neurons add together: ``mlp_out`` less ``bias``."""
+        """What all neurons add together: ``mlp_out`` less the bias."""
         return self.coefficients @ self.W_out.to(self.base.dtype)
 
 
@@ -109,6 +119,17 @@ class AttnDecomposition:
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
+
+    def slopes(
+        self, gradient: Float[Tensor, " d_model"]
+    ) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
+        """``subvalue . gradient`` of every row of ``W_O``, and the norms of the subvalues."""
+        products, norms = _products_and_norms(self.W_O.flatten(0, 1), gradient)
+        return products.view(self.W_O.shape[:2]), norms.view(self.W_O.shape[:2])
+
+    def per_neuron(self, per_subvalue: Float[Tensor, "head d_head"]) -> Float[Tensor, " neuron"]:
+        """What each neuron makes of a number its subvalue has: times its coefficient."""
+        return (self.coefficients() * per_subvalue[:, None]).flatten()
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
@@ -179,3 +200,15 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
 def _check_layer(host: Host, layer: int) -> None:
     if not 0 <= layer < host.n_layers:
         raise InputError(f"layer {layer} is out of range: the model has {host.n_layers} layers")
+
+
+def _products_and_norms(
+    rows: Float[Tensor, "row d_model"], vector: Float[Tensor, " d_model"]
+) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
+    """``row . vector`` and ``|row|`` in the vector's dtype, widening narrow weights in blocks."""
+    products, norms = [], []
+    for block in rows.split(4096):
+        wide = block.to(vector.dtype)
+        products.append(wide @ vector)
+        norms.append(torch.linalg.vector_norm(wide, dim=1))
+    return torch.cat(products), torch.cat(norms)

@@ -19,3 +19,7 @@ class IdentityError(NeuronAttrError, RuntimeError):
 
 class NonFiniteError(NeuronAttrError, ArithmeticError):
     """The forward pass produced NaN or infinite activations."""
+
+
+class OutputError(NeuronAttrError, OSError):
+    """A result could not be written; what was there before is untouched."""

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.errors import InputError, OutputError
 
 
 def writable_directory(directory: str | os.PathLike[str]) -> Path:
@@ -30,6 +30,9 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]
     """Let each writer write its file, all under temporary names, and rename them at the end.
 
     If any writer fails, nothing in ``directory`` has changed. A reader never sees half a file.
+
+    Raises:
+        OutputError: If the disk is full, or the directory cannot be written to.
     """
     staged: list[tuple[Path, Path]] = []
     try:
@@ -46,6 +49,11 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]
             # mkstemp makes private files; results should carry the permissions of any other file
             temporary_path.chmod(0o666 & ~umask)
             temporary_path.replace(final)
+    except OSError as error:
+        names = ", ".join(writers)
+        raise OutputError(
+            f"cannot write {names} to {str(directory)!r}: {error.strerror or error}"
+        ) from error
     finally:
         for temporary_path, _ in staged:
             temporary_path.unlink(missing_ok=True)

@@ -4,6 +4,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -28,7 +30,8 @@ def load_model(name: str = "tiny-facts", *, device: str | None = None) -> Any:
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        model = TransformerBridge.boot_transformers(source, device=device)
+        with torch.random.fork_rng():  # loading draws initial weights only to overwrite them
+            model = TransformerBridge.boot_transformers(source, device=device)
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise InputError(f"cannot load the model {name!r}: {_reason(name, error)}") from error
     return model.eval()

@@ -13,7 +13,7 @@ LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` ta
 scale from each ``x`` itself (the logit lens); it is not affine.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,9 +23,6 @@ from torch import Tensor
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.prompts import CONVENTIONS, Convention
-
-LogProb = Callable[[Float[Tensor, "*batch d_model"]], Float[Tensor, "*batch"]]
-"""Maps residual vectors to the target's log-probability, in nats."""
 
 DEFAULT_BUDGET = 2**30
 """Bytes a read-out may use for its working set, beyond its arguments and its result."""
@@ -66,42 +63,41 @@ class ReadOut:
 
     @property
     def rows_per_block(self) -> int:
-        """How many residual vectors are read out at a time within the budget."""
-        d_model = self.W_U.shape[0]
-        itemsize = self.dtype.itemsize
-        columns = min(_COLUMNS, self.W_U.shape[1])
-        # one row: its block of logits twice (product, and logsumexp's copy) and its normalised
-        # vector with two temporaries; once: a widened block of W_U
-        per_row = itemsize * (2 * columns + 4 * d_model)
-        once = 0 if self.W_U.dtype == self.dtype else itemsize * columns * d_model
-        rows = (self.budget - once) // per_row
-        if rows < 1:
-            raise InputError(
-                f"a budget of {self.budget} bytes is too small to read out one vector; "
-                f"give at least {once + per_row}"
-            )
-        return min(_ROWS, rows)
+        """How many vectors are read out at a time within the budget."""
+        return _rows_per_block(self.W_U, self.dtype, self.budget)
+
+    def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The frozen norm's linear part: what adding a vector adds to the final norm's output.
+
+        Raises:
+            InputError: If the norm is recomputed, for then it has no linear part.
+        """
+        if self.norm_scale is None:
+            raise InputError("a recomputed norm has no linear part; use exact or published")
+        vectors = vectors.to(self.dtype)
+        if self.centered:
+            vectors = vectors - vectors.mean(-1, keepdim=True)
+        vectors = vectors / self.norm_scale
+        return vectors if self.gain is None else vectors * self.gain.to(self.dtype)
 
     def normalize(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The final norm's output for each residual vector."""
-        resid = resid.to(self.dtype)
-        if self.centered:
-            resid = resid - resid.mean(-1, keepdim=True)
-        if self.norm_scale is None:
-            scale = (resid.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+        if self.norm_scale is not None:
+            normalized = self.linear(resid)
         else:
-            scale = self.norm_scale
-        normalized = resid / scale
-        if self.gain is not None:
-            normalized = normalized * self.gain.to(self.dtype)
-        if self.bias is not None:
-            normalized = normalized + self.bias.to(self.dtype)
-        return normalized
+            resid = resid.to(self.dtype)
+            if self.centered:
+                resid = resid - resid.mean(-1, keepdim=True)
+            scale = (resid.pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            normalized = resid / scale
+            if self.gain is not None:
+                normalized = normalized * self.gain.to(self.dtype)
+        return normalized if self.bias is None else normalized + self.bias.to(self.dtype)
 
     def logits(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """All logits of each residual vector. Cost: batch x d_vocab floats of memory."""
         normalized = self.normalize(resid)
-        blocks = [self._block(normalized, columns) for columns in self._vocabulary()]
+        blocks = [self._logit_block(normalized, columns) for columns in self._vocabulary()]
         return torch.cat(blocks, dim=-1)
 
     def log_prob(
@@ -112,25 +108,97 @@ class ReadOut:
         parts = []
         for block in rows.split(self.rows_per_block):
             normalized = self.normalize(block)
-            token_logit = self._block(normalized, slice(token, token + 1))[..., 0]
+            token_logit = self._logit_block(normalized, slice(token, token + 1))[:, 0]
             # the logsumexp of the blocks' logsumexps is the logsumexp over the vocabulary
             partial = [
-                self._block(normalized, columns).logsumexp(-1) for columns in self._vocabulary()
+                self._logit_block(normalized, columns).logsumexp(-1)
+                for columns in self._vocabulary()
             ]
             parts.append(token_logit - torch.stack(partial).logsumexp(0))
         return torch.cat(parts).reshape(resid.shape[:-1])
 
-    def of(self, token: int) -> LogProb:
-        """The read-out of one target token."""
-        return lambda resid: self.log_prob(resid, token)
+    def baseline(self, resid: Float[Tensor, "base d_model"]) -> "Baseline":
+        """The predictions before anything is added, to measure what additions change.
 
-    def _block(self, normalized: Tensor, columns: slice) -> Tensor:
-        logits = normalized @ self.W_U[:, columns].to(self.dtype)
+        Cost: base x d_vocab floats, kept.
+        """
+        return Baseline(resid=resid, log_probs=self.logits(resid).log_softmax(-1))
+
+    def increase(
+        self,
+        baseline: "Baseline",
+        which: Int[Tensor, " row"],
+        contributions: Float[Tensor, "row d_model"],
+        token: int,
+    ) -> Float[Tensor, " row"]:
+        """Gain in log p(token), in nats, from adding each contribution to base ``which``.
+
+        With a frozen norm this is ``delta_w - log E_p[exp(delta)]``, where ``delta`` are the
+        logits of the contribution alone and ``p`` the base's prediction: rounding errors stay in
+        proportion to the contribution, however large the logits of the base are.
+        """
+        parts = []
+        size = self.rows_per_block
+        for rows, bases in zip(contributions.split(size), which.split(size), strict=True):
+            if not self.affine:
+                after = self.log_prob(baseline.resid[bases] + rows, token)
+                parts.append(after - baseline.log_probs[bases, token])
+                continue
+            added = self.linear(rows)
+            partial = []
+            for columns in self._vocabulary():
+                before = baseline.log_probs[:, columns]
+                delta = self._product(added, columns)
+                # one base serves all rows by broadcasting
+                delta += before if before.shape[0] == 1 else before[bases]
+                partial.append(delta.logsumexp(-1))
+            token_delta = self._product(added, slice(token, token + 1))[:, 0]
+            parts.append(token_delta - torch.stack(partial).logsumexp(0))
+        return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
+
+    def gradient(self, baseline: "Baseline", token: int) -> Float[Tensor, "base d_model"]:
+        """Gradient of log p(token | resid) at each base, for a frozen norm.
+
+        Since log p is concave in the residual vector, ``contribution . gradient`` is never below
+        the exact ``increase``: an upper bound of a neuron's score for one dot product.
+        """
+        coefficients = -baseline.log_probs.exp()
+        coefficients[:, token] += 1.0
+        gradient = torch.zeros_like(baseline.resid, dtype=self.dtype)
+        for columns in self._vocabulary():
+            gradient += coefficients[:, columns] @ self.W_U[:, columns].to(self.dtype).T
+        return self._linear_transposed(gradient)
+
+    def direction(self, token: int) -> Float[Tensor, " d_model"]:
+        """The vector whose dot product with a contribution is the token's logit change."""
+        return self._linear_transposed(self.W_U[:, token].to(self.dtype))
+
+    def _linear_transposed(self, vectors: Tensor) -> Tensor:
+        if self.norm_scale is None:
+            raise InputError("a recomputed norm has no linear part; use exact or published")
+        if self.gain is not None:
+            vectors = vectors * self.gain.to(self.dtype)
+        vectors = vectors / self.norm_scale
+        return vectors - vectors.mean(-1, keepdim=True) if self.centered else vectors
+
+    def _product(self, normalized: Tensor, columns: slice) -> Tensor:
+        return normalized @ self.W_U[:, columns].to(self.dtype)
+
+    def _logit_block(self, normalized: Tensor, columns: slice) -> Tensor:
+        logits = self._product(normalized, columns)
         return logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
 
     def _vocabulary(self) -> Iterator[slice]:
         for start in range(0, self.W_U.shape[1], _COLUMNS):
             yield slice(start, start + _COLUMNS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Baseline:
+    """Residual vectors and what the model would predict from each of them."""
+
+    resid: Float[Tensor, "base d_model"]
+    log_probs: Float[Tensor, "base d_vocab"]
 
 
 def read_out(
@@ -176,6 +244,31 @@ def read_out(
     return replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
 
 
+def check_budget(host: Host, budget: int, dtype: torch.dtype | None = None) -> None:
+    """Stop before the forward pass if the read-out could not work within ``budget`` bytes.
+
+    Raises:
+        InputError: If not even one vector could be read out, saying how many bytes are needed.
+    """
+    _rows_per_block(host.W_U, dtype or torch.promote_types(host.dtype, torch.float32), budget)
+
+
+def _rows_per_block(W_U: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, budget: int) -> int:
+    d_model, d_vocab = W_U.shape
+    columns = min(_COLUMNS, d_vocab)
+    # one row: its block of logits, what is added to it, and logsumexp's copy; its vector, the
+    # normalised one and two temporaries. Once: a widened block of W_U
+    per_row = dtype.itemsize * (3 * columns + 4 * d_model)
+    once = 0 if W_U.dtype == dtype else dtype.itemsize * columns * d_model
+    rows = (budget - once) // per_row
+    if rows < 1:
+        raise InputError(
+            f"a budget of {budget} bytes is too small to read out one vector; "
+            f"give at least {once + per_row}"
+        )
+    return min(_ROWS, rows)
+
+
 # --- what a vector says -----------------------------------------------------------------------
 
 
@@ -203,7 +296,7 @@ def project(
     Source: Yu & Ananiadou (2024), section 3; sign rule: their section 4.
     """
     scale = torch.ones((), dtype=out.dtype) if out.norm_scale is None else out.norm_scale
-    linear = replace(out, bias=None, b_U=None, norm_scale=scale)
+    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device))
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
     top_logits, top_ids, bottom_logits, bottom_ids = [], [], [], []
