@@ -11,9 +11,7 @@ from typer.testing import CliRunner
 from tl_neuron_attr import cli
 
 PROMPT = "The capital of France is"
-NEURON_COLUMNS = (
-    "prompt_id role kind layer head index source_pos coefficient score rank".split()
-)
+NEURON_COLUMNS = "prompt_id role kind layer head index source_pos coefficient score rank".split()
 
 
 @pytest.fixture
@@ -52,7 +50,11 @@ def test_json_is_one_object_and_nothing_else(run):
     found = json.loads(shown.stdout)
     assert shown.stderr == ""
     assert [token["text"] for token in found["tokens"]][1:] == [
-        "The", " capital", " of", " France", " is"
+        "The",
+        " capital",
+        " of",
+        " France",
+        " is",
     ]
     assert found["target"]["text"] == " Paris" == found["top_predictions"][0]["text"]
     assert found["target"]["id"] == found["top_predictions"][0]["id"]
@@ -72,14 +74,25 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
     shown = run("attribute", PROMPT, "--out", str(out), "--top", "20")
     assert shown.exit_code == 0, shown.output
     assert sorted(path.name for path in out.iterdir()) == [
-        "heads.parquet", "layers.parquet", "neurons.parquet", "positions.parquet", "run.json"
+        "heads.parquet",
+        "layers.parquet",
+        "neurons.parquet",
+        "positions.parquet",
+        "run.json",
     ]
-    tables = {name: pd.read_parquet(out / f"{name}.parquet") for name in
-              ("layers", "heads", "positions", "neurons")}
+    tables = {
+        name: pd.read_parquet(out / f"{name}.parquet")
+        for name in ("layers", "heads", "positions", "neurons")
+    }
     assert list(tables["layers"]) == ["layer", "kind", "score"]
     assert list(tables["heads"]) == ["layer", "head", "score"]
     assert list(tables["positions"]) == [
-        "layer", "head", "source_pos", "token", "attention", "score"
+        "layer",
+        "head",
+        "source_pos",
+        "token",
+        "attention",
+        "score",
     ]
     assert list(tables["neurons"]) == NEURON_COLUMNS
     neurons = tables["neurons"]
@@ -120,9 +133,7 @@ def test_convention_position_and_target_reach_the_scores(run):
         return json.loads(shown.stdout)
 
     plain = scores()
-    for options in (
-        ("--convention", "published"), ("--position", "2"), ("--target", " Rome")
-    ):
+    for options in (("--convention", "published"), ("--position", "2"), ("--target", " Rome")):
         assert scores(*options)["layers"] != plain["layers"], options
     assert scores("--position", "-1")["layers"] == plain["layers"]
     assert scores("--target", " Rome")["target"]["text"] == " Rome"
@@ -136,7 +147,8 @@ BAD_REQUESTS = {
     "token outside the vocabulary": (["attribute", "--tokens", "1,999999"], "outside the model's"),
     "longer than the context": (["attribute", "word " * 500], "longer than the model's context"),
     "target of several tokens": (
-        ["attribute", PROMPT, "--target", " Paris Texas"], r"is \d tokens \(' Paris', "
+        ["attribute", PROMPT, "--target", " Paris Texas"],
+        r"is \d tokens \(' Paris', ",
     ),
     "position out of range": (["attribute", PROMPT, "--position", "99"], "position 99 is out of"),
     "unknown convention": (["attribute", PROMPT, "--convention", "x"], "must be one of exact"),

@@ -76,9 +76,7 @@ def test_layer_increases_are_the_published_ones(golden_and_result):
 def test_head_increases_are_the_published_ones(golden_and_result):
     golden, result = golden_and_result
     wanted = {(layer, head): score for layer, head, score in golden["head_increase"]}
-    found = {
-        (row.layer, row.head): row.score for row in result.heads().itertuples(index=False)
-    }
+    found = {(row.layer, row.head): row.score for row in result.heads().itertuples(index=False)}
     assert found.keys() == wanted.keys()
     largest = max(abs(score) for score in wanted.values())
     for head, score in wanted.items():  # the notebooks round head scores to 4 decimals

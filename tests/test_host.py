@@ -95,9 +95,7 @@ def test_hooked_transformer_gives_the_bridges_numbers(family):
     assert_same_numbers(raw, wanted)
     processed = attribute_quietly(hooked_of(family, processed=True))
     assert "norms" in processed.host.processing
-    assert_same_numbers(
-        processed, wanted, attention_neurons=not processed.host.value_biases_folded
-    )
+    assert_same_numbers(processed, wanted, attention_neurons=not processed.host.value_biases_folded)
 
 
 @needs_hooked_transformer
@@ -121,7 +119,7 @@ def test_a_refusal_is_a_not_implemented_error():
 
 
 def test_something_else_than_a_transformer_lens_model_is_refused():
-    with pytest.raises(InputError, match="TransformerBridge or a HookedTransformer, got a Identity"):
+    with pytest.raises(InputError, match="a HookedTransformer, got a Identity"):
         attribute(torch.nn.Identity(), TOKENS)
 
 

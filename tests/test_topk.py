@@ -237,9 +237,7 @@ def test_ranked_neurons_are_values_with_labels_that_read_back(tiny_model):
 
 def test_bfloat16_weights_are_bounded_in_float32():
     result = attribute(bridge_of("llama", dtype=torch.bfloat16), TOKENS, target=TARGET, top=10)
-    dense = attribute(
-        bridge_of("llama", dtype=torch.bfloat16), TOKENS, target=TARGET, top=10_000
-    )
+    dense = attribute(bridge_of("llama", dtype=torch.bfloat16), TOKENS, target=TARGET, top=10_000)
     for kind in ("ffn", "attn"):
         found = result.neurons(kind)["score"].to_numpy()
         assert found == pytest.approx(dense.neurons(kind).head(10)["score"].to_numpy(), abs=1e-5)

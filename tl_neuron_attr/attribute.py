@@ -1,14 +1,14 @@
 """START HERE: model + prompt -> Attribution, the whole pipeline in one screen.
 
-    host      = open_host(model)              whose model      (host.py)
-    asked     = tokenize(host, prompt)        what we ask      (prompts.py, host.py)
-    captured  = capture(host, asked)          what happened    (capture.py)
-    verify(host, captured)                    is it so         (identities.py)
-    out       = read_out(host, ...)           what it says     (readout.py)
-    blocks    = ffn_/attn_decomposition(...)  who wrote what   (decompose.py)
-    scores    = layer_/head_/neuron_scores    who raised it    (scores.py)
-    ranked    = top_neurons(...)              the best         (topk.py)
-    Attribution(...).neurons()                what we report   (attribution.py, tables.py)
+host      = open_host(model)              whose model      (host.py)
+asked     = tokenize(host, prompt)        what we ask      (prompts.py, host.py)
+captured  = capture(host, asked)          what happened    (capture.py)
+verify(host, captured)                    is it so         (identities.py)
+out       = read_out(host, ...)           what it says     (readout.py)
+blocks    = ffn_/attn_decomposition(...)  who wrote what   (decompose.py)
+scores    = layer_/head_/neuron_scores    who raised it    (scores.py)
+ranked    = top_neurons(...)              the best         (topk.py)
+Attribution(...).neurons()                what we report   (attribution.py, tables.py)
 """
 
 import time
@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture, capture
@@ -100,9 +100,7 @@ def attribute(
         # certified, one read-out per neuron listed and a few more; else one per neuron there is
         expected = 2 * top if out.affine else sum(b.n_neurons for b in (*ffns, *attns))
         # delay: no bar for what is over in two seconds
-        with tqdm(
-            total=expected, unit="neuron", delay=2, leave=False, disable=not progress
-        ) as bar:
+        with tqdm(total=expected, unit="neuron", delay=2, leave=False, disable=not progress) as bar:
             ffn_neurons = top_neurons(ffns, out, wanted.id, top, progress=bar.update)
             attn_neurons = top_neurons(attns, out, wanted.id, top, progress=bar.update)
         result = Attribution(

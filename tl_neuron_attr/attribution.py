@@ -69,7 +69,7 @@ class Attribution:
         return layer_table(self.layer_scores)
 
     def heads(self, top: int | None = None) -> pd.DataFrame:
-        """Rise from each head: ``layer, head, score``; in layer order, or the ``top`` best first."""
+        """Rise from each head: ``layer, head, score``; in order, or the ``top`` best first."""
         table = head_table(self.head_scores)
         if top is None:
             return table
@@ -99,9 +99,7 @@ class Attribution:
         tables = []
         with torch.no_grad():
             for block in (self.attns[place] for place in layers):
-                scores = position_scores(
-                    [block], self.out, self.target.id, heads=heads
-                )[0]
+                scores = position_scores([block], self.out, self.target.id, heads=heads)[0]
                 tables.append(
                     position_table(
                         block.layer,
@@ -140,9 +138,7 @@ class Attribution:
         if kind != "attn":
             ranked.append((self.ffn_neurons, self.ffns))
         if kind != "ffn":
-            ranked.append(
-                (self.attn_neurons, self.attns) if by_source else self._over_sources
-            )
+            ranked.append((self.attn_neurons, self.attns) if by_source else self._over_sources)
         tables = []
         for neurons, blocks in ranked:
             if top is not None:
@@ -192,7 +188,10 @@ class Attribution:
                 "embedding_log_prob": self.embedding_log_prob,
             },
             "convention": self.convention,
-            "neuron_basis": "mlp.hook_post (act(pre), gated: act(gate) * up); pattern * v of a head",
+            "neuron_basis": {
+                "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
+                "attn": "pattern * v of one head, one source position, one dimension",
+            },
             "model": {
                 "name": host.model_name,
                 "architecture": host.architecture,

@@ -56,9 +56,7 @@ class Capture:
     def to(self, dtype: torch.dtype) -> "Capture":
         """The same capture with its activations in ``dtype`` (e.g. to score in float64)."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return replace(
-            self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None}
-        )
+        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
 
     def top_predictions(self, k: int = 5) -> list[tuple[int, float]]:
         """The model's ``k`` likeliest next tokens as (id, log-probability in nats)."""
@@ -102,7 +100,9 @@ def capture(host: Host, prompt: TokenizedPrompt, cache: Any = None) -> Capture:
 def _run(host: Host, prompt: TokenizedPrompt) -> dict[str, Tensor]:
     seen: dict[str, Tensor] = {}
 
-    def keep(activation: Tensor, hook: Any, *, key: str, select: Callable[[Tensor], Tensor]) -> None:
+    def keep(
+        activation: Tensor, hook: Any, *, key: str, select: Callable[[Tensor], Tensor]
+    ) -> None:
         seen[key] = _scoring_copy(select(activation))
 
     hooks = [
@@ -262,9 +262,7 @@ def load_capture(directory: str | Path) -> Capture:
         model_name = str(facts["model_name"])
         known = {field.name for field in fields(Capture)}
         values = {name: tensors[name] for name in _TENSORS if name in tensors and name in known}
-        return Capture(
-            prompt=prompt, model_name=model_name, **{"resid_mid": None, **values}
-        )
+        return Capture(prompt=prompt, model_name=model_name, **{"resid_mid": None, **values})
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(
             f"cannot read a capture from {str(folder)!r}: {error!r}; capture the prompt again"

@@ -25,6 +25,7 @@ from tl_neuron_attr.files import writable_directory
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import CONVENTIONS, Prompt, visible
+from tl_neuron_attr.topk import Kind
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -200,10 +201,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     """Rows as plain Python values, ``None`` where a cell is empty."""
     columns = {name: table[name].tolist() for name in table.columns}
     return [
-        {
-            name: None if values[row] is pd.NA else values[row]
-            for name, values in columns.items()
-        }
+        {name: None if values[row] is pd.NA else values[row] for name, values in columns.items()}
         for row in range(len(table))
     ]
 
@@ -211,9 +209,7 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 # --- the terminal -----------------------------------------------------------------------------
 
 
-def _show(
-    result: Attribution, model: str, top: int, seconds: float, out: Path | None
-) -> None:
+def _show(result: Attribution, model: str, top: int, seconds: float, out: Path | None) -> None:
     console = Console(width=min(_WIDTH, Console().width), highlight=False)
     host, prompt = result.host, result.captured.prompt
     dtype = str(host.dtype).removeprefix("torch.")
@@ -233,7 +229,8 @@ def _show(
     console.print(_layer_table(result))
     console.print(f"\n[bold]Heads[/], the best {min(top, result.head_scores.numel())}")
     console.print(_head_table(result, top))
-    for kind, name in (("ffn", "FFN"), ("attn", "Attention")):
+    kinds: tuple[tuple[Kind, str], ...] = (("ffn", "FFN"), ("attn", "Attention"))
+    for kind, name in kinds:
         table = result.neurons(kind, top, tokens=5)
         console.print(f"\n[bold]{name} value neurons[/], the best {len(table)}")
         console.print(_neuron_table(table))
@@ -265,8 +262,9 @@ def _token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
 
 def _prediction_line(result: Attribution) -> Text:
     line = Text.assemble(("Predicts", "bold"), "  ")
-    for row in result.predictions(5).itertuples(index=False):
-        line.append(visible(row.token)).append(f" {row.prob:.3f}", style="dim").append("   ")
+    for row in _records(result.predictions(5)):
+        line.append(visible(row["token"])).append(f" {row['prob']:.3f}", style="dim")
+        line.append("   ")
     return line
 
 
@@ -296,13 +294,14 @@ def _head_table(result: Attribution, top: int) -> Table:
     table.add_column("head")
     table.add_column("score", justify="right")
     table.add_column("brings most from", overflow="fold")
-    for row in result.heads(top).itertuples(index=False):
-        positions = result.positions(row.layer, row.head).sort_values("score", ascending=False)
+    for row in _records(result.heads(top)):
+        positions = result.positions(row["layer"], row["head"])
         sources = [
-            f"{source.source_pos} {visible(source.token)} ({source.score:+.2f})"
-            for source in positions.head(3).itertuples(index=False)
+            f"{source['source_pos']}:{visible(source['token'])} ({source['score']:+.2f})"
+            for source in _records(positions.nlargest(3, "score"))
         ]
-        table.add_row(f"L{row.layer}.H{row.head}", f"{row.score:+.3f}", Text("  ".join(sources)))
+        label = f"L{row['layer']}.H{row['head']}"
+        table.add_row(label, f"{row['score']:+.3f}", Text("  ".join(sources)))
     return table
 
 

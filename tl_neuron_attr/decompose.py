@@ -85,7 +85,8 @@ class AttnDecomposition:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(head, pos, d_head): how many attention neurons there are, and how they are numbered."""
-        return (*self.pattern.shape, self.v.shape[-1])
+        head, pos = self.pattern.shape
+        return head, pos, self.v.shape[-1]
 
     @property
     def n_neurons(self) -> int:

@@ -129,7 +129,7 @@ def open_host(model: Any) -> Host:
     cfg = model.cfg
     if model.training and class_name != "HookedTransformer":
         # HookedTransformer has no dropout: its training flag, set by default, changes nothing
-        raise InputError("the model is in training mode, where dropout is active; call model.eval()")
+        raise InputError("the model is in training mode, where dropout acts; call model.eval()")
     _refuse_unsupported(model)
     block = model.blocks[0]
     W_O = block.attn.W_O
@@ -171,7 +171,7 @@ def weights_hash(host: Host) -> str:
             continue
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
         flat = parameter.detach().cpu().contiguous().flatten()
-        digest.update(memoryview(flat.view(torch.uint8).numpy()))
+        digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -317,7 +317,7 @@ def _architecture(cfg: Any) -> str:
 
 
 def _parameter(module: Any, *names: str) -> Tensor | None:
-    """The first of ``names`` that ``module`` has as a tensor (the bridge may raise, or give None)."""
+    """The first of ``names`` that ``module`` has as a tensor (a bridge may raise, or give None)."""
     for name in names:
         try:
             value = getattr(module, name, None)

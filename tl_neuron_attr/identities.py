@@ -112,7 +112,9 @@ def _attention(host: Host, captured: Capture) -> tuple[Identity, Identity]:
     sums = torch.stack([_plus(part.sum(), part.b_O) for part in parts])
     return (
         _identity(host, "the attention pattern", "pattern @ v = z", z, captured.z),
-        _identity(host, "the attention neurons", "z @ W_O + b_O = attn_out", sums, captured.attn_out),
+        _identity(
+            host, "the attention neurons", "z @ W_O + b_O = attn_out", sums, captured.attn_out
+        ),
     )
 
 

@@ -93,9 +93,7 @@ def as_prompt(
         prompt = prompt.tolist()
     if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
         raise InputError("token ids must be integers")
-    return Prompt(
-        tokens=tuple(prompt), target=target, position=position, prepend_bos=prepend_bos
-    )
+    return Prompt(tokens=tuple(prompt), target=target, position=position, prepend_bos=prepend_bos)
 
 
 def visible(text: str) -> str:

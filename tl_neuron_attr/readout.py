@@ -283,9 +283,7 @@ class TokenEnds:
     bottom_logits: Float[Tensor, "*batch k"]
 
 
-def project(
-    out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10
-) -> TokenEnds:
+def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10) -> TokenEnds:
     """The ``k`` tokens each vector raises most and the ``k`` it lowers most.
 
     This is the linear part of the read-out: no bias of norm or unembedding, for those belong to

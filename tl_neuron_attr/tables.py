@@ -129,7 +129,9 @@ def token_columns(
     )
 
 
-def write_tables(directory: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]) -> None:
+def write_tables(
+    directory: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]
+) -> None:
     """Write each table as ``<name>.parquet`` and each text under its name: all of them, or none."""
     parquet = {f"{name}.parquet": _parquet_writer(table) for name, table in tables.items()}
     plain = {name: _text_writer(text) for name, text in texts.items()}

@@ -90,9 +90,7 @@ class RankedNeurons:
             return [FFNNeuron(*place) for place in zip(layers, indices, strict=True)]
         heads = self.head.tolist()
         sources = [None] * len(self) if self.source_pos is None else self.source_pos.tolist()
-        return [
-            AttnNeuron(*place) for place in zip(layers, heads, indices, sources, strict=True)
-        ]
+        return [AttnNeuron(*place) for place in zip(layers, heads, indices, sources, strict=True)]
 
 
 def top_neurons(
@@ -135,7 +133,7 @@ def top_neurons(
 def score_bounds(
     decompositions: Sequence[Decomposition], out: ReadOut, baseline: Baseline, token: int
 ) -> tuple[Float[Tensor, " neuron"], float]:
-    """An upper bound of every neuron's score, slack included, over all blocks; and the largest slack.
+    """An upper bound of every neuron's score over all blocks, slack included; the largest slack.
 
     Source: log p is concave in the residual vector, so its tangent lies above it.
     """

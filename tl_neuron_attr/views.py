@@ -63,8 +63,9 @@ def layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go.Figure:
             x=rows["layer"].tolist(),
             y=rows["score"].tolist(),
             name=KIND_NAMES[kind],
+            showlegend=True,  # plotly would leave a kind that is alone without its name
             marker_color=_KIND_COLOURS[kind],
-            hovertemplate=f"layer %{{x}}, {KIND_NAMES[kind]}: %{{y:.3f}} nats<extra></extra>",
+            hovertemplate=f"layer %{{x}}, {KIND_NAMES[kind]}: %{{y:.3g}} nats<extra></extra>",
         )
     _finish(figure, title, "What each layer adds to log p(target)", height=380)
     figure.update_yaxes(title_text=RISE, **_zero_line())
@@ -99,7 +100,7 @@ def head_heatmap(heads: pd.DataFrame, *, title: str | None = None) -> go.Figure:
             ygap=1,
             hoverongaps=False,
             colorbar={"title": {"text": RISE, "side": "right"}, "thickness": 14},
-            hovertemplate="layer %{x}, head %{y}: %{z:.3f} nats<extra></extra>",
+            hovertemplate="layer %{x}, head %{y}: %{z:.3g} nats<extra></extra>",
         )
     )
     height = max(380, 130 + 15 * n_heads)
@@ -166,7 +167,7 @@ def position_bars(positions: pd.DataFrame, *, title: str | None = None) -> go.Fi
             "cmax": limit,
         },
         customdata=labels,
-        hovertemplate="%{customdata}<br>%{x:.3f} nats<extra></extra>",
+        hovertemplate="%{customdata}<br>%{x:.3g} nats<extra></extra>",
         row=1,
         col=1,
     )
@@ -177,7 +178,7 @@ def position_bars(positions: pd.DataFrame, *, title: str | None = None) -> go.Fi
         orientation="h",
         marker={"color": _GREY},
         customdata=labels,
-        hovertemplate="%{customdata}<br>attention %{x:.3f}<extra></extra>",
+        hovertemplate="%{customdata}<br>attention %{x:.3g}<extra></extra>",
         row=1,
         col=2,
     )
@@ -249,6 +250,7 @@ def neuron_histogram(
             x=list(range(last_layer + 1)),
             y=[found[layer] for layer in range(last_layer + 1)],
             name=KIND_NAMES[kind],
+            showlegend=True,  # plotly would leave a kind that is alone without its name
             marker_color=_KIND_COLOURS[kind],
             hovertemplate=f"layer %{{x}}, {KIND_NAMES[kind]}: %{{y}} neurons<extra></extra>",
         )
@@ -373,6 +375,11 @@ def _finish(figure: go.Figure, title: str | None, default: str, height: int) -> 
         legend={"orientation": "h", "x": 1, "xanchor": "right", "y": 1, "yanchor": "bottom"},
         barmode="group",
     )
+    # without the theme's white outline, which rubs out the zero line where bars are tiny
+    figure.update_traces(marker_line_width=0, selector={"type": "bar"})
+    # unseen ticks, which keep the labels off the plot
+    figure.update_xaxes(ticks="outside", ticklen=4, tickcolor="white")
+    figure.update_yaxes(ticks="outside", ticklen=4, tickcolor="white")
     if lines:
         figure.update_layout(
             title={
