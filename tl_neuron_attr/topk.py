@@ -195,7 +195,7 @@ def _search(
         evaluated=len(flat),
         total=len(bounds),
         kth_score=float(scores[best[-1]]),
-        next_bound=next_bound,
+        next_bound=next_bound if math.isfinite(next_bound) else None,
         slack=slack,
     )
     return _ranked(decompositions, flat[best], scores[best], certificate)
