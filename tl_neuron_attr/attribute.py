@@ -13,30 +13,29 @@ Attribution(...).neurons()                what we report   (attribution.py, tabl
 
 import time
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, open_host, resolve_target, tokenize
 from tl_neuron_attr.identities import verify
-from tl_neuron_attr.prompts import Convention, Prompt, Target, as_prompt
-from tl_neuron_attr.readout import DEFAULT_BUDGET, check_budget, read_out
+from tl_neuron_attr.prompts import Prompt, Target, as_prompt
+from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out, read_out
 from tl_neuron_attr.scores import head_scores, layer_scores
 from tl_neuron_attr.topk import top_neurons
 
 
 def attribute(
     model: Any,
-    prompt: str | Sequence[int] | Tensor | Prompt | Capture,
+    prompt: str | Iterable[SupportsIndex] | Tensor | Prompt | Capture,
     *,
-    target: str | int | None = None,
+    target: str | SupportsIndex | None = None,
     position: int | None = None,
     prepend_bos: bool | None = None,
     top: int = 300,
@@ -75,7 +74,7 @@ def attribute(
     if top < 1:
         raise InputError(f"top must be at least 1, got {top}")
     host = open_host(model)
-    check_budget(host, budget, dtype)
+    check_read_out(host, convention, budget, dtype)
     if isinstance(prompt, Capture):
         if (position, prepend_bos, cache) != (None, None, None):
             raise InputError("a Capture carries its own tokens: give only target beside it")
@@ -99,8 +98,7 @@ def attribute(
         heads = head_scores(attns, out, wanted.id)
         # certified, one read-out per neuron listed and a few more; else one per neuron there is
         expected = 2 * top if out.affine else sum(b.n_neurons for b in (*ffns, *attns))
-        # delay: no bar for what is over in two seconds
-        with tqdm(total=expected, unit="neuron", delay=2, leave=False, disable=not progress) as bar:
+        with progress_bar(expected, "neuron", progress) as bar:
             ffn_neurons = top_neurons(ffns, out, wanted.id, top, progress=bar.update)
             attn_neurons = top_neurons(attns, out, wanted.id, top, progress=bar.update)
         result = Attribution(

@@ -13,14 +13,15 @@ import pandas as pd
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from tqdm import tqdm
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import writable_directory
 from tl_neuron_attr.host import Host, weights_hash
-from tl_neuron_attr.prompts import Convention, Target
-from tl_neuron_attr.readout import ReadOut, project
+from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.readout import Convention, ReadOut, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (
     head_table,
@@ -77,7 +78,9 @@ class Attribution:
         ordered = table.sort_values("score", ascending=False, kind="stable")
         return ordered.head(top).reset_index(drop=True)
 
-    def positions(self, layer: int | None = None, head: int | None = None) -> pd.DataFrame:
+    def positions(
+        self, layer: int | None = None, head: int | None = None, *, progress: bool = False
+    ) -> pd.DataFrame:
         """Rise from what a head brings from each source position, with its attention.
 
         Of one head, of all heads of a layer, or of all heads: ``layer, head, source_pos, token,
@@ -96,10 +99,14 @@ class Attribution:
                 raise InputError(f"{name} {value} is out of range: the model has {count} {name}s")
         layers = range(self.host.n_layers) if layer is None else [layer]
         heads = slice(None) if head is None else slice(head, head + 1)
+        blocks = [self.attns[place] for place in layers]
+        rows = sum(block.pattern[heads].numel() for block in blocks)
         tables = []
-        with torch.no_grad():
-            for block in (self.attns[place] for place in layers):
-                scores = position_scores([block], self.out, self.target.id, heads=heads)[0]
+        with torch.no_grad(), progress_bar(rows, "position", progress) as bar:
+            for block in blocks:
+                scores = position_scores(
+                    [block], self.out, self.target.id, heads=heads, progress=bar.update
+                )[0]
                 tables.append(
                     position_table(
                         block.layer,
@@ -210,11 +217,11 @@ class Attribution:
             "warnings": list(self.warnings),
         }
 
-    def save(self, directory: str | Path) -> None:
+    def save(self, directory: str | Path, *, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
 
         All files appear together at the end, or none. Cost: scores every head at every source
-        position.
+        position, with a progress bar on request where it takes longer than two seconds.
 
         Raises:
             InputError: If the directory cannot be written to.
@@ -223,7 +230,7 @@ class Attribution:
         tables = {
             "layers": self.layers(),
             "heads": self.heads(),
-            "positions": self.positions(),
+            "positions": self.positions(progress=progress),
             "neurons": self.neurons(),
         }
         facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
@@ -249,6 +256,11 @@ class Attribution:
         ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}
         text_of = {token: self.host.token_text(token) for token in ids}
         return token_columns(neurons, ends, self.captured.prompt.token_texts, text_of)
+
+
+def progress_bar(total: int, unit: str, show: bool) -> Any:
+    """A bar for ``total`` steps, shown where they take longer than two seconds, if at all."""
+    return tqdm(total=total, unit=unit, delay=2, leave=False, disable=not show)
 
 
 def _version(package: str) -> str:

@@ -24,7 +24,8 @@ from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import writable_directory
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
-from tl_neuron_attr.prompts import CONVENTIONS, Prompt, visible
+from tl_neuron_attr.prompts import Prompt, visible
+from tl_neuron_attr.readout import CONVENTIONS
 from tl_neuron_attr.topk import Kind
 
 app = typer.Typer(
@@ -113,7 +114,7 @@ def attribute(
                 progress=sys.stderr.isatty(),
             )
         if out is not None:
-            result.save(out)
+            result.save(out, progress=sys.stderr.isatty())
         if as_json:
             print(json.dumps(_as_json(result, model), ensure_ascii=False, allow_nan=False))
         else:

@@ -8,14 +8,14 @@ against the model's own activations in ``identities.py``.
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, SupportsIndex
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
-from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt
+from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, token_id
 
 # Blocks in which no value bias exists although the attention output has a bias: nothing was
 # folded there. (HookedTransformer shows an absent bias as zeros, so names are all there is.)
@@ -253,18 +253,19 @@ def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
     )
 
 
-def resolve_target(host: Host, target: str | int) -> Target:
+def resolve_target(host: Host, target: str | SupportsIndex) -> Target:
     """The one token a target names.
 
     Raises:
         InputError: For an id outside the vocabulary, or a text that is not exactly one token.
     """
-    if isinstance(target, int):
-        if not 0 <= target < host.d_vocab:
+    if not isinstance(target, str):
+        token = token_id(target)
+        if not 0 <= token < host.d_vocab:
             raise InputError(
-                f"target id {target} is outside the model's vocabulary of {host.d_vocab}"
+                f"target id {token} is outside the model's vocabulary of {host.d_vocab}"
             )
-        return Target(id=target, text=host.token_text(target))
+        return Target(id=token, text=host.token_text(token))
     _need_tokenizer(host, "target")
     ids = _encode(host, target)
     if len(ids) == 1:

@@ -3,9 +3,10 @@
 These are plain values. Turning text into token ids needs the model's tokenizer: ``host.py``.
 """
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, SupportsIndex
 
 import torch
 
@@ -25,7 +26,7 @@ class Prompt:
 
     text: str | None = None
     tokens: tuple[int, ...] | None = None
-    target: str | int | None = None
+    target: str | SupportsIndex | None = None
     position: int = -1
     prepend_bos: bool | None = None
     prompt_id: str = "0"
@@ -39,6 +40,8 @@ class Prompt:
             raise InputError("the prompt is empty: no token ids were given")
         if self.tokens is not None and self.prepend_bos is not None:
             raise InputError("token ids are used as they are: leave prepend_bos out beside them")
+        if self.target is not None and not isinstance(self.target, str):
+            token_id(self.target)
 
 
 @dataclass(frozen=True)
@@ -62,9 +65,9 @@ class TokenizedPrompt:
 
 
 def as_prompt(
-    prompt: "str | Sequence[int] | torch.Tensor | Prompt",
+    prompt: "str | Iterable[SupportsIndex] | torch.Tensor | Prompt",
     *,
-    target: str | int | None = None,
+    target: str | SupportsIndex | None = None,
     position: int | None = None,
     prepend_bos: bool | None = None,
 ) -> Prompt:
@@ -79,6 +82,8 @@ def as_prompt(
         if (target, position, prepend_bos) != (None, None, None):
             raise InputError("target, position and prepend_bos belong inside the Prompt given")
         return prompt
+    if not isinstance(prompt, Iterable):
+        raise InputError(f"a prompt must be text, token ids or a Prompt, got {prompt!r}")
     position = -1 if position is None else position
     if isinstance(prompt, str):
         return Prompt(text=prompt, target=target, position=position, prepend_bos=prepend_bos)
@@ -91,9 +96,26 @@ def as_prompt(
                 f"got {prompt.dtype} of shape {list(prompt.shape)}"
             )
         prompt = prompt.tolist()
-    if not all(isinstance(token, int) and not isinstance(token, bool) for token in prompt):
-        raise InputError("token ids must be integers")
-    return Prompt(tokens=tuple(prompt), target=target, position=position, prepend_bos=prepend_bos)
+    return Prompt(
+        tokens=tuple(token_id(token) for token in prompt),
+        target=target,
+        position=position,
+        prepend_bos=prepend_bos,
+    )
+
+
+def token_id(value: Any) -> int:
+    """``value`` as a plain integer; numpy and torch integers will do.
+
+    Raises:
+        InputError: If it is no integer (a bool is none either).
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except (TypeError, ValueError):
+        raise InputError(f"a token id must be an integer, got {value!r}") from None
 
 
 def visible(text: str) -> str:
@@ -107,9 +129,3 @@ def visible(text: str) -> str:
         signs.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode())
         for char in text
     )
-
-
-Convention = Literal["exact", "published", "recomputed"]
-"""How a residual vector is read out as a log-probability; see ``readout.py``."""
-
-CONVENTIONS: tuple[Convention, ...] = ("exact", "published", "recomputed")

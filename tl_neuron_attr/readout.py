@@ -15,6 +15,7 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -22,7 +23,11 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
-from tl_neuron_attr.prompts import CONVENTIONS, Convention
+
+Convention = Literal["exact", "published", "recomputed"]
+"""How a residual vector is read out as a log-probability: see this module's docstring."""
+
+CONVENTIONS: tuple[Convention, ...] = ("exact", "published", "recomputed")
 
 DEFAULT_BUDGET = 2**30
 """Bytes a read-out may use for its working set, beyond its arguments and its result."""
@@ -218,11 +223,10 @@ def read_out(
     Source: Yu & Ananiadou (2024), section 3; conventions as in this module's docstring.
 
     Raises:
-        InputError: If ``convention`` is unknown.
+        InputError: If ``convention`` is unknown, or ``budget`` too small for one vector.
     """
-    if convention not in CONVENTIONS:
-        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
     dtype = resid_final.dtype if dtype is None else dtype
+    check_read_out(host, convention, budget, dtype)
     published = convention == "published"
     rms = host.norm == "rms_norm"
     out = ReadOut(
@@ -244,12 +248,17 @@ def read_out(
     return replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
 
 
-def check_budget(host: Host, budget: int, dtype: torch.dtype | None = None) -> None:
-    """Stop before the forward pass if the read-out could not work within ``budget`` bytes.
+def check_read_out(
+    host: Host, convention: str, budget: int, dtype: torch.dtype | None = None
+) -> None:
+    """Stop before the forward pass if ``read_out`` would fail after it.
 
     Raises:
-        InputError: If not even one vector could be read out, saying how many bytes are needed.
+        InputError: If ``convention`` is unknown, or if not even one vector could be read out
+            within ``budget`` bytes, saying how many are needed.
     """
+    if convention not in CONVENTIONS:
+        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
     _rows_per_block(host.W_U, dtype or torch.promote_types(host.dtype, torch.float32), budget)
 
 
