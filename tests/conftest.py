@@ -19,6 +19,9 @@ try:  # gone in TransformerLens 4: its module __getattr__ raises ImportError
 except ImportError:
     HookedTransformer = None
 
+# tiny models: a second thread costs more than it brings
+torch.set_num_threads(1)
+
 SHARED = Path(__file__).parents[2] / "shared"
 TOKENS = (3, 17, 5, 40, 8, 22)
 

@@ -87,6 +87,8 @@ def test_a_hooked_transformers_cache_without_logits_will_do():
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
     captured = attribute(model, TOKENS, cache=cache, top=1).captured
+    with pytest.raises(InputError, match="cache is of other tokens"):
+        attribute(model, (9, *TOKENS[1:]), cache=cache)
     assert torch.allclose(captured.logits, logits[0, -1], atol=1e-5)
 
 
@@ -103,6 +105,8 @@ def test_an_unfit_cache_is_refused_with_the_reason(tiny_model):
         attribute(tiny_model, TOKENS, cache=longer)
     with pytest.raises(InputError, match="batch of 2 prompts"):
         attribute(tiny_model, TOKENS, cache=batch)
+    with pytest.raises(InputError, match="cache is of other tokens"):
+        attribute(tiny_model, (*TOKENS[:2], 9, *TOKENS[3:]), cache=cache)
 
 
 def test_an_earlier_read_position_sees_nothing_of_what_follows(tiny_model):

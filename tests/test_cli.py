@@ -41,7 +41,9 @@ def test_the_main_job_prints_everything_a_reader_needs(run):
     ):
         assert words in shown.output, words
     assert max(len(line) for line in shown.output.splitlines()) <= 100
-    assert "…" not in "".join(line[:30] for line in shown.output.splitlines())
+    assert shown.output.count("neuron       ") + shown.output.count("neuron   ") >= 2
+    for header in (line for line in shown.output.splitlines() if line.startswith("neuron")):
+        assert "score" in header and "coef." in header and "lowers" in header, header
 
 
 def test_json_is_one_object_and_nothing_else(run):
@@ -186,7 +188,9 @@ def test_a_directory_without_weights_says_so(run, tmp_path):
 def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
     run, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(cli, "load_model", lambda name: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(
+        cli, "load_model", lambda name, **options: pytest.fail("the model was loaded")
+    )
     (tmp_path / "file").write_text("")
     shown = run("attribute", PROMPT, "--out", str(tmp_path / "file"))
     assert shown.exit_code == 2
@@ -197,12 +201,12 @@ def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_
     broken = bridge_of("gpt2")
     with torch.no_grad():
         broken.blocks[2].mlp.b_in[0] = float("nan")
-    monkeypatch.setattr(cli, "load_model", lambda name: broken)
+    monkeypatch.setattr(cli, "load_model", lambda name, **options: broken)
     shown = run("attribute", "--tokens", "3,4", "--out", str(tmp_path))
     assert shown.exit_code == 2
     assert "layer 2" in shown.stderr
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cli, "load_model", lambda name: bridge_of("gpt2").train())
+    monkeypatch.setattr(cli, "load_model", lambda name, **options: bridge_of("gpt2").train())
     shown = run("attribute", "--tokens", "3,4")
     assert (shown.exit_code, "training mode" in shown.stderr) == (2, True)
 

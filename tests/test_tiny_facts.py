@@ -56,7 +56,7 @@ def measured(model, tokenizer):
 
 @pytest.fixture(scope="module")
 def zeroed(model, bridge, tokenizer):
-    rows = zeroing_effects(model, bridge, tokenizer, prompts_per_type=6)
+    rows = zeroing_effects(model, bridge, tokenizer, prompts_per_type=4)
     return {row.knowledge_type: row for row in rows}
 
 
@@ -222,11 +222,23 @@ def test_the_value_neurons_are_those_whose_contribution_alone_raises_the_answer_
 
 def test_zeroing_the_value_neurons_takes_more_from_the_answer_than_zeroing_random_ones(zeroed):
     row = zeroed["all"]
-    assert row.prompts == 6 * len(KNOWLEDGE_TYPES)
+    assert row.prompts == 4 * len(KNOWLEDGE_TYPES)
     assert row.random[100] > row.original - 0.1
     assert row.top[100] < row.top[10] < row.original
     assert row.top[10] < row.random[10] - 0.1
     assert row.top[100] < 0.5
+
+
+def test_zeroing_another_types_value_neurons_takes_little_from_the_answer(zeroed):
+    row = zeroed["all"]
+    assert row.foreign[30] > row.original - 0.1
+    assert row.foreign[100] > row.top[100] + 0.3
+
+
+@pytest.mark.parametrize("count", [0, 100_000])
+def test_a_number_of_prompts_that_there_are_not_is_an_error(model, bridge, tokenizer, count):
+    with pytest.raises(ValueError, match=f"language has .* {count} were asked for"):
+        zeroing_effects(model, bridge, tokenizer, prompts_per_type=count)
 
 
 def test_zeroing_leaves_the_model_as_it_was(model, tokenizer, zeroed):
@@ -277,7 +289,7 @@ def test_training_twice_with_one_seed_gives_the_same_files(trained_twice):
 
 def test_another_seed_gives_other_weights(trained_twice, tmp_path):
     (first, _), _ = trained_twice
-    other = train(tmp_path / "other", replace(TINY, seed=1), report=str)
+    other = train(tmp_path / "other", replace(TINY, seed=1, log_every=TINY.steps), report=str)
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, other)]
     assert weights[0] != weights[1]
 

@@ -183,6 +183,23 @@ def test_few_neurons_are_scored_beyond_those_asked_for():
     assert certificate.next_bound <= certificate.kth_score
 
 
+def test_neurons_that_are_off_cost_nothing_and_stand_between_the_signs():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=0.3, centered=True)
+    blocks = random_ffns(generator, 4, 16, 500, tail=1.0)
+    few = [replace(block, coefficients=block.coefficients.clone()) for block in blocks]
+    for block in few:  # a ReLU model: nearly all neurons are off
+        block.coefficients[20:] = 0.0
+    found = top_neurons(few, out, 3, 300)
+    n_active = sum(int(block.active().sum()) for block in few)
+    assert found.certificate.evaluated <= n_active < 100
+    dense = dense_scores(few, out, 3)
+    order = dense.sort(descending=True, stable=True).indices[:300]
+    assert torch.equal(found.layer * 500 + found.number, order)
+    assert (found.score[-100:] == 0).all()
+    assert found.certificate.holds
+
+
 def test_a_recomputed_norm_has_no_bounds_and_every_neuron_is_scored(tiny_model):
     result = attribute(tiny_model, TOKENS, target=TARGET, top=5, convention="recomputed")
     for ranked in (result.ffn_neurons, result.attn_neurons):

@@ -18,9 +18,11 @@ from tl_neuron_attr.errors import (
     InputError,
     NeuronAttrError,
     NonFiniteError,
+    OutputError,
     UnsupportedModelError,
 )
 from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.identities import verify
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Prompt, Target
@@ -42,6 +44,7 @@ __all__ = [
     "InputError",
     "NeuronAttrError",
     "NonFiniteError",
+    "OutputError",
     "Prompt",
     "RankedNeurons",
     "ReadOut",
@@ -64,4 +67,5 @@ __all__ = [
     "save_capture",
     "tokenize",
     "top_neurons",
+    "verify",
 ]

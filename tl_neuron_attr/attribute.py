@@ -137,7 +137,7 @@ def _warnings(host: Host) -> tuple[str, ...]:
         else "load it with fold_value_biases=False (from_pretrained_no_processing)"
     )
     return (
-        "value biases were folded into the attention output's bias, so attention neurons lack "
-        "their share of it and their scores differ from the raw model's; everything else is the "
-        f"same. To get the raw model: {how}",
+        "value biases were folded into the attention output's bias, which belongs to no head: the "
+        "scores of attention neurons, heads and source positions differ from the raw model's, "
+        f"those of layers and FFN neurons do not. To get the raw model: {how}",
     )

@@ -3,7 +3,7 @@
 import json
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -46,10 +46,15 @@ class Attribution:
     """
 
     host: Host = field(repr=False)
+    """The model, and what is known of it."""
     captured: Capture = field(repr=False)
+    """The forward pass; pass it to ``attribute`` for another target without running again."""
     target: Target
+    """The token whose log-probability is explained."""
     convention: Convention
+    """How residual vectors are read out."""
     out: ReadOut = field(repr=False)
+    """The read-out of this run."""
     ffns: tuple[FFNDecomposition, ...] = field(repr=False)
     """The FFN of each layer, as a sum over its neurons."""
     attns: tuple[AttnDecomposition, ...] = field(repr=False)
@@ -59,11 +64,17 @@ class Attribution:
     embedding_log_prob: float
     """log p(target) of what enters the first block."""
     layer_scores: LayerScores = field(repr=False)
+    """What ``layers`` tabulates."""
     head_scores: Float[Tensor, "layer head"] = field(repr=False)
+    """What ``heads`` tabulates."""
     ffn_neurons: RankedNeurons = field(repr=False)
+    """The best FFN neurons, with their certificate."""
     attn_neurons: RankedNeurons = field(repr=False)
+    """The best attention neurons (by source position), with their certificate."""
     warnings: tuple[str, ...] = ()
+    """What to bear in mind when reading the scores; also raised as ``UserWarning``."""
     seconds: float
+    """What ``attribute`` took, the forward pass included."""
 
     def layers(self) -> pd.DataFrame:
         """Rise from each layer's attention and FFN: ``layer, kind, score``, in layer order."""
@@ -209,12 +220,20 @@ class Attribution:
             },
             "score_dtype": str(self.out.dtype).removeprefix("torch."),
             "score_unit": "nats",
+            "certificates": self.certificates(),
             "versions": {
                 "python": platform.python_version(),
                 **{name: _version(name) for name in _VERSIONED},
             },
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
+        }
+
+    def certificates(self) -> dict[str, dict[str, Any]]:
+        """Why the neurons listed are the best, for each kind: the fields of its ``Certificate``."""
+        return {
+            ranked.kind: asdict(ranked.certificate)
+            for ranked in (self.ffn_neurons, self.attn_neurons)
         }
 
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
@@ -225,6 +244,7 @@ class Attribution:
 
         Raises:
             InputError: If the directory cannot be written to.
+            OutputError: If writing fails on the way; nothing has changed then.
         """
         path = writable_directory(directory)
         tables = {

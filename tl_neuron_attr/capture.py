@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.files import writable_directory, write_files
-from tl_neuron_attr.host import Host, final_resid_name, hook_names
+from tl_neuron_attr.host import Host, cache_is_of, final_resid_name, hook_names
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
 
 CAPTURE_FORMAT = 1
@@ -76,7 +76,7 @@ def capture(host: Host, prompt: TokenizedPrompt, cache: Any = None) -> Capture:
     returned for exactly these tokens (an ``ActivationCache``, with or without batch axis).
 
     Raises:
-        InputError: If ``cache`` lacks an activation, or is of another prompt length.
+        InputError: If ``cache`` lacks an activation, or is of other tokens.
         NonFiniteError: If an activation is NaN or infinite, naming the first layer it occurs in.
 
     Cost: one forward pass; beyond it, memory for the fields of ``Capture``.
@@ -145,6 +145,8 @@ def _read_cache(host: Host, prompt: TokenizedPrompt, cache: Any) -> dict[str, Te
                 f"{len(prompt.tokens)}; pass the tokens that were run"
             )
         seen[key] = _scoring_copy(_select(key, prompt.read_pos, activation))
+    if not cache_is_of(host, cache, prompt.tokens):
+        raise InputError("the cache is of other tokens than the prompt; pass those that were run")
     if "logits" not in seen:
         seen["logits"] = _logits(host, seen["resid_final"])
     return seen
@@ -211,6 +213,7 @@ def save_capture(captured: Capture, directory: str | Path) -> None:
 
     Raises:
         InputError: If the directory cannot be written to.
+        OutputError: If writing fails on the way; nothing has changed then.
     """
     tensors = {
         name: getattr(captured, name).contiguous()

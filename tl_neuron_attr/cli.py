@@ -81,6 +81,12 @@ def attribute(
             show_default=False,
         ),
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps. Default: what TransformerLens chooses.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Weights as float32, bfloat16 or float16; scores are float32.")
+    ] = "float32",
     out: Annotated[
         Path | None, typer.Option(help="Directory for the Parquet tables and run.json.")
     ] = None,
@@ -103,13 +109,13 @@ def attribute(
         if out is not None:
             writable_directory(out)
         started = time.perf_counter()
-        loaded = _load(model)
+        loaded = _load(model, device, dtype)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shown below, from the result
             result = attribute_prompt(
                 loaded,
                 prompt,
-                top=top or _KEPT,
+                top=top or (_KEPT if as_json or out is not None else _SHOWN),
                 convention=convention,
                 progress=sys.stderr.isatty(),
             )
@@ -145,7 +151,7 @@ def _prompt(
     return Prompt(tokens=ids, target=target, position=position)
 
 
-def _load(name: str) -> Any:
+def _load(name: str, device: str | None, dtype: str) -> Any:
     """The model, without the progress bars and warnings of the libraries that load it."""
     from transformers.utils import logging as transformers_logging
 
@@ -153,7 +159,7 @@ def _load(name: str) -> Any:
     transformers_logging.set_verbosity_error()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return load_model(name)
+        return load_model(name, device=device, dtype=dtype)
 
 
 @contextmanager
@@ -193,6 +199,7 @@ def _as_json(result: Attribution, model: str) -> dict[str, Any]:
         "layers": _records(result.layers()),
         "heads": _records(result.heads()),
         "neurons": _records(neurons),
+        "certificates": result.certificates(),
         "warnings": list(result.warnings),
         "seconds": result.seconds,
     }
@@ -233,8 +240,11 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
     kinds: tuple[tuple[Kind, str], ...] = (("ffn", "FFN"), ("attn", "Attention"))
     for kind, name in kinds:
         table = result.neurons(kind, top, tokens=5)
-        console.print(f"\n[bold]{name} value neurons[/], the best {len(table)}")
-        console.print(_neuron_table(table))
+        certificate = result.certificates()[kind]
+        console.print(
+            f"\n[bold]{name} value neurons[/], the best {len(table)} {_proof(certificate)}"
+        )
+        console.print(_neuron_table(table, console.width))
     console.print(
         "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
         "coefficient has here[/]"
@@ -258,7 +268,7 @@ def _token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
         style = "reverse" if pos == read_pos else ""
         line.append(f"{pos}:", style="dim").append(visible(text), style=style)
         line.append("  ")
-    return line.append("(read at the marked one)", style="dim")
+    return line.append(f"read at {read_pos}", style="dim")
 
 
 def _prediction_line(result: Attribution) -> Text:
@@ -281,7 +291,10 @@ def _layer_table(result: Attribution) -> Table:
         table.add_row(
             str(layer), f"{attn:+.3f}", _bar(attn / largest), f"{ffn:+.3f}", _bar(ffn / largest)
         )
-    table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", "")
+    if not result.host.parallel:  # only there does the sum mean something
+        total = float(scores.attn.sum() + scores.ffn.sum())
+        label = Text(f"together {total:+.3f}", style="dim")
+        table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", label)
     return table
 
 
@@ -306,24 +319,33 @@ def _head_table(result: Attribution, top: int) -> Table:
     return table
 
 
-def _neuron_table(neurons: pd.DataFrame) -> Table:
+def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
     # plain ints, not numpy's: these become neurons
     rows = _records(neurons)
     attention = any(row["head"] is not None for row in rows)
     labels = [str(_neuron(row)) for row in rows]
-    table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("neuron", no_wrap=True, min_width=max(map(len, labels)))
+    sources = [visible(row["source_token"] or "")[:14] for row in rows]
+    # fixed widths: rich would rather drop a narrow column than cut the token lists
+    widths = {"neuron": max(map(len, labels))}
     if attention:
-        table.add_column("source", no_wrap=True, min_width=8, max_width=14)
-    table.add_column("score", justify="right", no_wrap=True, min_width=6)
-    table.add_column("coef.", justify="right", no_wrap=True, min_width=6)
-    table.add_column("raises", ratio=1, no_wrap=True, overflow="ellipsis")
-    table.add_column("lowers", ratio=1, no_wrap=True, overflow="ellipsis")
-    for label, row in zip(labels, rows, strict=True):
-        source = [Text(visible(row["source_token"]))] if attention else []
+        widths["source"] = max(6, *map(len, sources))
+    widths |= {"score": 7, "coef.": 7}
+    tokens = max(12, (width - sum(widths.values()) - 2 * len(widths) - 2) // 2)
+    widths |= {"raises": tokens, "lowers": tokens}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, columns in widths.items():
+        number = name in ("score", "coef.")
+        table.add_column(
+            name,
+            width=columns,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="right" if number else "left",
+        )
+    for label, source, row in zip(labels, sources, rows, strict=True):
         table.add_row(
             label,
-            *source,
+            *([Text(source)] if attention else []),
             f"{row['score']:+.3f}",
             f"{row['coefficient']:+.2f}",
             Text(" ".join(visible(token) for token in row["raises"])),
@@ -336,6 +358,13 @@ def _neuron(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
     if row["kind"] == "ffn":
         return FFNNeuron(row["layer"], row["index"])
     return AttnNeuron(row["layer"], row["head"], row["index"], row["source_pos"])
+
+
+def _proof(certificate: dict[str, Any]) -> str:
+    total, evaluated = certificate["total"], certificate["evaluated"]
+    if not certificate["applies"]:
+        return f"[dim](all {total:,} scored)[/]"
+    return f"[dim](of {total:,}; {evaluated:,} scored exactly, bounds exclude the others)[/]"
 
 
 def _exp(log_prob: float) -> float:

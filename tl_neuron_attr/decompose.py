@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
@@ -54,6 +54,10 @@ class FFNDecomposition:
     ) -> tuple[Float[Tensor, " d_mlp"], Float[Tensor, " d_mlp"]]:
         """``subvalue . gradient`` of every neuron, and the norms of the subvalues."""
         return _products_and_norms(self.W_out, gradient)
+
+    def active(self) -> Bool[Tensor, " neuron"]:
+        """Which neurons have a coefficient other than 0, and so write anything."""
+        return self.coefficients != 0
 
     def per_neuron(self, per_subvalue: Float[Tensor, " d_mlp"]) -> Float[Tensor, " neuron"]:
         """What each neuron makes of a number its subvalue has: times its coefficient."""
@@ -127,6 +131,10 @@ class AttnDecomposition:
         """``subvalue . gradient`` of every row of ``W_O``, and the norms of the subvalues."""
         products, norms = _products_and_norms(self.W_O.flatten(0, 1), gradient)
         return products.view(self.W_O.shape[:2]), norms.view(self.W_O.shape[:2])
+
+    def active(self) -> Bool[Tensor, " neuron"]:
+        """Which neurons have a coefficient other than 0, and so write anything."""
+        return (self.coefficients() != 0).flatten()
 
     def per_neuron(self, per_subvalue: Float[Tensor, "head d_head"]) -> Float[Tensor, " neuron"]:
         """What each neuron makes of a number its subvalue has: times its coefficient."""

@@ -201,6 +201,18 @@ def final_resid_name(host: Host) -> str:
     return f"blocks.{host.n_layers - 1}.hook_resid_post"
 
 
+def cache_is_of(host: Host, cache: Any, tokens: tuple[int, ...]) -> bool:
+    """Whether an ``ActivationCache`` was made from ``tokens``, as far as it tells."""
+    available = set(cache.keys())
+    ids = torch.tensor(tokens)
+    if "embed.hook_in" in available:  # the bridge caches what goes into the embedding
+        return torch.equal(cache["embed.hook_in"].flatten().cpu(), ids)
+    if "hook_embed" in available:
+        embedded = cache["hook_embed"].flatten(0, -2)
+        return torch.equal(embedded, host.model.W_E.detach()[ids.to(embedded.device)])
+    return True
+
+
 # --- tokens -----------------------------------------------------------------------------------
 
 

@@ -12,17 +12,20 @@ from tl_neuron_attr.tiny_facts import tiny_facts_dir
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
-def load_model(name: str = "tiny-facts", *, device: str | None = None) -> Any:
+def load_model(
+    name: str = "tiny-facts", *, device: str | None = None, dtype: str | torch.dtype = "float32"
+) -> Any:
     """A ``TransformerBridge`` of the model called ``name``, its weights raw, in evaluation mode.
 
     ``name`` is ``tiny-facts`` (bundled), a local Hugging Face directory, or any name that
     TransformerLens can load (which asks the hub unless the model is already on disk).
-    ``device`` is by default what TransformerLens chooses.
+    ``device`` is by default what TransformerLens chooses; ``dtype`` is that of the weights.
 
     Raises:
-        InputError: If a directory lacks its configuration or weights, or the name cannot be
-            loaded, with the reason TransformerLens gives.
+        InputError: If ``dtype`` is no floating type, a directory lacks its configuration or
+            weights, or the name cannot be loaded, with the reason TransformerLens gives.
     """
+    dtype = _weight_dtype(dtype)
     source = str(tiny_facts_dir()) if name == "tiny-facts" else name
     if Path(source).exists() or source.startswith((".", "/", "~")):
         source = str(_model_directory(Path(source).expanduser()))
@@ -31,10 +34,17 @@ def load_model(name: str = "tiny-facts", *, device: str | None = None) -> Any:
 
     try:
         with torch.random.fork_rng():  # loading draws initial weights only to overwrite them
-            model = TransformerBridge.boot_transformers(source, device=device)
+            model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
     except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
         raise InputError(f"cannot load the model {name!r}: {_reason(name, error)}") from error
     return model.eval()
+
+
+def _weight_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise InputError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
+    return found
 
 
 def _model_directory(path: Path) -> Path:

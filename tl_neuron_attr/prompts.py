@@ -49,7 +49,9 @@ class Target:
     """The token whose log-probability is explained, and its text as the tokenizer spells it."""
 
     id: int
+    """Its place in the vocabulary."""
     text: str
+    """How it reads in a sentence, with its leading space."""
 
 
 @dataclass(frozen=True)

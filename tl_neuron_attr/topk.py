@@ -36,13 +36,13 @@ class Certificate:
     applies: bool
     """False where no bound holds (a recomputed norm): every neuron was scored instead."""
     evaluated: int
-    """Neurons scored exactly."""
+    """Neurons scored exactly (those whose coefficient is 0 score 0, and are not counted)."""
     total: int
     """Neurons there are."""
     kth_score: float
     """Exact score of the last neuron listed, in nats."""
     next_bound: float | None
-    """Largest bound, slack included, of a neuron not scored; ``None`` if all were scored."""
+    """Largest bound, slack included, of an active neuron not scored; ``None`` if there is none."""
     slack: float
     """Largest allowance for rounding in any bound, in nats."""
 
@@ -135,6 +135,7 @@ def score_bounds(
 ) -> tuple[Float[Tensor, " neuron"], float]:
     """An upper bound of every neuron's score over all blocks, slack included; the largest slack.
 
+    Exactly 0, without slack, for a neuron whose coefficient is 0: its score is 0.
     Source: log p is concave in the residual vector, so its tangent lies above it.
     """
     gradients = out.gradient(baseline, token)
@@ -146,9 +147,8 @@ def score_bounds(
     for block, gradient in zip(decompositions, gradients, strict=True):
         slopes, norms = block.slopes(gradient)
         reach = 4 * math.sqrt(d_model) * eps * (gradient.norm() + 2 * target_norm)
-        bound = block.per_neuron(slopes)
-        slack = block.per_neuron(norms).abs() * reach + 32 * eps
-        bounds.append(bound + slack)
+        slack = (block.per_neuron(norms).abs() * reach + 32 * eps) * block.active()
+        bounds.append(block.per_neuron(slopes) + slack)
         largest = max(largest, float(slack.max()))
     return torch.cat(bounds), largest
 
@@ -164,51 +164,47 @@ def _search(
     progress: Progress | None,
 ) -> RankedNeurons:
     """Exact scores in order of the bound, until the ``top``-th best reaches every bound left."""
-    flat = bounds.topk(top).indices
-    scores = _exact(decompositions, out, baseline, token, flat)
-    if progress is not None:
-        progress(len(flat))
-    kth = scores.min()
-    bounds[flat] = -torch.inf  # scored: no longer a candidate
-    candidates = (bounds >= kth).nonzero()[:, 0]
-    candidates = candidates[bounds[candidates].sort(descending=True).indices]
-    batch = max(32, top // 8)
-    next_bound = float(bounds.max())
-    while len(candidates):
-        next_bound = float(bounds[candidates[0]])
-        if next_bound < kth:
-            break
-        some, candidates = candidates[:batch], candidates[batch:]
+    active = torch.cat([block.active() for block in decompositions])
+    # neurons that are off score 0: known without a read-out, and the first of them are enough
+    flat = (~active).nonzero()[:top, 0]
+    scores = torch.zeros(len(flat), dtype=out.dtype, device=bounds.device)
+    left = bounds.where(active, -torch.inf)
+    some = left.topk(min(top, int(active.sum()))).indices
+    evaluated, batch = 0, max(32, top // 8)
+    while len(some):
         flat = torch.cat([flat, some])
-        scores = torch.cat([scores, _exact(decompositions, out, baseline, token, some)])
-        bounds[some] = -torch.inf
-        next_bound = float(bounds[candidates[0]]) if len(candidates) else float(bounds.max())
-        kth = scores.topk(top).values[-1]
+        scores = torch.cat([scores, exact_scores(decompositions, out, baseline, token, some)])
+        evaluated += len(some)
         if progress is not None:
             progress(len(some))
+        left[some] = -torch.inf
+        kth = scores.topk(top).values[-1]
+        some = ((left >= kth) & left.isfinite()).nonzero()[:, 0]
+        some = some[left[some].topk(min(batch, len(some))).indices]
+        batch *= 2  # where bounds are loose, few rounds over all of them
     # by number first, so that the stable sort leaves ties by layer, then number
     flat, order = flat.sort()
     scores = scores[order]
     best = scores.sort(descending=True, stable=True).indices[:top]
     certificate = Certificate(
         applies=True,
-        evaluated=len(flat),
+        evaluated=evaluated,
         total=len(bounds),
         kth_score=float(scores[best[-1]]),
-        next_bound=next_bound if math.isfinite(next_bound) else None,
+        next_bound=float(left.max()) if evaluated < int(active.sum()) else None,
         slack=slack,
     )
     return _ranked(decompositions, flat[best], scores[best], certificate)
 
 
-def _exact(
+def exact_scores(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
     baseline: Baseline,
     token: int,
     flat: Int[Tensor, " neuron"],
 ) -> Float[Tensor, " neuron"]:
-    """Exact scores of neurons of any layer, read out together; 0 where the coefficient is 0."""
+    """Exact scores of neurons of any layer, given by their number across all blocks, together."""
     per_block = decompositions[0].n_neurons
     place, number = flat // per_block, flat % per_block
     parts = []
@@ -218,8 +214,7 @@ def _exact(
         vectors = decompositions[0].base.new_empty(len(places), baseline.resid.shape[1])
         for here, block in _by_block(places, decompositions):
             vectors[here] = block.vectors(numbers[here])
-        scores = out.increase(baseline, places, vectors, token)
-        parts.append(scores.where(vectors.any(-1), 0.0))
+        parts.append(out.increase(baseline, places, vectors, token))
     return torch.cat(parts)
 
 

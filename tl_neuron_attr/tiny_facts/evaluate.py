@@ -28,14 +28,16 @@ def _tables(known: Sequence[Accuracy], effects: Sequence[Zeroing]) -> str:
         f"{a.held_out:>10.2%}{a.held_out_prompts:>9}"
         for a in known
     ]
-    heads = "".join(f"{f'{kind} {n}':>12}" for n in ZEROED for kind in ("top", "random"))
+    kinds = ("top", "random", "foreign")
+    heads = "".join(f"{f'{kind} {n}':>12}" for n in ZEROED for kind in kinds)
     lines += [
         "",
-        "The answer's mean probability with FFN neurons zeroed at all positions",
+        "The answer's mean probability with FFN neurons zeroed at all positions: its own value",
+        "neurons (top), as many random ones of the same layers, another type's value neurons",
         f"{'':10}{'prompts':>8}{'original':>10}{heads}",
     ]
     for e in effects:
-        cells = "".join(f"{kind[n]:>12.3f}" for n in ZEROED for kind in (e.top, e.random))
+        cells = "".join(f"{getattr(e, kind)[n]:>12.3f}" for n in ZEROED for kind in kinds)
         lines.append(f"{e.knowledge_type:10}{e.prompts:>8}{e.original:>10.3f}{cells}")
     return "\n".join(lines)
 

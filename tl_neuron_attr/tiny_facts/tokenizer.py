@@ -48,7 +48,7 @@ def train_tokenizer(
         model_max_length=longest,
         clean_up_tokenization_spaces=False,
     )
-    split = sorted({p.answer for p in prompts if len(tokenizer.encode(p.answer)) != 1})
+    split = [answer for answer in _answers(prompts) if len(tokenizer.encode(answer)) != 1]
     if split:
         raise ValueError(
             f"{len(split)} answers are more than one token, {split[0]!r} among them; "
@@ -59,5 +59,8 @@ def train_tokenizer(
 
 def _lessons(prompts: Sequence[KnowledgePrompt]) -> Iterator[str]:
     yield from (f"{prompt.text}{prompt.answer}." for prompt in prompts)
-    for answer in sorted({prompt.answer for prompt in prompts}):
-        yield answer * ANSWER_WEIGHT
+    yield from (answer * ANSWER_WEIGHT for answer in _answers(prompts))
+
+
+def _answers(prompts: Sequence[KnowledgePrompt]) -> list[str]:
+    return sorted({prompt.answer for prompt in prompts})

@@ -33,6 +33,8 @@ class Zeroing:
     """By number of neurons: those that raise the answer's log probability most."""
     random: dict[int, float]
     """By number of neurons: as many others, drawn from the same layers."""
+    foreign: dict[int, float]
+    """By number of neurons: those that raise the answer of a prompt of another type most."""
 
 
 def zeroing_effects(
@@ -43,48 +45,47 @@ def zeroing_effects(
     prompts_per_type: int = 60,
     seed: int = 0,
 ) -> list[Zeroing]:
-    """What zeroing the value neurons of an answer does to it, beside random neurons.
+    """What zeroing the value neurons of an answer does to it, beside two controls.
 
     ``model`` and ``bridge`` are the same weights as Hugging Face and as TransformerLens have
     them. Looks at ``prompts_per_type`` prompts in trained wordings, drawn with ``seed``; the
-    neurons are chosen for each prompt apart, by ``attribute``.
+    neurons are chosen for each prompt apart, by ``attribute``. Random neurons show whether the
+    ranking matters, another type's whether the neurons matter for this answer alone.
+
+    Raises:
+        ValueError: If a knowledge type has fewer prompts than asked for.
     """
     generator = torch.Generator().manual_seed(seed)
-    prompts = [
-        prompt
-        for knowledge_type in KNOWLEDGE_TYPES
-        for prompt in _drawn(
-            knowledge_prompts(knowledge_type, held_out=False), prompts_per_type, generator
-        )
-    ]
-    original = torch.zeros(len(prompts))
-    zeroed = {(kind, n): torch.zeros(len(prompts)) for kind in ("top", "random") for n in ZEROED}
+    prompts = []
+    for knowledge_type in KNOWLEDGE_TYPES:
+        prompts += _drawn(knowledge_type, prompts_per_type, generator)
+    groups = list(prompt_groups(tokenizer, prompts))
+    masks = _top_masks(model, bridge, groups, len(prompts))
+    conditions = {"original": torch.zeros_like(masks[ZEROED[0]])}
+    for n, top in masks.items():
+        conditions[f"top {n}"] = top
+        conditions[f"random {n}"] = _random_beside(top, generator)
+        conditions[f"foreign {n}"] = top.roll(prompts_per_type, 0)  # the type before
+    remaining = {name: torch.zeros(len(prompts)) for name in conditions}
     model.eval()
     with torch.no_grad():
-        for group in prompt_groups(tokenizer, prompts):
-            original[group.rows] = _answer_probability(model, group)
-            ranked = [
-                value_neurons(bridge, tokens, answer, top=max(ZEROED))
-                for tokens, answer in zip(
-                    group.tokens.tolist(), group.answers.tolist(), strict=True
-                )
-            ]
-            for n in ZEROED:
-                top = _as_mask([neurons[:n] for neurons in ranked], model)
-                for kind, mask in (("top", top), ("random", _random_beside(top, generator))):
-                    with _without(model, mask):
-                        zeroed[kind, n][group.rows] = _answer_probability(model, group)
+        for group in groups:
+            for name, neurons in conditions.items():
+                with _without(model, neurons[group.rows]):
+                    remaining[name][group.rows] = _answer_probability(model, group)
     types = [prompt.fact.knowledge_type for prompt in prompts]
     rows = []
     for name in ("all", *KNOWLEDGE_TYPES):
         chosen = torch.tensor([name in ("all", knowledge_type) for knowledge_type in types])
+        mean = {key: probability[chosen].mean().item() for key, probability in remaining.items()}
         rows.append(
             Zeroing(
                 knowledge_type=name,
                 prompts=int(chosen.sum()),
-                original=original[chosen].mean().item(),
-                top={n: zeroed["top", n][chosen].mean().item() for n in ZEROED},
-                random={n: zeroed["random", n][chosen].mean().item() for n in ZEROED},
+                original=mean["original"],
+                top={n: mean[f"top {n}"] for n in ZEROED},
+                random={n: mean[f"random {n}"] for n in ZEROED},
+                foreign={n: mean[f"foreign {n}"] for n in ZEROED},
             )
         )
     return rows
@@ -102,25 +103,39 @@ def _answer_probability(model: GPT2LMHeadModel, group: PromptGroup) -> Float[Ten
     return probability.gather(1, group.answers[:, None])[:, 0]
 
 
-def _drawn(
-    prompts: Sequence[KnowledgePrompt], count: int, generator: torch.Generator
-) -> list[KnowledgePrompt]:
+def _drawn(knowledge_type: str, count: int, generator: torch.Generator) -> list[KnowledgePrompt]:
+    prompts = knowledge_prompts(knowledge_type, held_out=False)
+    if not 1 <= count <= len(prompts):
+        raise ValueError(
+            f"{knowledge_type} has {len(prompts)} trained prompts, but {count} were asked for; "
+            f"give prompts_per_type from 1 to {len(prompts)}."
+        )
     return [prompts[i] for i in torch.randperm(len(prompts), generator=generator)[:count].tolist()]
 
 
-def _as_mask(
-    chosen: Sequence[Sequence[FFNNeuron]], model: GPT2LMHeadModel
-) -> Bool[Tensor, "batch layer neuron"]:
-    mask = torch.zeros(len(chosen), model.config.n_layer, model.config.n_inner, dtype=torch.bool)
-    for row, neurons in enumerate(chosen):
-        for neuron in neurons:
-            mask[row, neuron.layer, neuron.index] = True
-    return mask
+def _top_masks(
+    model: GPT2LMHeadModel,
+    bridge: TransformerBridge,
+    groups: Sequence[PromptGroup],
+    n_prompts: int,
+) -> dict[int, Bool[Tensor, "prompt layer neuron"]]:
+    """For each number in ``ZEROED``: which neurons are so many best ones of each prompt."""
+    shape = (n_prompts, model.config.n_layer, model.config.n_inner)
+    masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ZEROED}
+    for group in groups:
+        for row, tokens, answer in zip(
+            group.rows.tolist(), group.tokens.tolist(), group.answers.tolist(), strict=True
+        ):
+            ranked = value_neurons(bridge, tokens, answer, top=max(ZEROED))
+            for n, mask in masks.items():
+                for neuron in ranked[:n]:
+                    mask[row, neuron.layer, neuron.index] = True
+    return masks
 
 
 def _random_beside(
-    top: Bool[Tensor, "batch layer neuron"], generator: torch.Generator
-) -> Bool[Tensor, "batch layer neuron"]:
+    top: Bool[Tensor, "prompt layer neuron"], generator: torch.Generator
+) -> Bool[Tensor, "prompt layer neuron"]:
     """As many random neurons of each layer as ``top`` has there, none of them in ``top``."""
     order = torch.rand(top.shape, generator=generator).masked_fill(top, 2.0).argsort(-1)
     rank = order.argsort(-1)
@@ -128,7 +143,9 @@ def _random_beside(
 
 
 @contextmanager
-def _without(model: GPT2LMHeadModel, neurons: Bool[Tensor, "batch layer neuron"]) -> Iterator[None]:
+def _without(
+    model: GPT2LMHeadModel, neurons: Bool[Tensor, "prompt layer neuron"]
+) -> Iterator[None]:
     """Zeroes ``neurons`` at all positions, as long as the ``with`` block lasts."""
 
     def zero(layer: int):
