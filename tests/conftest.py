@@ -64,6 +64,34 @@ FAMILIES = {
     ),
 }
 
+# Kinds of block beyond the first ten: no value bias, ALiBi, multi-query, gain stored less 1.
+FAMILIES |= {
+    "neo": (
+        "GPTNeoForCausalLM",
+        lambda: transformers.GPTNeoConfig(
+            vocab_size=61,
+            hidden_size=24,
+            intermediate_size=40,
+            num_layers=3,
+            num_heads=4,
+            max_position_embeddings=32,
+            attention_types=[[["global", "local", "global"], 1]],
+            window_size=8,
+        ),
+    ),
+    "bloom": (
+        "BloomForCausalLM",
+        lambda: transformers.BloomConfig(vocab_size=61, hidden_size=24, n_layer=3, n_head=4),
+    ),
+    "phi": ("PhiForCausalLM", lambda: transformers.PhiConfig(**_ROTARY)),
+    "starcoder2": ("Starcoder2ForCausalLM", lambda: transformers.Starcoder2Config(**_GROUPED)),
+    "bigcode": (
+        "GPTBigCodeForCausalLM",
+        lambda: transformers.GPTBigCodeConfig(**{**_GPT2, "n_head": 4}, n_inner=40),
+    ),
+    "gemma": ("GemmaForCausalLM", lambda: transformers.GemmaConfig(**_GROUPED, head_dim=6)),
+}
+
 # Families that must be refused, with a word of the reason.
 REFUSED = {
     "mixtral": (

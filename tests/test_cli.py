@@ -1,14 +1,18 @@
 """The command line: text for people, JSON for programs, files for both, one sentence for errors."""
 
 import json
+import shutil
 
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 from conftest import bridge_of
 from typer.testing import CliRunner
 
+import tl_neuron_attr
 from tl_neuron_attr import cli
+from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 PROMPT = "The capital of France is"
 NEURON_COLUMNS = "prompt_id role kind layer head index source_pos coefficient score rank".split()
@@ -157,6 +161,10 @@ BAD_REQUESTS = {
     "top of 0": (["attribute", PROMPT, "--top", "0"], "--top must be at least 1"),
     "unknown model": (["attribute", PROMPT, "--model", "no-such/model"], "cannot load the model"),
     "absent directory": (["attribute", PROMPT, "--model", "./absent"], "no such directory"),
+    "text that is no Unicode": (["attribute", "a\udcff"], "not valid Unicode"),
+    "empty target": (["attribute", PROMPT, "--target", ""], "the target is empty"),
+    "empty model": (["attribute", PROMPT, "--model", ""], "model's name is empty"),
+    "unknown dtype": (["attribute", PROMPT, "--dtype", "int8"], "dtype must be float32"),
     "bos beside tokens": (["attribute", "--tokens", "1", "--bos"], "leave out --bos"),
 }
 
@@ -183,6 +191,33 @@ def test_a_directory_without_weights_says_so(run, tmp_path):
     assert "no weights" in shown.stderr
     (tmp_path / "config.json").unlink()
     assert "no config.json" in run("attribute", PROMPT, "--model", str(tmp_path)).stderr
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused_naming_one(run, tmp_path):
+    shutil.copytree(tiny_facts_dir(), tmp_path / "model")
+    weights = tmp_path / "model" / "model.safetensors"
+    tensors = safetensors.torch.load_file(weights)
+    kept = {name: tensor for name, tensor in tensors.items() if "h.2.mlp.c_proj" not in name}
+    safetensors.torch.save_file(kept, weights, metadata={"format": "pt"})
+    shown = run("attribute", PROMPT, "--model", str(tmp_path / "model"))
+    assert shown.exit_code == 2
+    assert "lacks 2 weights, e.g. 'transformer.h.2.mlp.c_proj.bias'" in shown.stderr
+    weights.write_bytes(weights.read_bytes()[:1000])
+    shown = run("attribute", PROMPT, "--model", str(tmp_path / "model"))
+    assert (shown.exit_code, len(shown.stderr.splitlines())) == (2, 1)
+    assert "cannot load the model" in shown.stderr
+
+
+def test_a_result_cannot_replace_a_directory_and_then_nothing_is_replaced(run, tmp_path):
+    (tmp_path / "run.json").mkdir()
+    shown = run("attribute", PROMPT, "--out", str(tmp_path), "--top", "1")
+    assert shown.exit_code == 2
+    assert "run.json" in shown.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
+def test_the_version_is_told(run):
+    assert run("--version").output.strip() == f"tl_neuron_attr {tl_neuron_attr.__version__}"
 
 
 def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(

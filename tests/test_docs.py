@@ -110,10 +110,10 @@ def reader(tmp_path, monkeypatch):
 
     loaded = {}
 
-    def load(name="tiny-facts"):
+    def load(name="tiny-facts", **options):
         name = "tiny-facts" if name in STAND_INS else name
         if name not in loaded:
-            loaded[name] = load_model(name)
+            loaded[name] = load_model(name, **options)
         return loaded[name]
 
     monkeypatch.setattr(tl_neuron_attr, "load_model", load)

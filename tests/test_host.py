@@ -61,13 +61,13 @@ def test_every_identity_holds_on_every_supported_family(any_model):
         assert identity.holds
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox", "neo", "gemma"])
 def test_a_processed_bridge_gives_the_raw_ones_numbers(family):
     raw, processed = bridge_of(family), bridge_of(family, processed=True)
     assert open_host(raw).processing == "raw"
     found, wanted = attribute_quietly(processed), attribute_quietly(raw)
     assert "norms" in found.host.processing
-    folded = family != "llama"  # which has no value biases to fold
+    folded = family not in ("llama", "gemma")  # which have no value biases to fold
     assert found.host.value_biases_folded == folded
     assert_same_numbers(found, wanted, attention_neurons=not folded)
 
@@ -132,6 +132,7 @@ def test_a_bridge_in_training_mode_is_refused():
 def test_a_weight_that_is_not_what_the_model_uses_fails_its_identity():
     model = bridge_of("gpt2")
     block = model.blocks[1]
+    assert attribute(model, TOKENS, top=1) is not None  # verified; hooks are looked at all the same
     # a hook that edits the FFN's output: the neurons no longer add up to it
     edit = (f"blocks.{1}.hook_mlp_out", lambda value, hook: value * 1.5)
     with model.hooks(fwd_hooks=[edit]):
@@ -178,9 +179,90 @@ def test_the_hash_tells_weights_apart_and_only_weights():
     assert hashes[0] == hashes[1] != hashes[2]
 
 
+def test_a_cache_or_capture_of_other_weights_is_found_out():
+    model, other = bridge_of("gpt2"), bridge_of("gpt2", seed=1)
+    attribute(model, TOKENS, top=1)
+    foreign = attribute(other, TOKENS, top=1).captured
+    with pytest.raises(IdentityError, match="other weights"):
+        attribute(model, foreign)
+    with torch.no_grad():
+        _, cache = other.run_with_cache(torch.tensor([TOKENS]))
+    with pytest.raises(IdentityError, match="other weights"):
+        attribute(model, TOKENS, cache=cache)
+    with pytest.raises(InputError, match="activations are of another model"):
+        attribute(bridge_of("llama"), foreign)
+
+
+def test_part_of_a_bridge_in_training_mode_is_found_too():
+    model = bridge_of("gpt2")
+    model.blocks[0].train()
+    assert not model.training
+    with pytest.raises(InputError, match="training mode"):
+        attribute(model, TOKENS)
+
+
+def test_an_autocast_around_the_call_changes_nothing(tiny_model):
+    wanted = attribute(tiny_model, TOKENS, top=5).neurons()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attribute(tiny_model, TOKENS, top=5).neurons()
+    assert found.equals(wanted)
+
+
+def test_inference_mode_and_frozen_weights_will_do():
+    model = bridge_of("llama")
+    wanted = attribute(model, TOKENS, top=5).neurons()
+    model.requires_grad_(False)
+    with torch.inference_mode():
+        assert attribute(model, TOKENS, top=5).neurons().equals(wanted)
+    assert attribute(model, TOKENS, top=5).neurons().equals(wanted)
+
+
+def test_the_unembedding_is_never_copied(any_model):
+    result = attribute(any_model, TOKENS, top=1)
+    weights = {p.untyped_storage().data_ptr() for p in any_model.parameters()}
+    assert result.out.W_U.untyped_storage().data_ptr() in weights
+    for ffn, attn in zip(result.ffns, result.attns, strict=True):
+        assert ffn.W_out.untyped_storage().data_ptr() in weights
+        assert attn.W_O.untyped_storage().data_ptr() in weights
+
+
+def test_what_is_no_decoder_with_a_final_norm_is_refused():
+    class TransformerBridge(torch.nn.Module):
+        cfg = type("cfg", (), {"architecture": "T5ForConditionalGeneration"})()
+
+    with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration.*'blocks'"):
+        open_host(TransformerBridge().eval())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "reason"),
+    [
+        ("is_stateful", True, "state-space"),
+        ("attention_dir", "bidirectional", "encoder"),
+        ("load_in_4bit", True, "quantised"),
+        ("is_encoder_decoder", True, "encoder-decoder"),
+        ("logit_scale", 0.25, "scales"),
+        ("do_layer_norm_before", False, "post-LayerNorm"),
+        ("normalization_type", None, "neither LayerNorm nor RMSNorm"),
+        ("attn_only", True, "no FFN"),
+    ],
+)
+def test_a_configuration_that_says_unsupported_is_believed(monkeypatch, field, value, reason):
+    model = bridge_of("gpt2")
+    monkeypatch.setattr(model.cfg, field, value, raising=False)
+    with pytest.raises(UnsupportedModelError, match=f"GPT2LMHeadModel.*{reason}"):
+        open_host(model)
+
+
+def test_scores_in_a_narrow_dtype_are_refused(tiny_gpt2):
+    with pytest.raises(InputError, match="float32 or torch.float64, not in torch.bfloat16"):
+        attribute(tiny_gpt2, TOKENS, dtype=torch.bfloat16)
+
+
 def test_the_families_cover_every_kind_of_block():
     hosts = {name: open_host(bridge_of(name)) for name in FAMILIES}
     assert {host.norm for host in hosts.values()} == {"layer_norm", "rms_norm"}
-    assert {name for name, host in hosts.items() if host.parallel} == {"neox-parallel", "gptj"}
+    parallel = {name for name, host in hosts.items() if host.parallel}
+    assert parallel == {"neox-parallel", "gptj", "phi"}
     assert any(host.n_key_value_heads < host.n_heads for host in hosts.values())
     assert hosts["opt"].d_mlp == 40

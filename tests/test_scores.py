@@ -9,7 +9,6 @@ from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
 
 from tl_neuron_attr import InputError, attribute, neuron_scores
-from tl_neuron_attr.scores import log_prob_increase
 
 TARGET = 7
 
@@ -131,9 +130,10 @@ def test_conventions_differ_where_the_model_has_final_biases(tiny_gpt2):
 
 def test_adding_nothing_raises_nothing(tiny_model):
     result = attribute(tiny_model, TOKENS, top=1)
-    base = result.captured.resid_pre[1:2]
-    nothing = torch.zeros(1, 3, base.shape[1])
-    assert log_prob_increase(base, nothing, result.out, TARGET).abs().max() < 1e-6
+    before = result.out.baseline(result.captured.resid_pre[1:2], TARGET)
+    nothing = torch.zeros(3, before.resid.shape[1])
+    which = torch.zeros(3, dtype=torch.long)
+    assert result.out.increase(before, which, nothing).abs().max() < 1e-6
 
 
 def test_a_planted_ffn_neuron_ranks_first():
@@ -206,10 +206,10 @@ def test_the_whole_vocabulary_takes_part_where_it_spans_several_blocks(tiny_gpt2
     result = attribute(tiny_gpt2, TOKENS, target=TARGET, top=1, dtype=torch.float64)
     block = result.ffns[0]
     whole = neuron_scores(block, result.out, TARGET)
-    gradient = result.out.gradient(result.out.baseline(block.base[None]), TARGET)
+    gradient = result.out.baseline(block.base[None], TARGET).tangent.gradient
     monkeypatch.setattr("tl_neuron_attr.readout._COLUMNS", 7)
     assert torch.allclose(neuron_scores(block, result.out, TARGET), whole, atol=1e-13, rtol=0)
-    again = result.out.gradient(result.out.baseline(block.base[None]), TARGET)
+    again = result.out.baseline(block.base[None], TARGET).tangent.gradient
     assert torch.allclose(again, gradient, atol=1e-13, rtol=0)
 
 
@@ -217,5 +217,5 @@ def test_the_gradient_is_autograds(tiny_model):
     result = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
     bases = result.captured.resid_pre.clone().requires_grad_()
     result.out.log_prob(bases, TARGET).sum().backward()
-    found = result.out.gradient(result.out.baseline(bases.detach()), TARGET)
+    found = result.out.baseline(bases.detach(), TARGET).tangent.gradient
     assert torch.allclose(found, bases.grad, atol=1e-12, rtol=0)

@@ -104,8 +104,8 @@ def dense_scores(blocks, out, token):
 @settings(max_examples=150, deadline=None)
 def test_a_bound_is_never_below_the_exact_score(case):
     out, blocks, token = build(case)
-    baseline = out.baseline(torch.stack([block.base for block in blocks]))
-    bounds, _ = score_bounds(blocks, out, baseline, token)
+    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    bounds, _ = score_bounds(blocks, out, before)
     exact = dense_scores(blocks, out, token)
     assert (bounds >= exact).all(), (bounds - exact).min()
 
@@ -114,12 +114,12 @@ def test_a_bound_is_never_below_the_exact_score(case):
 @settings(max_examples=50, deadline=None)
 def test_in_float64_the_bound_holds_with_a_slack_that_shrinks_with_the_precision(case):
     out, blocks, token = build(case, torch.float64)
-    baseline = out.baseline(torch.stack([block.base for block in blocks]))
-    bounds, slack = score_bounds(blocks, out, baseline, token)
+    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    bounds, slack = score_bounds(blocks, out, before)
     assert (bounds >= dense_scores(blocks, out, token)).all()
     narrow_out, narrow_blocks, _ = build(case, torch.float32)
-    baseline = narrow_out.baseline(torch.stack([block.base for block in narrow_blocks]))
-    _, narrow_slack = score_bounds(narrow_blocks, narrow_out, baseline, token)
+    before = narrow_out.baseline(torch.stack([block.base for block in narrow_blocks]), token)
+    _, narrow_slack = score_bounds(narrow_blocks, narrow_out, before)
     assert slack < 1e-7 * narrow_slack
 
 
@@ -133,8 +133,8 @@ def test_the_certified_list_is_the_dense_one(dtype, case, top, budget):
     scores = dense_scores(blocks, out, token)
     order = scores.sort(descending=True, stable=True).indices[:top]
     # contributions of thousands of logits round in proportion: by no more than the slack allows
-    baseline = out.baseline(torch.stack([block.base for block in blocks]))
-    rounding = max(score_bounds(blocks, out, baseline, token)[1], 1e-12)
+    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    rounding = max(score_bounds(blocks, out, before)[1], 1e-12)
     assert dtype == torch.float32 or rounding < 1e-6
     assert torch.allclose(found.score, scores[order], atol=rounding, rtol=0)
     # the same neurons, but for those whose scores rounding cannot tell apart
@@ -263,3 +263,40 @@ def test_bfloat16_weights_are_bounded_in_float32():
     for kind in ("ffn", "attn"):
         found = result.neurons(kind)["score"].to_numpy()
         assert found == pytest.approx(dense.neurons(kind).head(10)["score"].to_numpy(), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e3, 1e4])
+def test_a_bound_holds_where_the_rivals_cancel_out_of_the_gradient(size):
+    """Three rivals at 1/3 each, their unembeddings summing to nothing, contributions across them.
+
+    The gradient is then small while the exact score still rounds with the rivals' size.
+    """
+    generator = torch.Generator().manual_seed(0)
+    d_model = 64
+    rivals = size * torch.randn(2, d_model, generator=generator)
+    target = torch.randn(1, d_model, generator=generator)
+    W_U = torch.cat([target, rivals, -rivals.sum(0, keepdim=True)]).T.contiguous()
+    across = torch.linalg.qr(W_U[:, 1:3])[0]
+    contributions = 8 * torch.randn(2000, d_model, generator=generator) / d_model**0.5
+    contributions -= contributions @ across @ across.T
+    out = ReadOut(
+        W_U=W_U,
+        b_U=torch.tensor([-20.0, 0.0, 0.0, 0.0]),
+        gain=None,
+        bias=None,
+        norm_scale=torch.tensor(1.0),
+        centered=False,
+        eps=1e-5,
+        dtype=torch.float32,
+    )
+    block = FFNDecomposition(
+        layer=0,
+        base=torch.zeros(d_model),
+        coefficients=torch.ones(2000),
+        W_out=contributions,
+        b_out=None,
+    )
+    before = out.baseline(block.base[None], 0)
+    assert before.log_probs[0, 1:].exp() == pytest.approx([1 / 3] * 3, abs=1e-3)
+    bounds, _ = score_bounds([block], out, before)
+    assert (bounds >= neuron_scores(block, out, 0)).all()

@@ -19,15 +19,15 @@ from typing import Any, SupportsIndex
 import torch
 from torch import Tensor
 
-from tl_neuron_attr.attribution import Attribution, progress_bar
-from tl_neuron_attr.capture import Capture, capture
+from tl_neuron_attr.attribution import Attribution, at_least_one, progress_bar
+from tl_neuron_attr.capture import Capture, capture, check_fits
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, open_host, resolve_target, tokenize
+from tl_neuron_attr.host import Host, has_hooks, open_host, resolve_target, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.prompts import Prompt, Target, as_prompt
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out, read_out
-from tl_neuron_attr.scores import head_scores, layer_scores
+from tl_neuron_attr.scores import baselines, head_scores, layer_scores
 from tl_neuron_attr.topk import top_neurons
 
 
@@ -36,12 +36,12 @@ def attribute(
     prompt: str | Iterable[SupportsIndex] | Tensor | Prompt | Capture,
     *,
     target: str | SupportsIndex | None = None,
-    position: int | None = None,
+    position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
-    top: int = 300,
+    top: SupportsIndex = 300,
     convention: Convention = "exact",
     dtype: torch.dtype | None = None,
-    budget: int = DEFAULT_BUDGET,
+    budget: SupportsIndex = DEFAULT_BUDGET,
     cache: Any = None,
     progress: bool = False,
 ) -> Attribution:
@@ -71,48 +71,55 @@ def attribute(
     Source: Yu & Ananiadou (2024), section 3.
     """
     started = time.perf_counter()
-    if top < 1:
-        raise InputError(f"top must be at least 1, got {top}")
+    top = at_least_one(top, "top")
+    budget = at_least_one(budget, "budget")
     host = open_host(model)
     check_read_out(host, convention, budget, dtype)
-    if isinstance(prompt, Capture):
-        if (position, prepend_bos, cache) != (None, None, None):
-            raise InputError("a Capture carries its own tokens: give only target beside it")
-        captured = prompt
-        asked_target = None if target is None else resolve_target(host, target)
-    else:
-        asked = tokenize(
-            host, as_prompt(prompt, target=target, position=position, prepend_bos=prepend_bos)
-        )
-        asked_target = asked.target
-        captured = capture(host, asked, cache)
-    verify(host, captured)
-    if dtype is not None:
-        captured = captured.to(dtype)
-    wanted = asked_target or captured.prompt.target or _own_top_prediction(host, captured)
-    with torch.no_grad():
+    # under a caller's autocast neither activations nor scores would have the precision promised
+    with torch.no_grad(), torch.autocast(host.device.type, enabled=False):
+        if isinstance(prompt, Capture):
+            if (position, prepend_bos, cache) != (None, None, None):
+                raise InputError("a Capture carries its own tokens: give only target beside it")
+            captured, own_run = prompt, False
+            check_fits(host, captured.mlp_post, captured.v, captured.resid_pre)
+            asked = None if target is None else resolve_target(host, target)
+        else:
+            tokens = tokenize(
+                host, as_prompt(prompt, target=target, position=position, prepend_bos=prepend_bos)
+            )
+            asked = tokens.target
+            own_run = cache is None and not has_hooks(model)
+            captured = capture(host, tokens, cache)
+        verify(host, captured, own_run=own_run)
+        if dtype is not None:
+            captured = captured.to(dtype)
+        wanted = asked or captured.prompt.target or _own_top_prediction(host, captured)
+
         out = read_out(host, captured.resid_final, convention, budget=budget)
-        ffns = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
-        attns = [attn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
-        layers = layer_scores(captured, out, wanted.id)
-        heads = head_scores(attns, out, wanted.id)
+        ffns = tuple(ffn_decomposition(host, captured, layer) for layer in range(host.n_layers))
+        attns = tuple(attn_decomposition(host, captured, layer) for layer in range(host.n_layers))
+        before = baselines(captured, out, wanted.id)
         # certified, one read-out per neuron listed and a few more; else one per neuron there is
         expected = 2 * top if out.affine else sum(b.n_neurons for b in (*ffns, *attns))
         with progress_bar(expected, "neuron", progress) as bar:
-            ffn_neurons = top_neurons(ffns, out, wanted.id, top, progress=bar.update)
-            attn_neurons = top_neurons(attns, out, wanted.id, top, progress=bar.update)
+            ffn_neurons = top_neurons(
+                ffns, out, wanted.id, top, before=before.ffn, progress=bar.update
+            )
+            attn_neurons = top_neurons(
+                attns, out, wanted.id, top, before=before.attn, progress=bar.update
+            )
         result = Attribution(
             host=host,
             captured=captured,
             target=wanted,
             convention=convention,
             out=out,
-            ffns=tuple(ffns),
-            attns=tuple(attns),
+            ffns=ffns,
+            attns=attns,
             log_prob=float(out.log_prob(captured.resid_final, wanted.id)),
             embedding_log_prob=float(out.log_prob(captured.resid_pre[0], wanted.id)),
-            layer_scores=layers,
-            head_scores=heads,
+            layer_scores=layer_scores(captured, out, before),
+            head_scores=head_scores(attns, out, before.attn),
             ffn_neurons=ffn_neurons,
             attn_neurons=attn_neurons,
             warnings=_warnings(host),

@@ -18,9 +18,9 @@ from tqdm import tqdm
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.files import writable_directory
+from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, weights_hash
-from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.prompts import Target, integer
 from tl_neuron_attr.readout import Convention, ReadOut, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (
@@ -85,7 +85,7 @@ class Attribution:
         table = head_table(self.head_scores)
         if top is None:
             return table
-        _at_least_one(top)
+        top = at_least_one(top, "top")
         ordered = table.sort_values("score", ascending=False, kind="stable")
         return ordered.head(top).reset_index(drop=True)
 
@@ -106,7 +106,7 @@ class Attribution:
             ("layer", layer, self.host.n_layers),
             ("head", head, self.host.n_heads),
         ):
-            if value is not None and not 0 <= value < count:
+            if value is not None and not 0 <= integer(value, name) < count:
                 raise InputError(f"{name} {value} is out of range: the model has {count} {name}s")
         layers = range(self.host.n_layers) if layer is None else [layer]
         heads = slice(None) if head is None else slice(head, head + 1)
@@ -160,7 +160,7 @@ class Attribution:
         tables = []
         for neurons, blocks in ranked:
             if top is not None:
-                _at_least_one(top)
+                top = at_least_one(top, "top")
                 neurons_total = sum(block.n_neurons for block in blocks)
                 if len(neurons) < min(top, neurons_total):
                     raise InputError(
@@ -169,15 +169,14 @@ class Attribution:
                     )
                 neurons = neurons.first(top)
             table = neuron_table(neurons, self.captured.prompt.prompt_id)
-            if tokens:
+            if tokens > 0:
                 table = table.join(self._token_columns(neurons, blocks, tokens))
             tables.append(table)
         return pd.concat(tables, ignore_index=True)
 
     def predictions(self, top: int = 5) -> pd.DataFrame:
         """The model's likeliest next tokens: ``id, token, log_prob, prob``."""
-        _at_least_one(top)
-        likeliest = self.captured.top_predictions(top)
+        likeliest = self.captured.top_predictions(at_least_one(top, "top"))
         return pd.DataFrame(
             {
                 "id": [token for token, _ in likeliest],
@@ -246,7 +245,7 @@ class Attribution:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
-        path = writable_directory(directory)
+        path = check_writable(directory)
         tables = {
             "layers": self.layers(),
             "heads": self.heads(),
@@ -290,6 +289,13 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _at_least_one(top: int) -> None:
-    if top < 1:
-        raise InputError(f"top must be at least 1, got {top}")
+def at_least_one(value: Any, what: str) -> int:
+    """``value`` as a plain integer that counts something.
+
+    Raises:
+        InputError: If it is no integer, or below 1.
+    """
+    count = integer(value, what)
+    if count < 1:
+        raise InputError(f"{what} must be at least 1, got {count}")
+    return count

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, NonFiniteError
-from tl_neuron_attr.files import writable_directory, write_files
+from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, cache_is_of, final_resid_name, hook_names
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
 
@@ -89,12 +89,28 @@ def capture(host: Host, prompt: TokenizedPrompt, cache: Any = None) -> Capture:
     }
     tensors["resid_final"] = seen["resid_final"]
     tensors["logits"] = seen["logits"]
+    check_fits(host, tensors["mlp_post"], tensors["v"], tensors["resid_pre"])
     _refuse_non_finite(tensors)
     return Capture(
         prompt=prompt,
         model_name=host.model_name,
         **{"resid_mid": None, **tensors},
     )
+
+
+def check_fits(host: Host, mlp_post: Tensor, v: Tensor, resid_pre: Tensor) -> None:
+    """Stop where activations cannot be this model's, before they meet its weights.
+
+    Raises:
+        InputError: If they are of another number of layers or of other sizes.
+    """
+    found = (resid_pre.shape[0], resid_pre.shape[1], mlp_post.shape[1], v.shape[3])
+    wanted = (host.n_layers, host.d_model, host.d_mlp, host.d_head)
+    if found != wanted:
+        raise InputError(
+            f"the activations are of another model: (layers, d_model, d_mlp, d_head) is {found}, "
+            f"this model's is {wanted}"
+        )
 
 
 def _run(host: Host, prompt: TokenizedPrompt) -> dict[str, Tensor]:
@@ -117,6 +133,11 @@ def _run(host: Host, prompt: TokenizedPrompt) -> dict[str, Tensor]:
 
 
 def _read_cache(host: Host, prompt: TokenizedPrompt, cache: Any) -> dict[str, Tensor]:
+    if not hasattr(cache, "keys"):
+        raise InputError(
+            f"cache must be an ActivationCache, the second thing run_with_cache returns; "
+            f"got a {type(cache).__name__}"
+        )
     wanted = {**_wanted(host), "logits": "unembed.hook_out"}
     available = set(cache.keys())
     if "unembed.hook_out" not in available:
@@ -229,7 +250,7 @@ def save_capture(captured: Capture, directory: str | Path) -> None:
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     write_files(
-        writable_directory(directory),
+        check_writable(directory),
         {
             "capture.safetensors": lambda path: path.write_bytes(data),
             "capture.json": lambda path: path.write_text(text, encoding="utf-8"),

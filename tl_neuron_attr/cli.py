@@ -1,5 +1,6 @@
 """For the shell: arguments -> the same calls a notebook makes -> text, JSON or files."""
 
+import io
 import json
 import os
 import sys
@@ -7,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +23,7 @@ from rich.text import Text
 from tl_neuron_attr.attribute import attribute as attribute_prompt
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.errors import InputError, NeuronAttrError
-from tl_neuron_attr.files import writable_directory
+from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import Prompt, visible
@@ -40,9 +42,23 @@ _KEPT = 300
 _WIDTH = 100
 
 
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"tl_neuron_attr {version('tl_neuron_attr')}")
+        raise typer.Exit
+    return wanted
+
+
 @app.callback()
-def main() -> None:
+def main(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
     """Which neurons gave the answer? Attribute a language model's prediction to its neurons."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
 @app.command()
@@ -107,7 +123,7 @@ def attribute(
         if top is not None and top < 1:
             raise InputError(f"--top must be at least 1, got {top}")
         if out is not None:
-            writable_directory(out)
+            check_writable(out)
         started = time.perf_counter()
         loaded = _load(model, device, dtype)
         with warnings.catch_warnings():
@@ -122,7 +138,7 @@ def attribute(
         if out is not None:
             result.save(out, progress=sys.stderr.isatty())
         if as_json:
-            print(json.dumps(_as_json(result, model), ensure_ascii=False, allow_nan=False))
+            print(json.dumps(_as_json(result, model), allow_nan=False))
         else:
             _show(result, model, top or _SHOWN, time.perf_counter() - started, out)
 

@@ -8,35 +8,39 @@ from pathlib import Path
 from tl_neuron_attr.errors import InputError, OutputError
 
 
-def writable_directory(directory: str | os.PathLike[str]) -> Path:
-    """``directory`` as a path, created where absent, after a trial that files can be made in it.
+def check_writable(directory: str | os.PathLike[str]) -> Path:
+    """``directory`` as a path, after a look whether files could be made there; makes nothing.
 
     Raises:
-        InputError: If it is a file, cannot be created, or cannot be written to.
+        InputError: If it is a file, lies below one, or may not be written to.
     """
     path = Path(directory)
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except OSError as error:
-        raise InputError(
-            f"cannot write to {str(path)!r}: {error.strerror or error}; choose another directory"
-        ) from error
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if not place.is_dir():
+        raise InputError(f"cannot write to {str(path)!r}: {str(place)!r} is not a directory")
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise InputError(f"cannot write to {str(path)!r}: no permission; choose another directory")
     return path
 
 
 def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
     """Let each writer write its file, all under temporary names, and rename them at the end.
 
-    If any writer fails, nothing in ``directory`` has changed. A reader never sees half a file.
+    ``directory`` is made where absent. If any writer fails, nothing there has changed; a reader
+    never sees half a file. The last name is renamed last: a file that vouches for the others
+    belongs there.
 
     Raises:
         OutputError: If the disk is full, or the directory cannot be written to.
     """
     staged: list[tuple[Path, Path]] = []
     try:
+        directory.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
+            if (directory / name).is_dir():
+                raise IsADirectoryError(f"{name!r} is a directory there")
             handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
             os.close(handle)
             staged.append((Path(temporary), directory / name))

@@ -15,10 +15,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
-from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, token_id
+from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
+from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
-# Blocks in which no value bias exists although the attention output has a bias: nothing was
-# folded there. (HookedTransformer shows an absent bias as zeros, so names are all there is.)
+# Families without a value bias whose attention output has one: zeros there mean that nothing was
+# folded, unless the norms were, which makes value biases. (HookedTransformer shows an absent bias
+# as zeros, so names are all there is.)
 _WITHOUT_VALUE_BIAS = frozenset({"GPTNeoForCausalLM"})
 
 # Post-norm families whose blocks TransformerLens 3.9 does not mark as such.
@@ -74,12 +76,7 @@ class Host:
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's gain; ``None`` where it was folded into the unembedding."""
-        gain = _parameter(self.model.ln_final, "weight", "w")
-        if gain is not None and self.class_name != "HookedTransformer":
-            # Gemma's checkpoints hold gain - 1; HookedTransformer adds the 1 when it loads them
-            if getattr(self.model.cfg, "rmsnorm_uses_offset", False):
-                gain = 1 + gain
-        return gain
+        return _final_gain(self.model, self.class_name)
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
@@ -109,7 +106,7 @@ class Host:
         if tokenizer is None:
             return f"<{token}>"
         piece = tokenizer.convert_ids_to_tokens(token)
-        text = tokenizer.decode([token])
+        text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         if piece is None or "\ufffd" in text:  # part of a character: the raw piece says more
             return piece if piece is not None else f"<{token}>"
         if piece.startswith("\u2581") and not text.startswith(" "):
@@ -127,23 +124,30 @@ def open_host(model: Any) -> Host:
     """
     class_name = _class_name(model)
     cfg = model.cfg
-    if model.training and class_name != "HookedTransformer":
-        # HookedTransformer has no dropout: its training flag, set by default, changes nothing
+    # HookedTransformer has no dropout: its training flag, set by default, changes nothing
+    if class_name != "HookedTransformer" and any(part.training for part in model.modules()):
         raise InputError("the model is in training mode, where dropout acts; call model.eval()")
     _refuse_unsupported(model)
     block = model.blocks[0]
     W_O = block.attn.W_O
     folded_norm, folded_values = _folding(model, class_name)
-    folded = [
-        name for name, done in (("norms", folded_norm), ("value biases", folded_values)) if done
+    processing = [
+        name
+        for name, done in (
+            ("norms folded", folded_norm),
+            ("value biases folded", folded_values),
+            ("writing weights centred", _centred(block.mlp.W_out, -1)),
+            ("unembedding centred", _centred(model.W_U, -1)),
+        )
+        if done
     ]
     n_heads = int(W_O.shape[0])
     return Host(
         model=model,
         class_name=class_name,
-        model_name=str(getattr(cfg, "model_name", "unknown")),
+        model_name=_model_name(cfg),
         architecture=_architecture(cfg),
-        processing=f"folded {' and '.join(folded)}" if folded else "raw",
+        processing=", ".join(processing) or "raw",
         value_biases_folded=folded_values,
         norm="rms_norm" if cfg.normalization_type.startswith("RMS") else "layer_norm",
         eps=float(cfg.eps),
@@ -272,16 +276,18 @@ def resolve_target(host: Host, target: str | SupportsIndex) -> Target:
         InputError: For an id outside the vocabulary, or a text that is not exactly one token.
     """
     if not isinstance(target, str):
-        token = token_id(target)
+        token = integer(target, "a token id")
         if not 0 <= token < host.d_vocab:
             raise InputError(
                 f"target id {token} is outside the model's vocabulary of {host.d_vocab}"
             )
         return Target(id=token, text=host.token_text(token))
     _need_tokenizer(host, "target")
+    if not target:
+        raise InputError("the target is empty; give a single-token target or a token id")
     ids = _encode(host, target)
     if len(ids) == 1:
-        return Target(id=ids[0], text=host.token_text(ids[0]))
+        return resolve_target(host, ids[0])
     # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
     # is the one token that reads " Paris"
     bare = _encode(host, target.strip(" ")) if target.startswith(" ") else []
@@ -297,9 +303,7 @@ def resolve_target(host: Host, target: str | SupportsIndex) -> Target:
 
 
 def _encode(host: Host, text: str) -> list[int]:
-    ids = host.model.tokenizer(text, add_special_tokens=False)["input_ids"]
-    # a token the tokenizer knows but the model does not is no token of the model's
-    return [] if any(token >= host.d_vocab for token in ids) else list(ids)
+    return list(host.model.tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def _need_tokenizer(host: Host, what: str) -> None:
@@ -341,6 +345,25 @@ def _parameter(module: Any, *names: str) -> Tensor | None:
     return None
 
 
+def _model_name(cfg: Any) -> str:
+    name = str(getattr(cfg, "model_name", "unknown"))
+    return "tiny-facts" if name == str(tiny_facts_dir()) else name
+
+
+def _final_gain(model: Any, class_name: str) -> Tensor | None:
+    gain = _parameter(model.ln_final, "weight", "w")
+    # Gemma's checkpoints hold gain - 1; HookedTransformer adds the 1 when it loads them
+    offset = class_name != "HookedTransformer" and getattr(model.cfg, "rmsnorm_uses_offset", False)
+    return 1 + gain if gain is not None and offset else gain
+
+
+def _centred(weight: Tensor, axis: int) -> bool:
+    """Whether a weight's mean along an axis was taken out (which changes no score)."""
+    weight = weight.detach()
+    size = weight.abs().amax()
+    return bool(weight.mean(axis).abs().amax() < 1e-3 * torch.finfo(weight.dtype).eps ** 0.5 * size)
+
+
 def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
     """Whether norms, and whether value biases, were folded into their neighbours."""
     cfg = model.cfg
@@ -349,7 +372,7 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
         processed = True  # each kind of folding can be chosen on its own when loading
     else:
         processed = bool(getattr(model, "compatibility_mode", False))
-        gain = _parameter(model.ln_final, "weight", "w")
+        gain = _final_gain(model, class_name)
         bias = _parameter(model.ln_final, "bias", "b")
         norms = (
             processed
@@ -357,7 +380,7 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
             and bool((gain == 1).all())
             and (bias is None or bool((bias == 0).all()))
         )
-    if not processed or _architecture(cfg) in _WITHOUT_VALUE_BIAS:
+    if not processed or (_architecture(cfg) in _WITHOUT_VALUE_BIAS and not norms):
         return norms, False
     attns = [block.attn for block in model.blocks]
     value_biases = [_parameter(attn, "b_V") for attn in attns]
@@ -366,6 +389,15 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
         bias is not None and bool(bias.any()) for bias in output_biases
     )
     return norms, values
+
+
+def _scorable(weight: Tensor) -> bool:
+    return weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def has_hooks(model: Any) -> bool:
+    """Whether the caller has hooks on the model now, which may edit what passes through."""
+    return any(point.fwd_hooks for point in model.hook_dict.values())
 
 
 def _refuse_unsupported(model: Any) -> None:
@@ -379,19 +411,25 @@ def _refuse_unsupported(model: Any) -> None:
     def refuse(reason: str) -> None:
         raise UnsupportedModelError(f"{architecture} is not supported: {reason}")
 
+    for part in ("blocks", "ln_final", "unembed"):
+        if not hasattr(model, part):
+            refuse(f"it has no {part!r}; only decoders with a final norm can be read out")
+    if setting("is_encoder_decoder"):
+        refuse("it is an encoder-decoder")
     if setting("num_experts") or setting("num_local_experts"):
         refuse("its FFN is a mixture of experts, whose neurons sit behind a router")
     if setting("is_stateful"):
         refuse("it is a state-space or recurrent model, not an attention decoder")
     if setting("attention_dir") == "bidirectional":
         refuse("it is an encoder; only causal decoders predict a next token")
-    if setting("load_in_4bit") or setting("load_in_8bit") or not model.W_U.is_floating_point():
+    if setting("load_in_4bit") or setting("load_in_8bit") or not _scorable(model.W_U):
         refuse("its weights are quantised; load it in float32, bfloat16 or float16")
     if (setting("output_logits_soft_cap") or 0) > 0:
         refuse("its logits pass through a soft cap, so the read-out is not affine")
     if setting("use_normalization_before_and_after") or architecture in _POST_NORM:
         refuse("it normalises the output of each sub-layer (post-norm)")
-    if (setting("residual_multiplier") or 1) != 1 or (setting("logits_scaling") or 1) != 1:
+    scales = ("residual_multiplier", "logits_scaling", "logit_scale")
+    if any((setting(name) or 1) != 1 for name in scales):
         refuse("it scales what each sub-layer writes to the residual stream, or its logits")
     if setting("do_layer_norm_before") is False:
         refuse("it normalises the residual stream after each sub-layer (post-LayerNorm)")
@@ -411,7 +449,7 @@ def _refuse_unsupported(model: Any) -> None:
             weight = _parameter(module, name)
             if weight is None:
                 refuse(f"layer {layer} has no {name}: its neurons are not the rows of one matrix")
-            elif not weight.is_floating_point():
+            elif not _scorable(weight):
                 refuse("its weights are quantised; load it in float32, bfloat16 or float16")
             elif shapes.setdefault(name, weight.shape) != weight.shape:
                 refuse(f"layer {layer} has a {name} of another shape than layer 0")

@@ -62,8 +62,11 @@ def identities(host: Host, captured: Capture) -> tuple[Identity, ...]:
 _verified: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 
 
-def verify(host: Host, captured: Capture) -> None:
-    """Check every identity, once per model and state of its weights.
+def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
+    """Check every identity; for a run of our own once per model and state of its weights.
+
+    ``own_run`` says that ``captured`` was just run on ``host`` without hooks of the caller's; a
+    capture or cache that came from elsewhere may be of other weights, and hooks may edit.
 
     Raises:
         IdentityError: If one fails, naming it, its layer and by how much.
@@ -71,7 +74,7 @@ def verify(host: Host, captured: Capture) -> None:
     state = hash(
         tuple((p.data_ptr(), p._version) for p in host.model.parameters() if not p.is_inference())
     )
-    if _verified.get(host.model) == state:
+    if own_run and _verified.get(host.model) == state:
         return
     for identity in identities(host, captured):
         if not identity.holds:
@@ -80,9 +83,11 @@ def verify(host: Host, captured: Capture) -> None:
                 f"{host.architecture}: {identity.name} fails{where}: {identity.equation} is off by "
                 f"{identity.error:.2g} of its largest part (allowed: {identity.tolerance:.0e}). "
                 "The model computes something this package does not know, or a hook edits an "
-                "activation between the two sides; its neuron scores would be wrong"
+                "activation between the two sides, or the activations are of other weights; "
+                "neuron scores would be wrong"
             )
-    _verified[host.model] = state
+    if own_run:
+        _verified[host.model] = state
 
 
 def _residual_stream(host: Host, captured: Capture) -> Identity:

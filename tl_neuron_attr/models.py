@@ -1,6 +1,10 @@
 """A name -> a TransformerLens model: the bundled one, a local directory, or a hub name."""
 
+import logging
 import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +13,7 @@ import torch
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
+_MISSING = re.compile(r"^(\S+)\s*\|\s*MISSING", re.MULTILINE)
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
 
 
@@ -25,6 +30,8 @@ def load_model(
         InputError: If ``dtype`` is no floating type, a directory lacks its configuration or
             weights, or the name cannot be loaded, with the reason TransformerLens gives.
     """
+    if not name:
+        raise InputError("the model's name is empty; give tiny-facts, a directory or a hub name")
     dtype = _weight_dtype(dtype)
     source = str(tiny_facts_dir()) if name == "tiny-facts" else name
     if Path(source).exists() or source.startswith((".", "/", "~")):
@@ -33,11 +40,38 @@ def load_model(
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        with torch.random.fork_rng():  # loading draws initial weights only to overwrite them
+        # loading draws initial weights only to overwrite them
+        with torch.random.fork_rng(), _load_reports() as reports:
             model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
-    except (OSError, ValueError, RuntimeError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # the libraries below raise of every kind; the reason is passed on
         raise InputError(f"cannot load the model {name!r}: {_reason(name, error)}") from error
+    missing = [name for report in reports for name in _MISSING.findall(report)]
+    if missing:
+        raise InputError(
+            f"cannot load the model {name!r}: its checkpoint lacks {len(missing)} weights, e.g. "
+            f"{sorted(missing)[0]!r}, which would be random; get the complete files"
+        )
     return model.eval()
+
+
+@contextmanager
+def _load_reports() -> Iterator[list[str]]:
+    """What transformers logs while the block lasts: missing weights bring only a warning."""
+    reports: list[str] = []
+
+    class Collector(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            reports.append(record.getMessage())
+
+    logger = logging.getLogger("transformers")
+    handlers, level = logger.handlers, logger.level
+    logger.handlers = [Collector(logging.WARNING)]
+    logger.setLevel(logging.WARNING)
+    try:
+        yield reports
+    finally:
+        logger.handlers = handlers
+        logger.setLevel(level)
 
 
 def _weight_dtype(dtype: str | torch.dtype) -> torch.dtype:
@@ -62,8 +96,9 @@ def _model_directory(path: Path) -> Path:
 
 
 def _reason(name: str, error: Exception) -> str:
-    first_line = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-    if offline and not Path(name).exists():
+    if offline and isinstance(error, OSError) and not Path(name).exists():
         return "it is not on disk, and HF_HUB_OFFLINE forbids asking the hub for it"
-    return first_line or type(error).__name__
+    # some messages introduce a list by a line that ends in a colon
+    return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__

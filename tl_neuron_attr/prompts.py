@@ -21,27 +21,35 @@ class Prompt:
     top prediction. ``position`` is where the answer is read, an index into the tokens as the
     model sees them (a prepended BOS counts), from the end if negative. ``prepend_bos`` is
     ``None`` for TransformerLens's default of that model; token ids are used as they are.
-    ``prompt_id`` names the prompt in tables.
+    ``prompt_id`` names the prompt in tables. Integers of numpy and torch become plain ones.
     """
 
     text: str | None = None
-    tokens: tuple[int, ...] | None = None
-    target: str | SupportsIndex | None = None
-    position: int = -1
+    tokens: Any = None
+    target: Any = None
+    position: Any = -1
     prepend_bos: bool | None = None
     prompt_id: str = "0"
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.tokens is None):
             raise InputError("a prompt needs either text or tokens, exactly one of them")
-        if self.text is not None and not self.text:
-            raise InputError("the prompt is empty; give some text, or token ids")
-        if self.tokens is not None and not self.tokens:
-            raise InputError("the prompt is empty: no token ids were given")
-        if self.tokens is not None and self.prepend_bos is not None:
-            raise InputError("token ids are used as they are: leave prepend_bos out beside them")
-        if self.target is not None and not isinstance(self.target, str):
-            token_id(self.target)
+        if self.text is not None:
+            _check_text(self.text, "prompt")
+        if self.tokens is not None:
+            if isinstance(self.tokens, (str, bytes, dict)):
+                raise InputError(f"token ids must be integers, got {self.tokens!r}")
+            tokens = tuple(integer(token, "a token id") for token in self.tokens)
+            object.__setattr__(self, "tokens", tokens)
+            if not tokens:
+                raise InputError("the prompt is empty: no token ids were given")
+            if self.prepend_bos is not None:
+                raise InputError("token ids are used as they are: leave prepend_bos out")
+        object.__setattr__(self, "position", integer(self.position, "position"))
+        if isinstance(self.target, str):
+            _check_text(self.target, "target")
+        elif self.target is not None:
+            object.__setattr__(self, "target", integer(self.target, "a token id"))
 
 
 @dataclass(frozen=True)
@@ -70,7 +78,7 @@ def as_prompt(
     prompt: "str | Iterable[SupportsIndex] | torch.Tensor | Prompt",
     *,
     target: str | SupportsIndex | None = None,
-    position: int | None = None,
+    position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
 ) -> Prompt:
     """A ``Prompt`` from text, from token ids (a sequence or a tensor), or from a ``Prompt``.
@@ -97,27 +105,31 @@ def as_prompt(
                 f"token ids must be one prompt: integers of shape [pos] or [1, pos], "
                 f"got {prompt.dtype} of shape {list(prompt.shape)}"
             )
-        prompt = prompt.tolist()
-    return Prompt(
-        tokens=tuple(token_id(token) for token in prompt),
-        target=target,
-        position=position,
-        prepend_bos=prepend_bos,
-    )
+        prompt = tuple(prompt.tolist())
+    return Prompt(tokens=prompt, target=target, position=position, prepend_bos=prepend_bos)
 
 
-def token_id(value: Any) -> int:
+def integer(value: Any, what: str) -> int:
     """``value`` as a plain integer; numpy and torch integers will do.
 
     Raises:
-        InputError: If it is no integer (a bool is none either).
+        InputError: If it is no integer (a bool is none either), saying ``what`` must be one.
     """
     try:
         if isinstance(value, bool):
             raise TypeError
         return operator.index(value)
     except (TypeError, ValueError):
-        raise InputError(f"a token id must be an integer, got {value!r}") from None
+        raise InputError(f"{what} must be an integer, got {value!r}") from None
+
+
+def _check_text(text: str, what: str) -> None:
+    if not text:
+        raise InputError(f"the {what} is empty; give some text, or token ids")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"the {what} {text!r} is not valid Unicode text") from None
 
 
 def visible(text: str) -> str:

@@ -122,19 +122,23 @@ class ReadOut:
             parts.append(token_logit - torch.stack(partial).logsumexp(0))
         return torch.cat(parts).reshape(resid.shape[:-1])
 
-    def baseline(self, resid: Float[Tensor, "base d_model"]) -> "Baseline":
+    def baseline(self, resid: Float[Tensor, "base d_model"], token: int) -> "Baseline":
         """The predictions before anything is added, to measure what additions change.
 
-        Cost: base x d_vocab floats, kept.
+        Cost: two passes over the unembedding (one if the norm is recomputed), whatever the
+        number of bases; base x d_vocab floats, kept.
         """
-        return Baseline(resid=resid, log_probs=self.logits(resid).log_softmax(-1))
+        log_probs = self.logits(resid).log_softmax(-1)
+        tangent = None
+        if self.norm_scale is not None:
+            tangent = self._tangent(log_probs, token, self.norm_scale)
+        return Baseline(resid=resid, token=token, log_probs=log_probs, tangent=tangent)
 
     def increase(
         self,
         baseline: "Baseline",
         which: Int[Tensor, " row"],
         contributions: Float[Tensor, "row d_model"],
-        token: int,
     ) -> Float[Tensor, " row"]:
         """Gain in log p(token), in nats, from adding each contribution to base ``which``.
 
@@ -142,7 +146,7 @@ class ReadOut:
         logits of the contribution alone and ``p`` the base's prediction: rounding errors stay in
         proportion to the contribution, however large the logits of the base are.
         """
-        parts = []
+        token, parts = baseline.token, []
         size = self.rows_per_block
         for rows, bases in zip(contributions.split(size), which.split(size), strict=True):
             if not self.affine:
@@ -161,20 +165,25 @@ class ReadOut:
             parts.append(token_delta - torch.stack(partial).logsumexp(0))
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
-    def gradient(self, baseline: "Baseline", token: int) -> Float[Tensor, "base d_model"]:
-        """Gradient of log p(token | resid) at each base, for a frozen norm.
-
-        Since log p is concave in the residual vector, ``contribution . gradient`` is never below
-        the exact ``increase``: an upper bound of a neuron's score for one dot product.
-        """
-        coefficients = -baseline.log_probs.exp()
-        coefficients[:, token] += 1.0
-        gradient = torch.zeros_like(baseline.resid, dtype=self.dtype)
+    def _tangent(
+        self, log_probs: Float[Tensor, "base d_vocab"], token: int, norm_scale: Float[Tensor, ""]
+    ) -> "Tangent":
+        probs = log_probs.exp()
+        expected = probs.new_zeros(log_probs.shape[0], self.W_U.shape[0])
+        norms = []
         for columns in self._vocabulary():
-            gradient += coefficients[:, columns] @ self.W_U[:, columns].to(self.dtype).T
-        return self._linear_transposed(gradient)
+            directions = self.W_U[:, columns].to(self.dtype)
+            expected += probs[:, columns] @ directions.T
+            weighted = directions if self.gain is None else directions * self.gain[:, None]
+            norms.append(torch.linalg.vector_norm(weighted, dim=0))
+        reach = probs @ torch.cat(norms) / norm_scale
+        direction = self._direction(token)
+        return Tangent(
+            gradient=direction - self._linear_transposed(expected),
+            reach=reach + direction.norm(),
+        )
 
-    def direction(self, token: int) -> Float[Tensor, " d_model"]:
+    def _direction(self, token: int) -> Float[Tensor, " d_model"]:
         """The vector whose dot product with a contribution is the token's logit change."""
         return self._linear_transposed(self.W_U[:, token].to(self.dtype))
 
@@ -200,10 +209,41 @@ class ReadOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Baseline:
-    """Residual vectors and what the model would predict from each of them."""
+    """Residual vectors that blocks add to, and what the model would predict from each of them."""
 
     resid: Float[Tensor, "base d_model"]
+    token: int
+    """The target."""
     log_probs: Float[Tensor, "base d_vocab"]
+    tangent: "Tangent | None"
+    """How log p(token) changes there; ``None`` if the norm is recomputed."""
+
+    def __getitem__(self, bases: slice) -> "Baseline":
+        """The same for some of the bases."""
+        return replace(
+            self,
+            resid=self.resid[bases],
+            log_probs=self.log_probs[bases],
+            tangent=None if self.tangent is None else self.tangent[bases],
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tangent:
+    """The first-order picture of log p(token) at each base, for a frozen norm.
+
+    As log p is concave in the residual vector, ``contribution . gradient`` is never below the
+    exact ``increase``: an upper bound of a neuron's score for one dot product.
+    """
+
+    gradient: Float[Tensor, "base d_model"]
+    reach: Float[Tensor, " base"]
+    """Norm of the target's direction, and expected norm of a token's under the base's prediction:
+    what the rounding of scores and bounds is in proportion to, where gradients cancel too."""
+
+    def __getitem__(self, bases: slice) -> "Tangent":
+        """The same for some of the bases."""
+        return Tangent(gradient=self.gradient[bases], reach=self.reach[bases])
 
 
 def read_out(
@@ -257,6 +297,8 @@ def check_read_out(
         InputError: If ``convention`` is unknown, or if not even one vector could be read out
             within ``budget`` bytes, saying how many are needed.
     """
+    if dtype not in (None, torch.float32, torch.float64):
+        raise InputError(f"scores are computed in torch.float32 or torch.float64, not in {dtype!r}")
     if convention not in CONVENTIONS:
         raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
     _rows_per_block(host.W_U, dtype or torch.promote_types(host.dtype, torch.float32), budget)

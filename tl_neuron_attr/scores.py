@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
-from tl_neuron_attr.readout import ReadOut
+from tl_neuron_attr.readout import Baseline, ReadOut
 
 Progress = Callable[[int], object]
 """Called with the number of vectors scored since the last call."""
@@ -30,25 +30,47 @@ class LayerScores:
     ffn: Float[Tensor, " layer"]
 
 
-def layer_scores(captured: Capture, out: ReadOut, token: int) -> LayerScores:
+@dataclass(frozen=True, kw_only=True)
+class Baselines:
+    """What is predicted from the residual stream that each layer's attention and FFN add to."""
+
+    attn: Baseline
+    ffn: Baseline
+
+
+def baselines(captured: Capture, out: ReadOut, token: int) -> Baselines:
+    """The predictions all scores of a run start from, of all layers in one pass."""
+    # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
+    resid_mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
+    both = out.baseline(torch.cat([captured.resid_pre, resid_mid]), token)
+    n_layers = captured.resid_pre.shape[0]
+    return Baselines(attn=both[:n_layers], ffn=both[n_layers:])
+
+
+def layer_scores(captured: Capture, out: ReadOut, before: Baselines) -> LayerScores:
     """The score of every attention and FFN layer, biases included.
 
     In sequential blocks they telescope: their sum is log p(final) - log p(embedding), exactly. In
     parallel blocks both add to the same residual stream, and the sum says nothing.
     """
-    resid_mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
-    attn = log_prob_increase(captured.resid_pre, captured.attn_out[:, None], out, token)
-    ffn = log_prob_increase(resid_mid, captured.mlp_out[:, None], out, token)
-    return LayerScores(attn=attn[:, 0], ffn=ffn[:, 0])
+    layers = torch.arange(captured.resid_pre.shape[0], device=captured.resid_pre.device)
+    return LayerScores(
+        attn=out.increase(before.attn, layers, captured.attn_out),
+        ffn=out.increase(before.ffn, layers, captured.mlp_out),
+    )
 
 
 def head_scores(
-    attns: Sequence[AttnDecomposition], out: ReadOut, token: int
+    attns: Sequence[AttnDecomposition], out: ReadOut, before: Baseline
 ) -> Float[Tensor, "layer head"]:
-    """The score of every head (what it brings from all source positions together)."""
-    bases = torch.stack([attn.base for attn in attns])
+    """The score of every head (what it brings from all source positions together).
+
+    ``before`` has one base a layer, in the order of ``attns``.
+    """
     vectors = torch.stack([attn.head_vectors() for attn in attns])
-    return log_prob_increase(bases, vectors, out, token)
+    n_layers, n_heads, _ = vectors.shape
+    which = torch.arange(n_layers, device=vectors.device).repeat_interleave(n_heads)
+    return out.increase(before, which, vectors.flatten(0, 1)).reshape(n_layers, n_heads)
 
 
 def position_scores(
@@ -65,14 +87,16 @@ def position_scores(
     """
     layers = []
     for attn in attns:
+        before = out.baseline(attn.base[None], token)
         n_heads, n_pos, _ = attn.shape
         start, stop, _ = heads.indices(n_heads)
         step = max(1, out.rows_per_block // n_pos)
         parts = []
         for first in range(start, stop, step):
             vectors = attn.position_vectors(slice(first, min(first + step, stop)))
-            rows = vectors.flatten(0, 1)[None]
-            scores = log_prob_increase(attn.base[None], rows, out, token)
+            rows = vectors.flatten(0, 1)
+            which = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
+            scores = out.increase(before, which, rows)
             parts.append(scores.reshape(vectors.shape[:2]))
             if progress is not None:
                 progress(scores.numel())
@@ -88,26 +112,14 @@ def neuron_scores(
     Cost: one read-out per neuron whose coefficient is not 0 (else its score is 0). Peak memory:
     the read-out's budget, and the result. ``topk.top_neurons`` finds the best without scoring all.
     """
-    baseline = out.baseline(decomposition.base[None])
-    numbers = torch.arange(decomposition.n_neurons, device=decomposition.base.device)
-    active = numbers[decomposition.coefficients_of(numbers) != 0]
-    scores = torch.zeros(len(numbers), dtype=out.dtype, device=numbers.device)
-    for block in active.split(out.rows_per_block):
-        which = torch.zeros_like(block)
-        scores[block] = out.increase(baseline, which, decomposition.vectors(block), token)
+    before = out.baseline(decomposition.base[None], token)
+    n_neurons, device = decomposition.n_neurons, decomposition.base.device
+    scores = torch.zeros(n_neurons, dtype=out.dtype, device=device)
+    for first in range(0, n_neurons, out.rows_per_block):
+        numbers = torch.arange(first, min(first + out.rows_per_block, n_neurons), device=device)
+        active = numbers[decomposition.coefficients_of(numbers) != 0]
+        which = torch.zeros_like(active)
+        scores[active] = out.increase(before, which, decomposition.vectors(active))
         if progress is not None:
-            progress(len(block))
+            progress(len(numbers))
     return scores
-
-
-def log_prob_increase(
-    bases: Float[Tensor, "base d_model"],
-    contributions: Float[Tensor, "base row d_model"],
-    out: ReadOut,
-    token: int,
-) -> Float[Tensor, "base row"]:
-    """Gain in log p(token), in nats, from adding each contribution alone to its base."""
-    n_bases, n_rows, _ = contributions.shape
-    which = torch.arange(n_bases, device=bases.device).repeat_interleave(n_rows)
-    increase = out.increase(out.baseline(bases), which, contributions.flatten(0, 1), token)
-    return increase.reshape(n_bases, n_rows)

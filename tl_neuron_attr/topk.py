@@ -6,10 +6,12 @@ score of u. One matrix-vector product per layer bounds every neuron's score; the
 then computed in order of the bound, until the k-th best is no smaller than every bound left.
 
 Rounding: both numbers are computed in finite precision, so each bound is raised by a slack. A dot
-product of d terms rounds by at most about ``4 sqrt(d) eps`` of its terms' Euclidean norms (the
-probabilistic bound of Higham & Mary, 2019, with a factor that random signs exceed once in 10^3 to
-10^4; the deterministic bound has d in place of sqrt(d) and is never met in practice), and a
-logsumexp of probabilities by a few eps.
+product of d terms rounds by about ``sqrt(d) eps`` of the product of the norms (the probabilistic
+analysis of Higham & Mary, 2019; the deterministic bound has d in place of sqrt(d) and is not met
+in practice), taken four times over for the bound and again for the exact score, with the norms of
+the target's direction and of those the model considers likely; a logsumexp of probabilities rounds
+by a few eps. The certificate is a proof up to that model of rounding; in float64 the slack is 10^9
+times smaller.
 """
 
 import math
@@ -22,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.readout import Baseline, ReadOut
 from tl_neuron_attr.scores import Progress, neuron_scores
@@ -99,12 +102,14 @@ def top_neurons(
     token: int,
     top: int,
     *,
+    before: Baseline | None = None,
     progress: Progress | None = None,
 ) -> RankedNeurons:
     """The ``top`` best neurons among blocks of one kind (all of them, if there are fewer).
 
     Exactly those a dense evaluation of every neuron would list first, with a certificate. Where
-    no bound holds (``out.affine`` is false) every neuron is scored.
+    no bound holds (``out.affine`` is false) every neuron is scored. ``before``, if it is at hand,
+    has one base a block, in the order of ``decompositions``.
 
     Cost: a gradient and a matrix-vector product per layer, then about one read-out per neuron
     listed; dense, one read-out per neuron there is.
@@ -125,29 +130,31 @@ def top_neurons(
             slack=0.0,
         )
         return _ranked(decompositions, order, scores[order], certificate)
-    baseline = out.baseline(torch.stack([block.base for block in decompositions]))
-    bounds, slack = score_bounds(decompositions, out, baseline, token)
-    return _search(decompositions, out, baseline, token, top, bounds, slack, progress)
+    if before is None:
+        before = out.baseline(torch.stack([block.base for block in decompositions]), token)
+    return _search(decompositions, out, before, top, progress)
 
 
 def score_bounds(
-    decompositions: Sequence[Decomposition], out: ReadOut, baseline: Baseline, token: int
+    decompositions: Sequence[Decomposition], out: ReadOut, before: Baseline
 ) -> tuple[Float[Tensor, " neuron"], float]:
     """An upper bound of every neuron's score over all blocks, slack included; the largest slack.
 
     Exactly 0, without slack, for a neuron whose coefficient is 0: its score is 0.
     Source: log p is concave in the residual vector, so its tangent lies above it.
+
+    Raises:
+        InputError: If the norm is recomputed, for then no bound holds.
     """
-    gradients = out.gradient(baseline, token)
-    d_model = gradients.shape[1]
+    tangent = before.tangent
+    if tangent is None:
+        raise InputError("a recomputed norm has no bounds; use exact or published")
     eps = torch.finfo(out.dtype).eps
-    # the bound rounds with the gradient's size, the exact score with the target direction's
-    target_norm = out.direction(token).norm()
+    relative = 4 * math.sqrt(tangent.gradient.shape[1]) * eps
     bounds, largest = [], 0.0
-    for block, gradient in zip(decompositions, gradients, strict=True):
+    for block, gradient, reach in zip(decompositions, tangent.gradient, tangent.reach, strict=True):
         slopes, norms = block.slopes(gradient)
-        reach = 4 * math.sqrt(d_model) * eps * (gradient.norm() + 2 * target_norm)
-        slack = (block.per_neuron(norms).abs() * reach + 32 * eps) * block.active()
+        slack = (2 * relative * reach * block.per_neuron(norms).abs() + 32 * eps) * block.active()
         bounds.append(block.per_neuron(slopes) + slack)
         largest = max(largest, float(slack.max()))
     return torch.cat(bounds), largest
@@ -156,14 +163,12 @@ def score_bounds(
 def _search(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
-    baseline: Baseline,
-    token: int,
+    before: Baseline,
     top: int,
-    bounds: Float[Tensor, " neuron"],
-    slack: float,
     progress: Progress | None,
 ) -> RankedNeurons:
     """Exact scores in order of the bound, until the ``top``-th best reaches every bound left."""
+    bounds, slack = score_bounds(decompositions, out, before)
     active = torch.cat([block.active() for block in decompositions])
     # neurons that are off score 0: known without a read-out, and the first of them are enough
     flat = (~active).nonzero()[:top, 0]
@@ -173,7 +178,7 @@ def _search(
     evaluated, batch = 0, max(32, top // 8)
     while len(some):
         flat = torch.cat([flat, some])
-        scores = torch.cat([scores, exact_scores(decompositions, out, baseline, token, some)])
+        scores = torch.cat([scores, exact_scores(decompositions, out, before, some)])
         evaluated += len(some)
         if progress is not None:
             progress(len(some))
@@ -200,8 +205,7 @@ def _search(
 def exact_scores(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
-    baseline: Baseline,
-    token: int,
+    before: Baseline,
     flat: Int[Tensor, " neuron"],
 ) -> Float[Tensor, " neuron"]:
     """Exact scores of neurons of any layer, given by their number across all blocks, together."""
@@ -211,10 +215,10 @@ def exact_scores(
     for places, numbers in zip(
         place.split(out.rows_per_block), number.split(out.rows_per_block), strict=True
     ):
-        vectors = decompositions[0].base.new_empty(len(places), baseline.resid.shape[1])
+        vectors = decompositions[0].base.new_empty(len(places), before.resid.shape[1])
         for here, block in _by_block(places, decompositions):
             vectors[here] = block.vectors(numbers[here])
-        parts.append(out.increase(baseline, places, vectors, token))
+        parts.append(out.increase(before, places, vectors))
     return torch.cat(parts)
 
 

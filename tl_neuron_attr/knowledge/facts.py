@@ -113,7 +113,7 @@ def _chosen_types(knowledge_type: str | None) -> tuple[str, ...]:
 
 
 def _relations(knowledge_type: str) -> list[dict]:
-    source = files(__package__) / "facts" / f"{knowledge_type}.json"
+    source = files("tl_neuron_attr.knowledge") / "facts" / f"{knowledge_type}.json"
     return json.loads(source.read_text(encoding="utf-8"))["relations"]
 
 

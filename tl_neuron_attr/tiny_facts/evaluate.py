@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer, GPT2LMHeadModel
 
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
@@ -45,14 +45,15 @@ def _tables(known: Sequence[Accuracy], effects: Sequence[Zeroing]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line: two tables, or the same numbers as JSON."""
     parser = argparse.ArgumentParser(
-        prog="python -m tl_neuron_attr.tiny_facts.evaluate", description=__doc__.split("\n")[0]
+        prog="python -m tl_neuron_attr.tiny_facts.evaluate",
+        description=(__doc__ or "").split("\n")[0],
     )
     parser.add_argument("--model", type=Path, default=tiny_facts_dir(), help="a model's folder")
     parser.add_argument("--prompts-per-type", type=int, default=60, help="for the zeroing")
     parser.add_argument("--seed", type=int, default=0, help="draws prompts and random neurons")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     options = parser.parse_args(arguments)
-    model = AutoModelForCausalLM.from_pretrained(options.model, local_files_only=True)
+    model = GPT2LMHeadModel.from_pretrained(options.model, local_files_only=True)
     tokenizer = AutoTokenizer.from_pretrained(options.model, local_files_only=True)
     known = accuracies(model, tokenizer)
     effects = zeroing_effects(

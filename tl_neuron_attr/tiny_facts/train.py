@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -105,7 +106,7 @@ def _train_into(folder: Path, settings: TrainingSettings, report: Callable[[str]
     stream = batches(
         sentences(trained, tokenizer),
         batch_size=settings.batch_size,
-        end_of_text=tokenizer.bos_token_id,
+        end_of_text=cast(int, tokenizer.bos_token_id),
         no_bos_share=settings.no_bos_share,
         several_share=settings.several_share,
         longest=settings.n_positions,
@@ -154,23 +155,23 @@ def _save(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerBase, folder: Pa
 
 
 def _new_model(settings: TrainingSettings, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=settings.n_positions,
-            n_ctx=settings.n_positions,  # TransformerLens 3 asks for it
-            n_embd=settings.d_model,
-            n_layer=settings.layers,
-            n_head=settings.heads,
-            n_inner=settings.d_mlp,
-            activation_function=settings.activation,
-            embd_pdrop=settings.dropout,
-            attn_pdrop=settings.dropout,
-            resid_pdrop=settings.dropout,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
+    end_of_text = cast(int, tokenizer.bos_token_id)
+    config = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_positions=settings.n_positions,
+        n_embd=settings.d_model,
+        n_layer=settings.layers,
+        n_head=settings.heads,
+        n_inner=settings.d_mlp,
+        activation_function=settings.activation,
+        embd_pdrop=settings.dropout,
+        attn_pdrop=settings.dropout,
+        resid_pdrop=settings.dropout,
+        bos_token_id=end_of_text,
+        eos_token_id=end_of_text,
     )
+    config.update({"n_ctx": settings.n_positions})  # TransformerLens 3 asks for it
+    model = GPT2LMHeadModel(config)
     # Not in the config: there it would make every text that begins with it look padded.
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     return model
@@ -201,9 +202,10 @@ def _rate(step: int, settings: TrainingSettings) -> float:
 def _ffn_activations(model: GPT2LMHeadModel) -> Iterator[list[Tensor]]:
     """Collects each layer's hidden units while the ``with`` block lasts, in layer order."""
     collected: list[Tensor] = []
+    blocks: Any = model.transformer.h
     hooks = [
         block.mlp.act.register_forward_hook(lambda module, inputs, output: collected.append(output))
-        for block in model.transformer.h
+        for block in blocks
     ]
     try:
         yield collected
@@ -248,7 +250,8 @@ def _progress(line: dict[str, int | float], steps: int) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; every field of ``TrainingSettings`` is an option."""
     parser = argparse.ArgumentParser(
-        prog="python -m tl_neuron_attr.tiny_facts.train", description=__doc__.split("\n")[0]
+        prog="python -m tl_neuron_attr.tiny_facts.train",
+        description=(__doc__ or "").split("\n")[0],
     )
     parser.add_argument("--out", type=Path, required=True, help="a new folder for the model")
     for field in fields(TrainingSettings):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -95,7 +96,8 @@ def value_neurons(
     bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
 ) -> list[FFNNeuron]:
     """The FFN neurons that raise the log probability of the token ``answer`` most, best first."""
-    return attribute(bridge, tokens, target=answer, top=top).ffn_neurons.neurons()
+    ranked = attribute(bridge, tokens, target=answer, top=top).ffn_neurons
+    return list(map(FFNNeuron, ranked.layer.tolist(), ranked.index.tolist()))
 
 
 def _answer_probability(model: GPT2LMHeadModel, group: PromptGroup) -> Float[Tensor, " batch"]:
@@ -120,7 +122,8 @@ def _top_masks(
     n_prompts: int,
 ) -> dict[int, Bool[Tensor, "prompt layer neuron"]]:
     """For each number in ``ZEROED``: which neurons are so many best ones of each prompt."""
-    shape = (n_prompts, model.config.n_layer, model.config.n_inner)
+    blocks: Any = model.transformer.h
+    shape = (n_prompts, len(blocks), blocks[0].mlp.c_fc.nf)
     masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ZEROED}
     for group in groups:
         for row, tokens, answer in zip(
@@ -151,9 +154,10 @@ def _without(
     def zero(layer: int):
         return lambda module, inputs: (inputs[0].masked_fill(neurons[:, None, layer], 0.0),)
 
+    blocks: Any = model.transformer.h
     hooks = [
         block.mlp.c_proj.register_forward_pre_hook(zero(layer))
-        for layer, block in enumerate(model.transformer.h)
+        for layer, block in enumerate(blocks)
     ]
     try:
         yield

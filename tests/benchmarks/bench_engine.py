@@ -1,0 +1,245 @@
+"""How long attribution takes, beside a plain forward pass and beside what else there is.
+
+    pytest tests/benchmarks/bench_engine.py --benchmark-json=engine.json
+    pytest tests/benchmarks/bench_engine.py -k "small and 16"        # one model, one length
+
+Every row of a group is measured in the same process on the same model and prompt, so quote the
+ratios, not the seconds. GPT-2-small's shape has seeded random weights, scaled so that predictions
+are not flat; on a CUDA device Llama-7B's shape in bfloat16 is measured too. ``dense`` scores every
+neuron by its definition; at GPT-2-small's shape that takes minutes, so it is measured at 16 tokens
+on every 16th neuron and reported for all of them (``extrapolated`` in its extra info).
+"""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+from tl_neuron_attr import (
+    Prompt,
+    attn_decomposition,
+    capture,
+    ffn_decomposition,
+    load_model,
+    open_host,
+    read_out,
+    tokenize,
+    top_neurons,
+)
+from tl_neuron_attr.scores import baselines
+from tl_neuron_attr.topk import exact_scores, score_bounds
+
+SHARED = Path(__file__).parents[3] / "shared" / "models"
+TOP = 300
+
+
+def random_model(class_name, config, *, dtype, device, gain):
+    """A seeded random model of a known shape; ``gain`` widens what its FFNs and tokens say."""
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng(), torch.device(device):
+        torch.manual_seed(0)
+        hf = getattr(transformers, class_name)._from_config(
+            config, attn_implementation="eager", dtype=dtype
+        )
+    with torch.no_grad():
+        for name, weight in hf.named_parameters():
+            if any(part in name for part in ("wte", "mlp.c_proj.weight", "lm_head", "down_proj")):
+                weight.mul_(gain)
+    return build_bridge_from_module(
+        hf.eval(), class_name, hf_config=config, dtype=dtype, device=device
+    ).eval()
+
+
+MODELS = {
+    "gpt2-small-shape": lambda: random_model(
+        "GPT2LMHeadModel", transformers.GPT2Config(), dtype=torch.float32, device="cpu", gain=3.0
+    ),
+    "tiny-facts": lambda: load_model("tiny-facts"),
+    **{
+        path.name: lambda path=path: load_model(str(path))
+        for path in sorted(SHARED.glob("*"))
+        if (path / "config.json").exists()
+    },
+}
+if torch.cuda.is_available():
+    MODELS["llama-7b-shape"] = lambda: random_model(
+        "LlamaForCausalLM",
+        transformers.LlamaConfig(),
+        dtype=torch.bfloat16,
+        device="cuda",
+        gain=3.0,
+    )
+
+
+class Case:
+    """One model and one prompt, with everything an engine starts from."""
+
+    def __init__(self, model, n_tokens):
+        self.model = model
+        self.host = open_host(model)
+        if n_tokens > self.host.n_ctx:
+            pytest.skip(f"longer than the context of {self.host.n_ctx}")
+        generator = torch.Generator().manual_seed(n_tokens)
+        ids = torch.randint(0, min(self.host.d_vocab, 50_000), (n_tokens,), generator=generator)
+        self.tokens = ids[None].to(self.host.device)
+        self.prompt = tokenize(self.host, Prompt(tokens=tuple(ids.tolist())))
+        with torch.no_grad():
+            self.prepare()
+
+    def prepare(self):
+        """The forward pass with capture, and what the scores are computed from."""
+        self.captured = capture(self.host, self.prompt)
+        self.out = read_out(self.host, self.captured.resid_final)
+        self.token = self.captured.top_predictions(1)[0][0]
+        layers = range(self.host.n_layers)
+        self.blocks = {
+            "ffn": [ffn_decomposition(self.host, self.captured, layer) for layer in layers],
+            "attn": [attn_decomposition(self.host, self.captured, layer) for layer in layers],
+        }
+
+    def forward(self):
+        self.model(self.tokens)
+
+    def bounds(self):
+        self.prepare()
+        before = baselines(self.captured, self.out, self.token)
+        score_bounds(self.blocks["ffn"], self.out, before.ffn)
+        score_bounds(self.blocks["attn"], self.out, before.attn)
+
+    def certified(self):
+        self.prepare()
+        before = baselines(self.captured, self.out, self.token)
+        return [
+            top_neurons(blocks, self.out, self.token, TOP, before=getattr(before, kind))
+            for kind, blocks in self.blocks.items()
+        ]
+
+    def floor(self, best):
+        """What no exact method can go below: the forward pass, and the listed neurons' scores."""
+        self.model(self.tokens)
+        before = baselines(self.captured, self.out, self.token)
+        for (kind, blocks), flat in zip(self.blocks.items(), best, strict=True):
+            exact_scores(blocks, self.out, getattr(before, kind), flat)
+
+    def dense(self, every):
+        before = baselines(self.captured, self.out, self.token)
+        for kind, blocks in self.blocks.items():
+            total = sum(block.n_neurons for block in blocks)
+            flat = torch.arange(0, total, every, device=self.host.device)
+            exact_scores(blocks, self.out, getattr(before, kind), flat)
+
+    def stack_neuron_results(self):
+        """TransformerLens's own: frozen-norm logits of every FFN neuron."""
+        _, cache = self.model.run_with_cache(self.tokens)
+        results = cache.stack_neuron_results(layer=-1, pos_slice=-1, apply_ln=True)
+        return results @ self.model.W_U[:, self.token]
+
+    def gradient_x_activation(self):
+        """Of every FFN neuron at every position, by one backward pass."""
+        posts = {}
+
+        def keep(value, hook):
+            value.retain_grad()
+            posts[hook.name] = value
+
+        names = [f"blocks.{layer}.mlp.hook_post" for layer in range(self.host.n_layers)]
+        with torch.enable_grad():
+            logits = self.model.run_with_hooks(
+                self.tokens, fwd_hooks=[(name, keep) for name in names]
+            )
+            logits[0, -1].log_softmax(-1)[self.token].backward()
+        self.model.zero_grad()
+        return [value.grad * value for value in posts.values()]
+
+    def integrated_gradients(self, steps=20):
+        """Of every FFN neuron, along its layer's activation scaled from 0: steps x layers runs."""
+        for layer in range(self.host.n_layers):
+            name = f"blocks.{layer}.mlp.hook_post"
+            for step in range(1, steps + 1):
+
+                def scale(value, hook, share=step / steps):
+                    scaled = (value * share).detach().requires_grad_()
+                    scaled.retain_grad()
+                    return scaled
+
+                with torch.enable_grad():
+                    logits = self.model.run_with_hooks(self.tokens, fwd_hooks=[(name, scale)])
+                    logits[0, -1].log_softmax(-1)[self.token].backward()
+        self.model.zero_grad()
+
+
+@pytest.fixture(scope="module", params=list(MODELS))
+def model(request):
+    return MODELS[request.param]()
+
+
+@pytest.fixture(scope="module", params=[16, 128, 512])
+def case(request, model):
+    return Case(model, request.param)
+
+
+@pytest.fixture
+def measure(benchmark, request):
+    def run(function, *, rounds=5, enabled_grad=False):
+        benchmark.group = request.node.callspec.id
+        with torch.set_grad_enabled(enabled_grad):
+            return benchmark.pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1)
+
+    return run
+
+
+def test_forward(case, measure):
+    measure(case.forward)
+
+
+def test_forward_with_capture(case, measure):
+    measure(case.prepare)
+
+
+def test_capture_and_bounds_of_all_neurons(case, measure):
+    measure(case.bounds)
+
+
+def test_certified_top_300_of_each_kind(case, measure, benchmark):
+    ranked = measure(case.certified)
+    for found in ranked:
+        certificate = found.certificate
+        assert certificate.holds
+        benchmark.extra_info[found.kind] = f"{certificate.evaluated} of {certificate.total} scored"
+
+
+def test_forward_and_exact_scores_of_just_those(case, measure):
+    best = []
+    for blocks, ranked in zip(case.blocks.values(), case.certified(), strict=True):
+        first = blocks[0].layer
+        best.append((ranked.layer - first) * blocks[0].n_neurons + ranked.number)
+    measure(lambda: case.floor(best))
+
+
+def test_dense_exact(case, measure, benchmark):
+    total = sum(block.n_neurons for blocks in case.blocks.values() for block in blocks)
+    if total * case.host.d_vocab * case.host.d_model > 2e13:
+        pytest.skip("hours: the certified engine is there for this")
+    every = 16 if total * case.host.d_vocab * case.host.d_model > 1e12 else 1
+    benchmark.extra_info["extrapolated"] = every
+    measure(lambda: case.dense(every), rounds=2)
+
+
+def test_stack_neuron_results_and_logit_attrs(case, measure):
+    measure(case.stack_neuron_results, rounds=3)
+
+
+def test_gradient_x_activation(case, measure):
+    measure(case.gradient_x_activation, rounds=3, enabled_grad=True)
+
+
+def test_integrated_gradients_20_steps_a_layer(case, measure):
+    if case.tokens.shape[1] > 16:
+        pytest.skip("minutes; measured at 16 tokens")
+    measure(case.integrated_gradients, rounds=1, enabled_grad=True)
