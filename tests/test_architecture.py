@@ -126,6 +126,7 @@ for heavy in ("plotly", "transformer_lens", "transformers", "typer"):
 
 
 def test_the_readme_names_every_module():
-    readme = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
+    # beside the tests, not beside the package: that may be installed elsewhere
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     for name in ORDER:
         assert f"{name}.py" in readme or f"{name}/" in readme, name
