@@ -142,7 +142,9 @@ def test_convention_position_and_target_reach_the_scores(run):
     for options in (("--convention", "published"), ("--position", "2"), ("--target", " Rome")):
         assert scores(*options)["layers"] != plain["layers"], options
     assert scores("--position", "-1")["layers"] == plain["layers"]
-    assert scores("--target", " Rome")["target"]["text"] == " Rome"
+    rome = scores("--target", " Rome")
+    assert rome["target"]["text"] == " Rome"
+    assert scores("--target-id", str(rome["target"]["id"]))["layers"] == rome["layers"]
 
 
 BAD_REQUESTS = {
@@ -162,6 +164,14 @@ BAD_REQUESTS = {
     "unknown model": (["attribute", PROMPT, "--model", "no-such/model"], "cannot load the model"),
     "absent directory": (["attribute", PROMPT, "--model", "./absent"], "no such directory"),
     "text that is no Unicode": (["attribute", "a\udcff"], "not valid Unicode"),
+    "two targets": (
+        ["attribute", PROMPT, "--target", "a", "--target-id", "1"],
+        "either as --target",
+    ),
+    "target id too large": (
+        ["attribute", PROMPT, "--target-id", "99999"],
+        "target id 99999 is out",
+    ),
     "empty target": (["attribute", PROMPT, "--target", ""], "the target is empty"),
     "empty model": (["attribute", PROMPT, "--model", ""], "model's name is empty"),
     "unknown dtype": (["attribute", PROMPT, "--dtype", "int8"], "dtype must be float32"),

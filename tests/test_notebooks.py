@@ -91,7 +91,6 @@ def test_notebooks_name_their_model_at_the_top_and_define_no_functions(path):
     assert defined == [], "what is worth a name belongs in a module, with a test"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_and_show_tables_and_figures(path, executed):
     notebook = executed(path)
@@ -104,7 +103,6 @@ def test_notebooks_run_and_show_tables_and_figures(path, executed):
     assert all(figure["data"] for figure in figures_of(notebook))
 
 
-@pytest.mark.slow
 def test_the_quickstart_tells_its_story(executed):
     notebook = executed(ROOT / "notebooks" / "quickstart.ipynb")
     predictions, ffn, attention, zeroed = tables_of(notebook)

@@ -72,6 +72,9 @@ def attribute(
         str | None,
         typer.Option(help="The answer, one token (mind its leading space). Default: the model's."),
     ] = None,
+    target_id: Annotated[
+        int | None, typer.Option(help="The answer as a token id, in place of --target.")
+    ] = None,
     position: Annotated[
         int, typer.Option(help="Where the answer is read: a token's place, or from the end.")
     ] = -1,
@@ -115,7 +118,9 @@ def attribute(
     Example: tl-neuron-attr attribute "The capital of France is" --out france
     """
     with _errors_in_one_sentence():
-        prompt = _prompt(text, tokens, target, position, bos)
+        if target is not None and target_id is not None:
+            raise InputError("give the answer either as --target or as --target-id")
+        prompt = _prompt(text, tokens, target if target_id is None else target_id, position, bos)
         if convention not in CONVENTIONS:
             raise InputError(
                 f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
@@ -147,7 +152,7 @@ def attribute(
 
 
 def _prompt(
-    text: str | None, tokens: str | None, target: str | None, position: int, bos: bool | None
+    text: str | None, tokens: str | None, target: str | int | None, position: int, bos: bool | None
 ) -> Prompt:
     if (text is None) == (tokens is None):
         raise InputError(
