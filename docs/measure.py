@@ -52,7 +52,7 @@ def main():
     print(f"attribute, top 300 of each   {seconds(lambda: attribute(model, tokens)):8.2f} s")
     print(f"peak memory up to here       {before:8.0f} MiB")
     with torch.no_grad():
-        dense = seconds(lambda: neuron_scores(found.ffns[0], found.out, found.target.id), 1)
+        dense = seconds(lambda: neuron_scores(found.ffns[0], found.out, found.target), 1)
     print(f"every FFN neuron of a layer  {dense:8.2f} s, times {host.n_layers} layers")
     for ranked in (found.ffn_neurons, found.attn_neurons):
         print(f"{ranked.kind}: {ranked.certificate}")

@@ -2,10 +2,12 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+import transformers
+from conftest import FAMILIES, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
 
 from tl_neuron_attr import (
     Capture,
@@ -18,8 +20,59 @@ from tl_neuron_attr import (
     save_capture,
     tokenize,
 )
-from tl_neuron_attr.capture import _TENSORS
+from tl_neuron_attr.capture import _TENSORS, capture_all
 from tl_neuron_attr.prompts import Prompt
+
+# Lengths, read positions, repeated tokens and a first token of 0, as no two rows should agree.
+BATCH = (
+    ((4, 4, 50, 31, 7, 2, 19, 33, 12, 60, 1), 9),
+    (TOKENS, -1),
+    ((9,), 0),
+    ((0, 5, 0), -1),
+    (TOKENS, 2),
+)
+HOOKED_FAMILIES = [
+    *("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3"),
+    *("opt", "neox", "neox-parallel", "gptj", "bloom"),
+]
+SIDES = ["right", "left"]
+
+
+def asked_of(host, batch=BATCH, **prompt):
+    return [
+        tokenize(host, Prompt(tokens=tokens, position=position, **prompt))
+        for tokens, position in batch
+    ]
+
+
+def padded(prompts, side, length=None, fill=60):
+    """Token ids [batch, pos] and attention mask of some prompts, as a user would make them."""
+    length = length or max(len(prompt.tokens) for prompt in prompts)
+    ids, mask = torch.full((len(prompts), length), fill), torch.zeros(len(prompts), length).long()
+    for row, prompt in enumerate(prompts):
+        n = len(prompt.tokens)
+        own = slice(0, n) if side == "right" else slice(length - n, length)
+        ids[row, own] = torch.tensor(prompt.tokens)
+        mask[row, own] = 1
+    return ids, mask
+
+
+def cache_of(model, prompts, side, **options):
+    ids, mask = padded(prompts, side, **options)
+    with torch.no_grad():
+        return model.run_with_cache(ids, attention_mask=mask)[1]
+
+
+def forward_passes(model, monkeypatch):
+    """The shapes of the token ids of every run from now on."""
+    shapes, run = [], type(model).run_with_hooks
+
+    def counted(self, tokens, *args, **kwargs):
+        shapes.append(tuple(tokens.shape))
+        return run(self, tokens, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "run_with_hooks", counted)
+    return shapes
 
 
 def captured_of(model, **prompt):
@@ -33,18 +86,34 @@ def assert_same_capture(found, wanted, tolerance=0.0):
         assert (ours is None) == (theirs is None)
         if ours is not None:
             assert ours.dtype == theirs.dtype
+            assert ours.shape == theirs.shape
             assert torch.allclose(ours, theirs, atol=tolerance, rtol=0), name
 
 
+def assert_same_captures(found, wanted, tolerance=1e-5):
+    """The same to rounding: ``tolerance`` is relative to the largest number of each tensor."""
+    assert [captured.prompt for captured in found] == [captured.prompt for captured in wanted]
+    for ours, theirs in zip(found, wanted, strict=True):
+        for name in _TENSORS:
+            value = getattr(theirs, name)
+            assert (value is None) == (getattr(ours, name) is None)
+            if value is not None:
+                assert getattr(ours, name).shape == value.shape
+                error = (getattr(ours, name) - value).abs().max()
+                assert error <= tolerance * value.abs().max(), name
+
+
 def test_a_capture_holds_no_model_and_little_more_than_it_says(tiny_model):
-    captured = captured_of(tiny_model)
-    for field in dataclasses.fields(Capture):
-        value = getattr(captured, field.name)
-        assert not isinstance(value, torch.nn.Module)
-        if isinstance(value, torch.Tensor):
-            assert not value.requires_grad
-            # a view would keep the whole run's activation alive
-            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    host = open_host(tiny_model)
+    batches = [capture_all(host, asked_of(host), padding_side=side) for side in SIDES]
+    for captured in [captured_of(tiny_model), *batches[0], *batches[1]]:
+        for field in dataclasses.fields(Capture):
+            value = getattr(captured, field.name)
+            assert not isinstance(value, torch.nn.Module)
+            if isinstance(value, torch.Tensor):
+                assert not value.requires_grad
+                # a view would keep the whole run's activation alive
+                assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
 
 
 @pytest.mark.parametrize("remove_batch_dim", [False, True])
@@ -80,16 +149,29 @@ def test_a_capture_serves_many_targets_without_another_run(tiny_model, monkeypat
     assert not found.neurons().equals(first.neurons())
 
 
+@pytest.mark.parametrize("side", SIDES)
+def test_a_cache_without_logits_will_do(tiny_model, side):
+    host = open_host(tiny_model)
+    prompts = asked_of(host)
+    cache = dict(cache_of(tiny_model, prompts, side).items())
+    del cache["unembed.hook_out"]
+    alone = [capture(host, prompt) for prompt in prompts]
+    assert_same_captures(capture_all(host, prompts, cache, padding_side=side), alone)
+
+
 @needs_hooked_transformer
-def test_a_hooked_transformers_cache_without_logits_will_do():
-    model = hooked_of("gpt2")
+@pytest.mark.parametrize("family", ["gpt2", "bloom"])  # Bloom's embedding ends in a norm
+def test_a_hooked_transformers_cache_will_do(family):
+    model = hooked_of(family)
     tokens = torch.tensor([TOKENS])
     with torch.no_grad():
         logits, cache = model.run_with_cache(tokens)
-    captured = attribute(model, TOKENS, cache=cache, top=1).captured
-    with pytest.raises(InputError, match="cache is of other tokens"):
-        attribute(model, (9, *TOKENS[1:]), cache=cache)
-    assert torch.allclose(captured.logits, logits[0, -1], atol=1e-5)
+    without_logits = {name: value for name, value in cache.items() if "unembed" not in name}
+    for given in (cache, without_logits):
+        captured = attribute(model, TOKENS, cache=given, top=1).captured
+        with pytest.raises(InputError, match="cache is of other tokens"):
+            attribute(model, (9, *TOKENS[1:]), cache=given)
+        assert torch.allclose(captured.logits, logits[0, -1], atol=1e-5)
 
 
 def test_an_unfit_cache_is_refused_with_the_reason(tiny_model):
@@ -101,9 +183,10 @@ def test_an_unfit_cache_is_refused_with_the_reason(tiny_model):
     partial = {name: value for name, value in cache.items() if "hook_pattern" not in name}
     with pytest.raises(InputError, match="cache lacks 3 activations.*hook_pattern"):
         attribute(tiny_model, TOKENS, cache=partial)
+    host = open_host(tiny_model)
     with pytest.raises(InputError, match="cache is of 12 tokens, the prompt of 6"):
-        attribute(tiny_model, TOKENS, cache=longer)
-    with pytest.raises(InputError, match="batch of 2 prompts"):
+        capture(host, tokenize(host, Prompt(tokens=TOKENS)), longer)
+    with pytest.raises(InputError, match="batch of 2 prompts, but 1 was given"):
         attribute(tiny_model, TOKENS, cache=batch)
     with pytest.raises(InputError, match="cache is of other tokens"):
         attribute(tiny_model, (*TOKENS[:2], 9, *TOKENS[3:]), cache=cache)
@@ -155,6 +238,241 @@ def test_activations_that_are_not_finite_name_their_layer(poison):
         model.blocks[1].mlp.b_in[3] = poison
     with pytest.raises(NonFiniteError, match="mlp_(post|out) of layer 1"):
         attribute(model, TOKENS)
+
+
+# --- several prompts at once ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_a_batch_gives_what_each_prompt_gives_alone(any_model, side):
+    host = open_host(any_model)
+    prompts = asked_of(host)
+    alone = [capture(host, prompt) for prompt in prompts]
+    assert_same_captures(capture_all(host, prompts, padding_side=side), alone)
+
+
+@needs_hooked_transformer
+@pytest.mark.parametrize("family", HOOKED_FAMILIES)
+def test_a_batch_on_a_hooked_transformer_gives_what_each_prompt_gives_alone(family):
+    host = open_host(hooked_of(family))
+    prompts = asked_of(host)
+    alone = [capture(host, prompt) for prompt in prompts]
+    for side in SIDES:
+        assert_same_captures(capture_all(host, prompts, padding_side=side), alone)
+        cache = cache_of(host.model, prompts, side)
+        assert_same_captures(capture_all(host, prompts, cache, padding_side=side), alone)
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("kind", [{"processed": True}, {"dtype": torch.bfloat16}])
+def test_a_batch_on_folded_or_narrow_weights_gives_it_too(tiny_model, kind, side):
+    family = "gpt2" if tiny_model.cfg.normalization_type == "LN" else "llama"
+    host = open_host(bridge_of(family, **kind))
+    prompts = asked_of(host)
+    alone = [capture(host, prompt) for prompt in prompts]
+    tolerance = 1e-2 if "dtype" in kind else 1e-5
+    assert_same_captures(capture_all(host, prompts, padding_side=side), alone, tolerance)
+
+
+def test_prompts_of_the_same_tokens_are_run_once(tiny_model, monkeypatch):
+    host = open_host(tiny_model)
+    short, long = TOKENS[:3], (*TOKENS, 9)
+    targets = [3, 9, 17]
+    prompts = [
+        tokenize(host, Prompt(tokens=tokens, target=target, position=position))
+        for target in targets
+        for tokens, position in ((short, -1), (long, -1), (long, 1))
+    ]
+    shapes = forward_passes(tiny_model, monkeypatch)
+    captures = capture_all(host, prompts)
+    assert shapes == [(2, 7)]
+    assert [captured.prompt for captured in captures] == prompts
+    assert captures[0].mlp_post is captures[3].mlp_post is captures[6].mlp_post
+    assert captures[1].mlp_post is captures[4].mlp_post is not captures[2].mlp_post
+    assert capture_all(host, []) == []
+    assert len(shapes) == 1
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_the_cache_of_a_padded_batch_gives_the_same_captures(any_model, side):
+    host = open_host(any_model)
+    prompts = asked_of(host, target=5)
+    cache = cache_of(any_model, prompts, side, length=14)  # longer than the longest prompt
+    alone = [capture(host, prompt) for prompt in prompts]
+    assert_same_captures(capture_all(host, prompts, cache, padding_side=side), alone)
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_nothing_at_a_padded_position_is_looked_at(tiny_model, side):
+    host = open_host(tiny_model)
+    prompts = asked_of(host)
+    cache = {name: value.clone() for name, value in cache_of(tiny_model, prompts, side).items()}
+    wanted = capture_all(host, prompts, cache, padding_side=side)
+    _, mask = padded(prompts, side)
+    for name, value in cache.items():
+        if name.endswith("hook_pattern"):
+            value.transpose(1, 2)[mask == 0] = float("nan")
+            value.permute(0, 3, 1, 2)[mask == 0] = float("nan")
+        elif value.is_floating_point() and value.shape[:2] == mask.shape:
+            value[mask == 0] = float("nan")
+    poisoned = {name.split(".")[-1] for name, value in cache.items() if value.isnan().any()}
+    assert poisoned >= {"hook_resid_pre", "hook_pattern", "hook_v", "hook_z", "hook_post"}
+    assert_same_captures(capture_all(host, prompts, cache, padding_side=side), wanted, 0)
+
+
+def test_an_unfit_cache_of_a_batch_is_refused_with_the_reason(tiny_model):
+    host = open_host(tiny_model)
+    prompts = asked_of(host)
+    right, left = (cache_of(tiny_model, prompts, side) for side in SIDES)
+    with pytest.raises(InputError, match="a batch of 5 prompts, but 4 were given; row i"):
+        capture_all(host, prompts[:4], right)
+    with torch.no_grad():
+        ids = torch.tensor([TOKENS])
+        _, without_batch = tiny_model.run_with_cache(ids, remove_batch_dim=True)
+        _, unmasked = tiny_model.run_with_cache(padded(prompts, "left")[0])
+    with pytest.raises(InputError, match="cache holds 1 prompt, but 5 were given"):
+        capture_all(host, prompts, without_batch)
+    cut = [dataclasses.replace(p, tokens=p.tokens[:4], read_pos=0) for p in prompts]
+    with pytest.raises(InputError, match="cache is of 4 tokens, the longest prompt of 11"):
+        capture_all(host, prompts, cache_of(tiny_model, cut, "right"))
+    with pytest.raises(InputError, match="padded on the left, not on the right; .*side='left'"):
+        capture_all(host, prompts, left)
+    with pytest.raises(InputError, match="padded on the right, not on the left"):
+        capture_all(host, prompts, right, padding_side="left")
+    others = asked_of(host, [BATCH[0], ((8, *TOKENS[1:]), -1), *BATCH[2:]])
+    with pytest.raises(InputError, match=r"cache is of other tokens than prompt 0 \('<8><17>"):
+        capture_all(host, others, right)
+    with pytest.raises(InputError, match="cache is of other tokens"):
+        capture_all(host, prompts[::-1], left, padding_side="left")
+    with pytest.raises(InputError, match="<22>'.* attends to the padding before it.*_mask"):
+        capture_all(host, prompts, unmasked, padding_side="left")
+    mixed = {**right, "blocks.1.attn.hook_z": right["blocks.1.attn.hook_z"][:, :7]}
+    with pytest.raises(InputError, match="cache is of several runs: 'blocks.1.attn.hook_z'"):
+        capture_all(host, prompts, mixed)
+
+
+@needs_hooked_transformer
+def test_an_unfit_cache_of_a_hooked_transformers_batch_is_refused_too():
+    host = open_host(hooked_of("gpt2"))
+    prompts = asked_of(host)
+    right, left = (cache_of(host.model, prompts, side) for side in SIDES)
+    with pytest.raises(InputError, match="padded on the left, not on the right"):
+        capture_all(host, prompts, left)
+    with pytest.raises(InputError, match="cache is of other tokens"):
+        capture_all(host, prompts[::-1], right)
+
+
+@needs_hooked_transformer
+def test_pad_tokens_inside_a_prompt_count_as_tokens():
+    model = hooked_of("gpt2")
+    host = open_host(model)
+    prompts = asked_of(host, [((0, 0, 5), -1), ((3, 0, 7, 7, 9), -1)])
+    wanted = [capture(host, prompt) for prompt in prompts]
+    # HookedTransformer masks leading pad tokens of its own accord with such a tokenizer
+    model.tokenizer = SimpleNamespace(padding_side="left", pad_token_id=0, bos_token_id=1)
+    assert_same_captures([capture(host, prompt) for prompt in prompts], wanted, 0)
+    for side in SIDES:
+        assert_same_captures(capture_all(host, prompts, padding_side=side), wanted)
+    assert model.tokenizer.padding_side == "left"
+
+
+@pytest.fixture
+def long_rope(monkeypatch):
+    """A Phi-3 that takes other rotary frequencies if a batch is longer than 8 tokens."""
+    class_name, config = FAMILIES["phi3"]
+    short = config()
+    half = short.hidden_size // short.num_attention_heads // 2
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 1.0,
+        "original_max_position_embeddings": 8,
+        "short_factor": [1.0] * half,
+        "long_factor": [3.0] * half,
+    }
+    known = {
+        name: value
+        for name, value in short.to_dict().items()
+        if name not in ("rope_parameters", "model_type", "original_max_position_embeddings")
+    }
+
+    def longer():
+        return transformers.Phi3Config(
+            **known, original_max_position_embeddings=8, rope_parameters=rope
+        )
+
+    monkeypatch.setitem(FAMILIES, "phi3", (class_name, longer))
+    return bridge_of("phi3")
+
+
+def test_a_long_prompt_does_not_change_the_rotary_positions_of_a_short_one(long_rope, monkeypatch):
+    host = open_host(long_rope)
+    prompts = asked_of(host)
+    alone = [capture(host, prompt) for prompt in prompts]
+    shapes = forward_passes(long_rope, monkeypatch)
+    assert_same_captures(capture_all(host, prompts), alone)
+    assert sorted(shapes) == [(1, 11), (3, 6)]
+
+
+@needs_hooked_transformer
+def test_a_hooked_transformers_dynamic_rotary_positions_are_kept_apart_too():
+    model = hooked_of("llama").eval()
+    model.cfg.use_dynamic_ntk_rope, model.cfg.train_seq_length = True, 4
+    host = open_host(model)
+    prompts = asked_of(host)
+    alone = [capture(host, prompt) for prompt in prompts]
+    assert_same_captures(capture_all(host, prompts), alone)
+
+
+def test_left_padding_that_would_give_nan_is_refused_before_the_run(monkeypatch):
+    host = open_host(bridge_of("llama", dtype=torch.float64))
+    prompts = asked_of(host)
+    wanted = [capture(host, prompt) for prompt in prompts]
+    assert_same_captures(capture_all(host, prompts), wanted, 1e-12)
+    assert_same_captures(capture_all(host, prompts[:1], padding_side="left"), wanted[:1], 0)
+    shapes = forward_passes(host.model, monkeypatch)
+    with pytest.raises(InputError, match="float64 gives NaN for prompts padded on the left"):
+        capture_all(host, prompts, padding_side="left")
+    assert not shapes
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_activations_that_are_not_finite_name_their_prompt(side):
+    model = bridge_of("llama")
+    host = open_host(model)
+    batch = [(TOKENS, -1), ((9, 5), -1), ((7, 2, 31), -1), ((7, 31, 2), 0)]
+    prompts = [
+        dataclasses.replace(p, prompt_id=str(i)) for i, p in enumerate(asked_of(host, batch))
+    ]
+    with torch.no_grad():
+        model.embed.weight[31] = float("nan")
+    finite = [prompts[number] for number in (0, 1, 3)]
+    if side == "right":  # a token after the read position is none of this prompt's business
+        capture_all(host, prompts[:2])
+    capture_all(host, finite[:2], padding_side=side)
+    match = r"in prompt 2 \('<7><2><31>'\) resid_pre of layer 0 holds NaN"
+    with pytest.raises(NonFiniteError, match=match):
+        capture_all(host, prompts[:3], padding_side=side)
+
+
+def test_the_callers_own_hooks_act_on_a_batch(tiny_gpt2):
+    def zero(value, hook):
+        value[..., 5] = 0.0
+        return value
+
+    host = open_host(tiny_gpt2)
+    with tiny_gpt2.hooks(fwd_hooks=[("blocks.0.mlp.hook_post", zero)]):
+        captures = capture_all(host, asked_of(host))
+    assert all(captured.mlp_post[0, 5] == 0 for captured in captures)
+
+
+# --- to disk and back -------------------------------------------------------------------------
+
+
+def test_a_contrast_survives_the_disk(tiny_gpt2, tmp_path):
+    captured = captured_of(tiny_gpt2, target=5, against=9)
+    save_capture(captured, tmp_path)
+    assert load_capture(tmp_path).prompt == captured.prompt
 
 
 def test_a_capture_survives_the_disk(any_model, tmp_path):

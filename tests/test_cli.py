@@ -256,6 +256,39 @@ def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_
     assert (shown.exit_code, "training mode" in shown.stderr) == (2, True)
 
 
+def test_the_plan_of_a_run_is_told_without_the_model(run, monkeypatch, tmp_path):
+    tokens = len(json.loads(run("attribute", PROMPT, "--json", "--top", "1").stdout)["tokens"])
+    monkeypatch.setattr(
+        cli, "load_model", lambda name, **options: pytest.fail("the model was loaded")
+    )
+    shown = run("attribute", PROMPT, "--plan", "--target", "no one token", "--top", "20")
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    assert f"{tokens} tokens, best 20 neurons of each kind, exact" in shown.stdout
+    for name in ("forward", "certified", "dense", "index"):
+        assert f"\n{name} " in shown.stdout
+    assert max(map(len, shown.stdout.splitlines())) <= 100
+
+    # a directory without weights, where only the configuration is read
+    (tmp_path / "config.json").write_bytes((tiny_facts_dir() / "config.json").read_bytes())
+    shown = run(
+        *("attribute", "--tokens", "1,2,3", "--model", str(tmp_path), "--dtype", "bfloat16"),
+        *("--convention", "recomputed", "--plan", "--json"),
+    )
+    assert (shown.exit_code, shown.stderr) == (0, "")
+    found = json.loads(shown.stdout)
+    assert (found["model"], found["n_tokens"], found["top"]) == (str(tmp_path), 3, 300)
+    assert (found["dtype"], found["convention"]) == ("bfloat16", "recomputed")
+    assert found["certified"] == found["dense"]
+    assert found["shapes"]["d_vocab"] == 2048
+    assert set(found["dense"]) == {"operations", "readouts", "blocks", "peak_bytes", "seconds"}
+
+    shown = run("attribute", PROMPT, "--model", str(tmp_path / "absent"), "--plan")
+    assert (shown.exit_code, shown.stdout) == (2, "")
+    assert shown.stderr.startswith("Error: no such directory")
+    shown = run("attribute", "--tokens", ",".join(["1"] * 500), "--plan")
+    assert (shown.exit_code, "longer than the model's context" in shown.stderr) == (2, True)
+
+
 def test_a_failed_write_leaves_nothing(run, tmp_path, monkeypatch):
     def fail(self, *arguments, **options):
         raise OSError(28, "No space left on device")
@@ -281,3 +314,52 @@ def test_markup_and_control_characters_in_a_prompt_are_shown_not_obeyed(run):
     assert ":\\x1b" in shown.output
     assert "\x1b[31m" not in shown.output
     assert "\u202e" not in shown.output
+
+
+def test_a_contrast_is_named_in_text_and_json(run):
+    arguments = ("attribute", PROMPT, "--target", " Paris", "--against", " Rome", "--top", "2")
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert "against ·Rome (id " in shown.output
+    assert "Rise in log p(target) - log p(against), nats" in shown.output
+    assert "a contrast is linear" in shown.output
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert found["target"]["against"]["text"] == " Rome"
+    assert found["certificates"]["ffn"]["linear"] is True
+    both = {
+        text: json.loads(run(*arguments[:3], text, "--json").stdout) for text in (" Paris", " Rome")
+    }
+    difference = [both[text]["target"]["log_prob"] for text in both]
+    assert found["target"]["log_prob"] == pytest.approx(difference[0] - difference[1], abs=1e-5)
+
+
+def test_an_index_is_made_once_and_adds_what_lowers_the_target(run, tmp_path):
+    made = run("index", "--out", str(tmp_path / "index"))
+    assert made.exit_code == 0, made.output
+    assert "6 layers, 3,072 FFN and 768 attention subvalues" in made.output
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "index").rglob("*.safetensors")}
+    assert len(files) == 6
+    arguments = ("attribute", PROMPT, "--index", str(tmp_path / "index"), "--top", "3")
+    shown = run(*arguments, "--out", str(tmp_path / "out"))
+    assert shown.exit_code == 0, shown.output
+    assert "FFN neurons that lower the target most" in shown.output
+    assert "Share of all that raises the target" in shown.output
+    assert max(len(line) for line in shown.output.splitlines()) <= 100
+    table = pd.read_parquet(tmp_path / "out" / "suppressing.parquet")
+    assert [*table.columns] == NEURON_COLUMNS
+    assert (table["score"] < 0).all() and table.groupby("kind").size().tolist() == [3, 3]
+    shares = pd.read_parquet(tmp_path / "out" / "shares.parquet")
+    assert (shares["share_lower"] <= shares["share_upper"]).all()
+    found = json.loads(run(*arguments, "--json").stdout)
+    assert [row["score"] for row in found["suppressing"]] == pytest.approx(table["score"].tolist())
+    assert {row["kind"] for row in found["shares"]} == {"ffn", "attn"}
+    assert files == {path: path.stat().st_mtime_ns for path in files}
+
+
+def test_a_damaged_index_is_refused_in_one_sentence(run, tmp_path):
+    run("index", "--out", str(tmp_path))
+    file = sorted(tmp_path.rglob("*.safetensors"))[2]
+    file.write_bytes(file.read_bytes()[:-100])
+    shown = run("attribute", PROMPT, "--index", str(tmp_path))
+    assert shown.exit_code == 2 and shown.stdout == ""
+    assert "layer-002.safetensors" in shown.stderr

@@ -8,9 +8,10 @@ from conftest import TOKENS, bridge_of
 from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
 
-from tl_neuron_attr import InputError, attribute, neuron_scores
+from tl_neuron_attr import InputError, Target, attribute, neuron_scores
 
 TARGET = 7
+ASKED = Target(TARGET)
 
 
 @pytest.fixture(scope="module", params=["gpt2", "llama", "neox-parallel"])
@@ -130,7 +131,7 @@ def test_conventions_differ_where_the_model_has_final_biases(tiny_gpt2):
 
 def test_adding_nothing_raises_nothing(tiny_model):
     result = attribute(tiny_model, TOKENS, top=1)
-    before = result.out.baseline(result.captured.resid_pre[1:2], TARGET)
+    before = result.out.baseline(result.captured.resid_pre[1:2], ASKED)
     nothing = torch.zeros(3, before.resid.shape[1])
     which = torch.zeros(3, dtype=torch.long)
     assert result.out.increase(before, which, nothing).abs().max() < 1e-6
@@ -171,11 +172,11 @@ def test_a_planted_attention_neuron_ranks_first_at_its_source():
 def test_scores_do_not_depend_on_the_budget(tiny_model):
     result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
     for block in (*result.ffns, *result.attns):
-        whole = neuron_scores(block, result.out, TARGET)
+        whole = neuron_scores(block, result.out, ASKED)
         for budget in (2000, 9000, 40_000):
             out = replace(result.out, budget=budget)
             assert out.rows_per_block < result.out.rows_per_block
-            scores = neuron_scores(block, out, TARGET)
+            scores = neuron_scores(block, out, ASKED)
             assert torch.allclose(scores, whole, atol=2e-6, rtol=0)
 
 
@@ -205,17 +206,18 @@ def test_float64_shrinks_the_rounding_error_of_float32(family):
 def test_the_whole_vocabulary_takes_part_where_it_spans_several_blocks(tiny_gpt2, monkeypatch):
     result = attribute(tiny_gpt2, TOKENS, target=TARGET, top=1, dtype=torch.float64)
     block = result.ffns[0]
-    whole = neuron_scores(block, result.out, TARGET)
-    gradient = result.out.baseline(block.base[None], TARGET).tangent.gradient
+    whole = neuron_scores(block, result.out, ASKED)
+    gradient = result.out.baseline(block.base[None], ASKED).tangent.gradient
     monkeypatch.setattr("tl_neuron_attr.readout._COLUMNS", 7)
-    assert torch.allclose(neuron_scores(block, result.out, TARGET), whole, atol=1e-13, rtol=0)
-    again = result.out.baseline(block.base[None], TARGET).tangent.gradient
+    monkeypatch.setattr("tl_neuron_attr.readout._SURVEY_COLUMNS", 5)
+    assert torch.allclose(neuron_scores(block, result.out, ASKED), whole, atol=1e-13, rtol=0)
+    again = result.out.baseline(block.base[None], ASKED).tangent.gradient
     assert torch.allclose(again, gradient, atol=1e-13, rtol=0)
 
 
 def test_the_gradient_is_autograds(tiny_model):
     result = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
     bases = result.captured.resid_pre.clone().requires_grad_()
-    result.out.log_prob(bases, TARGET).sum().backward()
-    found = result.out.baseline(bases.detach(), TARGET).tangent.gradient
+    result.out.log_prob(bases, ASKED).sum().backward()
+    found = result.out.baseline(bases.detach(), ASKED).tangent.gradient
     assert torch.allclose(found, bases.grad, atol=1e-12, rtol=0)

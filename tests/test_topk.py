@@ -8,7 +8,7 @@ from conftest import TOKENS, bridge_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_neuron_attr import AttnNeuron, FFNNeuron, attribute, neuron_scores, parse_neuron
+from tl_neuron_attr import AttnNeuron, FFNNeuron, Target, attribute, neuron_scores, parse_neuron
 from tl_neuron_attr.decompose import AttnDecomposition, FFNDecomposition
 from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.topk import score_bounds, top_neurons
@@ -93,32 +93,32 @@ def build(case, dtype=torch.float32):
     )
     make = random_ffns if case["kind"] == "ffn" else random_attns
     blocks = make(generator, 3, case["d_model"], 12, tail=case["tail"], dtype=dtype)
-    return out, blocks, case["seed"] % case["d_vocab"]
+    return out, blocks, Target(case["seed"] % case["d_vocab"])
 
 
-def dense_scores(blocks, out, token):
-    return torch.cat([neuron_scores(block, out, token) for block in blocks])
+def dense_scores(blocks, out, target):
+    return torch.cat([neuron_scores(block, out, target) for block in blocks])
 
 
 @given(cases)
 @settings(max_examples=150, deadline=None)
 def test_a_bound_is_never_below_the_exact_score(case):
-    out, blocks, token = build(case)
-    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    out, blocks, target = build(case)
+    before = out.baseline(torch.stack([block.base for block in blocks]), target)
     bounds, _ = score_bounds(blocks, out, before)
-    exact = dense_scores(blocks, out, token)
+    exact = dense_scores(blocks, out, target)
     assert (bounds >= exact).all(), (bounds - exact).min()
 
 
 @given(cases)
 @settings(max_examples=50, deadline=None)
 def test_in_float64_the_bound_holds_with_a_slack_that_shrinks_with_the_precision(case):
-    out, blocks, token = build(case, torch.float64)
-    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    out, blocks, target = build(case, torch.float64)
+    before = out.baseline(torch.stack([block.base for block in blocks]), target)
     bounds, slack = score_bounds(blocks, out, before)
-    assert (bounds >= dense_scores(blocks, out, token)).all()
+    assert (bounds >= dense_scores(blocks, out, target)).all()
     narrow_out, narrow_blocks, _ = build(case, torch.float32)
-    before = narrow_out.baseline(torch.stack([block.base for block in narrow_blocks]), token)
+    before = narrow_out.baseline(torch.stack([block.base for block in narrow_blocks]), target)
     _, narrow_slack = score_bounds(narrow_blocks, narrow_out, before)
     assert slack < 1e-7 * narrow_slack
 
@@ -127,13 +127,13 @@ def test_in_float64_the_bound_holds_with_a_slack_that_shrinks_with_the_precision
 @given(cases, st.integers(1, 17), st.sampled_from([2_000, 20_000, 2**30]))
 @settings(max_examples=80, deadline=None)
 def test_the_certified_list_is_the_dense_one(dtype, case, top, budget):
-    out, blocks, token = build(case, dtype)
+    out, blocks, target = build(case, dtype)
     out = replace(out, budget=budget)
-    found = top_neurons(blocks, out, token, top)
-    scores = dense_scores(blocks, out, token)
+    found = top_neurons(blocks, out, target, top)
+    scores = dense_scores(blocks, out, target)
     order = scores.sort(descending=True, stable=True).indices[:top]
     # contributions of thousands of logits round in proportion: by no more than the slack allows
-    before = out.baseline(torch.stack([block.base for block in blocks]), token)
+    before = out.baseline(torch.stack([block.base for block in blocks]), target)
     rounding = max(score_bounds(blocks, out, before)[1], 1e-12)
     assert dtype == torch.float32 or rounding < 1e-6
     assert torch.allclose(found.score, scores[order], atol=rounding, rtol=0)
@@ -157,18 +157,18 @@ def test_a_broken_bound_loses_neurons_that_the_dense_list_has(monkeypatch):
     """The tests above can fail: with a bound that is no bound, the best are missed."""
     import tl_neuron_attr.topk as topk
 
-    real = topk.score_bounds
+    real = topk.TangentBound.above
 
-    def broken(*arguments):
-        bounds, slack = real(*arguments)
-        return -bounds, slack
+    def broken(bound):
+        above, slack = real(bound)
+        return -above.where(above.isfinite(), torch.inf), slack
 
-    monkeypatch.setattr(topk, "score_bounds", broken)
+    monkeypatch.setattr(topk.TangentBound, "above", broken)
     generator = torch.Generator().manual_seed(0)
     out = random_read_out(generator, 8, 30, scale=1.0, centered=True)
     blocks = random_ffns(generator, 3, 8, 200, tail=2.0)
-    found = top_neurons(blocks, out, 3, 10)
-    best = dense_scores(blocks, out, 3).topk(10).values
+    found = top_neurons(blocks, out, Target(3), 10)
+    best = dense_scores(blocks, out, Target(3)).topk(10).values
     assert found.score.sum() < 0.5 * best.sum()
 
 
@@ -177,7 +177,7 @@ def test_few_neurons_are_scored_beyond_those_asked_for():
     out = random_read_out(generator, 16, 50, scale=0.3, centered=True)
     blocks = random_ffns(generator, 4, 16, 500, tail=1.0)
     blocks = [replace(block, W_out=0.05 * block.W_out) for block in blocks]
-    certificate = top_neurons(blocks, out, 3, 100).certificate
+    certificate = top_neurons(blocks, out, Target(3), 100).certificate
     assert certificate.evaluated <= 150
     assert certificate.total == 2000
     assert certificate.next_bound <= certificate.kth_score
@@ -190,10 +190,10 @@ def test_neurons_that_are_off_cost_nothing_and_stand_between_the_signs():
     few = [replace(block, coefficients=block.coefficients.clone()) for block in blocks]
     for block in few:  # a ReLU model: nearly all neurons are off
         block.coefficients[20:] = 0.0
-    found = top_neurons(few, out, 3, 300)
-    n_active = sum(int(block.active().sum()) for block in few)
+    found = top_neurons(few, out, Target(3), 300)
+    n_active = sum(int((block.all_coefficients() != 0).sum()) for block in few)
     assert found.certificate.evaluated <= n_active < 100
-    dense = dense_scores(few, out, 3)
+    dense = dense_scores(few, out, Target(3))
     order = dense.sort(descending=True, stable=True).indices[:300]
     assert torch.equal(found.layer * 500 + found.number, order)
     assert (found.score[-100:] == 0).all()
@@ -217,7 +217,7 @@ def test_ties_stand_in_order_of_layer_and_number():
         replace(block, layer=layer, coefficients=torch.full((40,), 0.5), W_out=row)
         for layer in (2, 5)
     ]
-    found = top_neurons(tied, out, 3, 20)
+    found = top_neurons(tied, out, Target(3), 20)
     assert found.layer.tolist() == [2] * 20
     assert found.number.tolist() == list(range(20))
 
@@ -228,7 +228,7 @@ def test_a_neuron_that_is_off_scores_exactly_nothing():
     (block,) = random_ffns(generator, 1, 8, 50, tail=1.0)
     off = block.coefficients == 0
     assert off.any()
-    assert (neuron_scores(block, out, 3)[off] == 0).all()
+    assert (neuron_scores(block, out, Target(3))[off] == 0).all()
 
 
 def test_certified_and_dense_agree_on_a_whole_model(any_model):
@@ -296,7 +296,7 @@ def test_a_bound_holds_where_the_rivals_cancel_out_of_the_gradient(size):
         W_out=contributions,
         b_out=None,
     )
-    before = out.baseline(block.base[None], 0)
+    before = out.baseline(block.base[None], Target(0))
     assert before.log_probs[0, 1:].exp() == pytest.approx([1 / 3] * 3, abs=1e-3)
     bounds, _ = score_bounds([block], out, before)
-    assert (bounds >= neuron_scores(block, out, 0)).all()
+    assert (bounds >= neuron_scores(block, out, Target(0))).all()

@@ -4,9 +4,9 @@
 names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
 """
 
-from tl_neuron_attr.attribute import attribute
+from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture, capture, load_capture, save_capture
+from tl_neuron_attr.capture import Capture, capture, capture_all, load_capture, save_capture
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
@@ -23,8 +23,11 @@ from tl_neuron_attr.errors import (
 )
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
+from tl_neuron_attr.index import ProjectionIndex, projection_index
+from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
+from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
 from tl_neuron_attr.readout import ReadOut, project, read_out
 from tl_neuron_attr.scores import head_scores, layer_scores, neuron_scores, position_scores
@@ -42,9 +45,12 @@ __all__ = [
     "Host",
     "IdentityError",
     "InputError",
+    "Intervals",
     "NeuronAttrError",
     "NonFiniteError",
     "OutputError",
+    "Plan",
+    "ProjectionIndex",
     "Prompt",
     "RankedNeurons",
     "ReadOut",
@@ -52,7 +58,9 @@ __all__ = [
     "UnsupportedModelError",
     "attn_decomposition",
     "attribute",
+    "attribute_all",
     "capture",
+    "capture_all",
     "ffn_decomposition",
     "head_scores",
     "layer_scores",
@@ -61,10 +69,14 @@ __all__ = [
     "neuron_scores",
     "open_host",
     "parse_neuron",
+    "plan",
     "position_scores",
     "project",
+    "projection_index",
     "read_out",
     "save_capture",
+    "score_intervals",
+    "suppressing_neurons",
     "tokenize",
     "top_neurons",
     "verify",

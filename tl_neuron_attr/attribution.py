@@ -20,6 +20,13 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomp
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.index import ProjectionIndex
+from tl_neuron_attr.intervals import (
+    DEFAULT_TOLERANCE,
+    Intervals,
+    score_intervals,
+    suppressing_neurons,
+)
 from tl_neuron_attr.prompts import Target, integer
 from tl_neuron_attr.readout import Convention, ReadOut, project
 from tl_neuron_attr.scores import LayerScores, position_scores
@@ -28,6 +35,7 @@ from tl_neuron_attr.tables import (
     layer_table,
     neuron_table,
     position_table,
+    share_table,
     token_columns,
     write_tables,
 )
@@ -50,7 +58,7 @@ class Attribution:
     captured: Capture = field(repr=False)
     """The forward pass; pass it to ``attribute`` for another target without running again."""
     target: Target
-    """The token whose log-probability is explained."""
+    """What is explained: the log-probability of a token, or of one token against another."""
     convention: Convention
     """How residual vectors are read out."""
     out: ReadOut = field(repr=False)
@@ -60,7 +68,8 @@ class Attribution:
     attns: tuple[AttnDecomposition, ...] = field(repr=False)
     """The attention of each layer, as a sum over heads, sources and dimensions."""
     log_prob: float
-    """log p(target) of the final residual; in ``exact`` the model's own."""
+    """log p(target) of the final residual; in ``exact`` the model's own. Of a contrast, here and
+    below, the difference of the two log-probabilities."""
     embedding_log_prob: float
     """log p(target) of what enters the first block."""
     layer_scores: LayerScores = field(repr=False)
@@ -71,10 +80,12 @@ class Attribution:
     """The best FFN neurons, with their certificate."""
     attn_neurons: RankedNeurons = field(repr=False)
     """The best attention neurons (by source position), with their certificate."""
+    index: ProjectionIndex | None = field(repr=False, default=None)
+    """The projection index of the model, which ``suppressing`` and ``shares`` rest on."""
     warnings: tuple[str, ...] = ()
     """What to bear in mind when reading the scores; also raised as ``UserWarning``."""
     seconds: float
-    """What ``attribute`` took, the forward pass included."""
+    """What ``attribute`` took, the forward pass included; in a batch, a prompt's share of it."""
 
     def layers(self) -> pd.DataFrame:
         """Rise from each layer's attention and FFN: ``layer, kind, score``, in layer order."""
@@ -116,7 +127,7 @@ class Attribution:
         with torch.no_grad(), progress_bar(rows, "position", progress) as bar:
             for block in blocks:
                 scores = position_scores(
-                    [block], self.out, self.target.id, heads=heads, progress=bar.update
+                    [block], self.out, self.target, heads=heads, progress=bar.update
                 )[0]
                 tables.append(
                     position_table(
@@ -150,15 +161,14 @@ class Attribution:
         Raises:
             InputError: If ``kind`` is unknown, or more neurons are asked for than were ranked.
         """
-        if kind not in (None, "ffn", "attn"):
-            raise InputError(f"kind must be 'ffn', 'attn' or None for both, got {kind!r}")
-        ranked = []
-        if kind != "attn":
-            ranked.append((self.ffn_neurons, self.ffns))
-        if kind != "ffn":
-            ranked.append((self.attn_neurons, self.attns) if by_source else self._over_sources)
         tables = []
-        for neurons, blocks in ranked:
+        for name in _kinds(kind):
+            if name == "ffn":
+                neurons, blocks = self.ffn_neurons, self.ffns
+            elif by_source:
+                neurons, blocks = self.attn_neurons, self.attns
+            else:
+                neurons, blocks = self._over_sources
             if top is not None:
                 top = at_least_one(top, "top")
                 neurons_total = sum(block.n_neurons for block in blocks)
@@ -168,11 +178,94 @@ class Attribution:
                         f"call attribute(..., top={top})"
                     )
                 neurons = neurons.first(top)
-            table = neuron_table(neurons, self.captured.prompt.prompt_id)
-            if tokens > 0:
-                table = table.join(self._token_columns(neurons, blocks, tokens))
-            tables.append(table)
+            tables.append(self._table(neurons, blocks, tokens))
         return pd.concat(tables, ignore_index=True)
+
+    def suppressing(
+        self,
+        kind: Kind | None = None,
+        top: int = 10,
+        *,
+        tokens: int = 0,
+        progress: bool = False,
+    ) -> pd.DataFrame:
+        """The neurons that lower log p(target) most, lowest score first, each kind for itself.
+
+        Proven like the best ones, but it takes the projection index: ``attribute(..., index=)``.
+        The columns are those of ``neurons``. Cost: searched at each call.
+
+        Raises:
+            InputError: If ``kind`` is unknown, or there is no index and one is needed (a contrast,
+                and a recomputed norm, need none).
+        """
+        tables = []
+        for name, ranked in self.suppressing_neurons(kind, top, progress=progress).items():
+            tables.append(self._table(ranked, self._blocks(name), tokens))
+        return pd.concat(tables, ignore_index=True)
+
+    def suppressing_neurons(
+        self, kind: Kind | None = None, top: int = 10, *, progress: bool = False
+    ) -> dict[Kind, RankedNeurons]:
+        """What ``suppressing`` tabulates, with certificates."""
+        top = at_least_one(top, "top")
+        if self.out.affine and self.target.against is None:
+            self._need_index()
+        names = _kinds(kind)
+        with torch.no_grad(), progress_bar(top * len(names), "neuron", progress) as bar:
+            return {
+                name: suppressing_neurons(
+                    self._blocks(name),
+                    self.out,
+                    self.target,
+                    self.index,
+                    top,
+                    progress=bar.update,
+                )
+                for name in names
+            }
+
+    def intervals(
+        self, kind: Kind, *, tolerance: float = DEFAULT_TOLERANCE, progress: bool = False
+    ) -> Intervals:
+        """Between what the score of every neuron of a kind lies, at most ``tolerance`` nats apart.
+
+        Cost: a small part of what scoring every neuron takes; computed anew at each call.
+
+        Raises:
+            InputError: If ``kind`` is unknown, the norm is recomputed, or there is no index.
+        """
+        (name,) = _kinds(kind)
+        if self.target.against is None:
+            self._need_index()
+        with torch.no_grad(), progress_bar(0, "neuron", progress) as bar:
+            return score_intervals(
+                self._blocks(name),
+                self.out,
+                self.target,
+                self.index,
+                tolerance=tolerance,
+                progress=bar.update,
+            )
+
+    def shares(
+        self,
+        top: int = 300,
+        *,
+        tolerance: float = DEFAULT_TOLERANCE,
+        progress: bool = False,
+    ) -> pd.DataFrame:
+        """How much of all that raises the target the best neurons hold, between proven ends.
+
+        One row a kind: ``kind, top, rise_lower, rise_upper`` (the sum of the scores of all neurons
+        that raise the target, in nats) and ``share_lower, share_upper`` (of it, the part that the
+        ``top`` best hold). Cost and errors: as ``intervals``.
+        """
+        top = at_least_one(top, "top")
+        rows = []
+        for name in _kinds(None):
+            found = self.intervals(name, tolerance=tolerance, progress=progress)
+            rows.append((name, top, *found.positive_total(), *found.share(top)))
+        return share_table(rows)
 
     def predictions(self, top: int = 5) -> pd.DataFrame:
         """The model's likeliest next tokens: ``id, token, log_prob, prob``."""
@@ -199,8 +292,7 @@ class Attribution:
             "token_texts": list(prompt.token_texts),
             "read_pos": prompt.read_pos,
             "target": {
-                "id": self.target.id,
-                "text": self.target.text,
+                **asdict(self.target),
                 "log_prob": self.log_prob,
                 "embedding_log_prob": self.embedding_log_prob,
             },
@@ -238,8 +330,9 @@ class Attribution:
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
 
-        All files appear together at the end, or none. Cost: scores every head at every source
-        position, with a progress bar on request where it takes longer than two seconds.
+        With a projection index ``suppressing`` and ``shares`` too, of as many neurons as were
+        ranked. All files appear together at the end, or none. Cost: scores every head at every
+        source position, with a progress bar on request where it takes longer than two seconds.
 
         Raises:
             InputError: If the directory cannot be written to.
@@ -252,6 +345,10 @@ class Attribution:
             "positions": self.positions(progress=progress),
             "neurons": self.neurons(),
         }
+        if self.index is not None and self.out.affine:
+            top = max(len(self.ffn_neurons), len(self.attn_neurons))
+            tables["suppressing"] = self.suppressing(top=top, progress=progress)
+            tables["shares"] = self.shares(top, progress=progress)
         facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
         write_tables(path, tables, {"run.json": facts + "\n"})
 
@@ -259,8 +356,24 @@ class Attribution:
     def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
         blocks = [block.over_sources() for block in self.attns]
         with torch.no_grad():
-            ranked = top_neurons(blocks, self.out, self.target.id, len(self.attn_neurons))
+            ranked = top_neurons(blocks, self.out, self.target, len(self.attn_neurons))
         return ranked, blocks
+
+    def _blocks(self, kind: Kind) -> Sequence[Decomposition]:
+        return self.ffns if kind == "ffn" else self.attns
+
+    def _need_index(self) -> None:
+        if self.index is None:
+            raise InputError(
+                "this takes the model's projection index; make one with projection_index(model) "
+                "(on the command line --index DIR), and pass it: attribute(..., index=index)"
+            )
+
+    def _table(
+        self, neurons: RankedNeurons, blocks: Sequence[Decomposition], tokens: int
+    ) -> pd.DataFrame:
+        table = neuron_table(neurons, self.captured.prompt.prompt_id)
+        return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
 
     def _token_columns(
         self,
@@ -269,12 +382,26 @@ class Attribution:
         k: int,
     ) -> pd.DataFrame:
         # the sign rule: with a negative coefficient a neuron raises the bottom of its subvalue
-        signs = torch.where(neurons.coefficient < 0, -1.0, 1.0)[:, None]
-        with torch.no_grad():
-            ends = project(self.out, signs * subvalues_of(blocks, neurons), k)
+        signs = torch.where(neurons.coefficient < 0, -1.0, 1.0)
+        if self.index is not None and k <= self.index.k:
+            row = neurons.index
+            if neurons.head is not None:
+                row = neurons.head * self.host.d_head + row
+            ends = self.index.tokens(neurons.kind, neurons.layer, row, sign=signs, k=k)
+        else:
+            with torch.no_grad():
+                ends = project(self.out, signs[:, None] * subvalues_of(blocks, neurons), k)
         ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}
         text_of = {token: self.host.token_text(token) for token in ids}
         return token_columns(neurons, ends, self.captured.prompt.token_texts, text_of)
+
+
+def _kinds(kind: Kind | None) -> tuple[Kind, ...]:
+    if kind is None:
+        return ("ffn", "attn")
+    if kind not in ("ffn", "attn"):
+        raise InputError(f"kind must be 'ffn', 'attn' or None for both, got {kind!r}")
+    return (kind,)
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:

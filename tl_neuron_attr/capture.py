@@ -1,23 +1,30 @@
-"""What happened: one forward pass of one prompt, kept as tensors and plain facts."""
+"""What happened: the forward pass of a prompt, or of several, kept as tensors and plain facts."""
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import safetensors
 import safetensors.torch
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.files import check_writable, write_files
-from tl_neuron_attr.host import Host, cache_is_of, final_resid_name, hook_names
-from tl_neuron_attr.prompts import Target, TokenizedPrompt
+from tl_neuron_attr.host import (
+    Host,
+    cache_is_of,
+    check_left_padding,
+    final_resid_name,
+    hook_names,
+    rotary_regime,
+)
+from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
 
 CAPTURE_FORMAT = 1
 """Version of the two files ``save_capture`` writes."""
@@ -81,21 +88,59 @@ def capture(host: Host, prompt: TokenizedPrompt, cache: Any = None) -> Capture:
 
     Cost: one forward pass; beyond it, memory for the fields of ``Capture``.
     """
-    seen = _run(host, prompt) if cache is None else _read_cache(host, prompt, cache)
-    tensors: dict[str, Any] = {
-        name: torch.stack([seen[f"{name}.{layer}"] for layer in range(host.n_layers)])
-        for name in _LAYERED
-        if f"{name}.0" in seen
+    if cache is not None:
+        _, length = _cache_size(host, cache)
+        if length > len(prompt.tokens):
+            raise _wrong_length(length, [prompt])
+    return capture_all(host, [prompt], cache)[0]
+
+
+def capture_all(
+    host: Host,
+    prompts: Sequence[TokenizedPrompt],
+    cache: Any = None,
+    *,
+    padding_side: PaddingSide = "right",
+) -> list[Capture]:
+    """What ``capture`` gives for each of ``prompts``, to rounding, from one forward pass.
+
+    Prompts may differ in length and read position; they are padded on ``padding_side``, and
+    nothing at a padded position is kept or looked at. Prompts of the same tokens are run once,
+    and their captures share tensors where they are read at the same position too (one prompt,
+    many targets). As in ``capture`` the model is left as it was; the caller's own hooks see the
+    padded batch.
+
+    ``cache`` is what ``run_with_cache`` returned for a batch whose row i is prompt i, padded on
+    ``padding_side`` with whatever tokens; on the left it takes an ``attention_mask``.
+
+    Raises:
+        InputError: If ``cache`` lacks an activation, has not one row per prompt, is shorter than
+            the longest prompt, is of other tokens, or is padded on the other side; if a prompt
+            attends to its padding; or for padding on the left in float64 on the bridge, where
+            Hugging Face gives NaN.
+        NonFiniteError: If an activation is NaN or infinite, naming the prompt and the first layer.
+
+    Cost: one forward pass of ``len(prompts)`` rows as long as the longest prompt; beyond it,
+    memory for the captures. (Prompts on both sides of a length where the model changes its rotary
+    positions, as Phi-3's long-context versions do, take a pass each side.)
+    """
+    if padding_side not in get_args(PaddingSide):
+        raise InputError(f"padding_side must be 'right' or 'left'; got {padding_side!r}")
+    if cache is not None:
+        captures = _read_cache(host, prompts, cache, padding_side)
+        _refuse_non_finite(captures)
+        return captures
+    distinct: dict[int, dict[Any, TokenizedPrompt]] = {}
+    for prompt in prompts:
+        group = distinct.setdefault(rotary_regime(host, len(prompt.tokens)), {})
+        group.setdefault((prompt.tokens, prompt.read_pos), prompt)
+    ran = {
+        key: captured
+        for group in distinct.values()
+        for key, captured in zip(group, _run(host, [*group.values()], padding_side), strict=True)
     }
-    tensors["resid_final"] = seen["resid_final"]
-    tensors["logits"] = seen["logits"]
-    check_fits(host, tensors["mlp_post"], tensors["v"], tensors["resid_pre"])
-    _refuse_non_finite(tensors)
-    return Capture(
-        prompt=prompt,
-        model_name=host.model_name,
-        **{"resid_mid": None, **tensors},
-    )
+    _refuse_non_finite(ran.values())
+    return [replace(ran[prompt.tokens, prompt.read_pos], prompt=prompt) for prompt in prompts]
 
 
 def check_fits(host: Host, mlp_post: Tensor, v: Tensor, resid_pre: Tensor) -> None:
@@ -113,71 +158,185 @@ def check_fits(host: Host, mlp_post: Tensor, v: Tensor, resid_pre: Tensor) -> No
         )
 
 
-def _run(host: Host, prompt: TokenizedPrompt) -> dict[str, Tensor]:
-    seen: dict[str, Tensor] = {}
+# --- one batch --------------------------------------------------------------------------------
 
-    def keep(
-        activation: Tensor, hook: Any, *, key: str, select: Callable[[Tensor], Tensor]
-    ) -> None:
-        seen[key] = _scoring_copy(select(activation))
 
-    hooks = [
-        (name, partial(keep, key=key, select=partial(_select, key, prompt.read_pos)))
-        for key, name in _wanted(host).items()
-    ]
-    tokens = torch.tensor([prompt.tokens], device=host.device)
+@dataclass(frozen=True)
+class _Place:
+    """Where in a padded batch a prompt is read."""
+
+    row: int
+    start: int
+    """Where the prompt's own tokens begin: before them is padding."""
+    read: int
+    """The read position, counted with the padding."""
+
+
+def _place(row: int, prompt: TokenizedPrompt, length: int, padding_side: PaddingSide) -> _Place:
+    start = _start(prompt.tokens, length, padding_side)
+    return _Place(row, start, start + prompt.read_pos)
+
+
+def _start(tokens: tuple[int, ...], length: int, padding_side: PaddingSide) -> int:
+    return length - len(tokens) if padding_side == "left" else 0
+
+
+def _run(
+    host: Host, prompts: Sequence[TokenizedPrompt], padding_side: PaddingSide
+) -> list[Capture]:
+    rows = list(dict.fromkeys(prompt.tokens for prompt in prompts))
+    length = max(map(len, rows))
+    padded = any(len(row) < length for row in rows)
+    if padded and padding_side == "left":
+        check_left_padding(host)
+    row_of = {tokens: row for row, tokens in enumerate(rows)}
+    places = [_place(row_of[prompt.tokens], prompt, length, padding_side) for prompt in prompts]
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(activation: Tensor, hook: Any, *, key: str) -> None:
+        seen[key] = _copies(key, activation, places)
+
+    hooks = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
+    tokens, attention_mask = (t.to(host.device) for t in _padded(rows, length, padding_side))
+    # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
+    # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
+    masked = padded or host.class_name == "HookedTransformer"
     with torch.no_grad():
-        logits = host.model.run_with_hooks(tokens, return_type="logits", fwd_hooks=hooks)
-        seen["logits"] = _scoring_copy(logits[0, prompt.read_pos])
-    return seen
+        logits = host.model.run_with_hooks(
+            tokens,
+            return_type="logits",
+            fwd_hooks=hooks,
+            attention_mask=attention_mask if masked else None,
+        )
+        seen["logits"] = _copies("logits", logits, places)
+    return _captures(host, prompts, places, seen)
 
 
-def _read_cache(host: Host, prompt: TokenizedPrompt, cache: Any) -> dict[str, Tensor]:
+def _padded(
+    rows: Sequence[tuple[int, ...]], length: int, padding_side: PaddingSide
+) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
+    """Token ids of equal length, and an attention mask: 1 for tokens, 0 for padding."""
+    ids = torch.zeros(len(rows), length, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for number, tokens in enumerate(rows):
+        start = _start(tokens, length, padding_side)
+        # Any id would do, but this one surely embeds to something finite, if the prompt does:
+        # attention gives padding a weight of 0, and 0 times NaN is NaN.
+        ids[number] = tokens[-1]
+        ids[number, start : start + len(tokens)] = torch.tensor(tokens)
+        mask[number, start : start + len(tokens)] = 1
+    return ids, mask
+
+
+def _read_cache(
+    host: Host, prompts: Sequence[TokenizedPrompt], cache: Any, padding_side: PaddingSide
+) -> list[Capture]:
+    size = _cache_size(host, cache)
+    n_rows, length = size
+    if n_rows != len(prompts):
+        raise InputError(
+            f"the cache holds {'1 prompt' if n_rows == 1 else f'a batch of {n_rows} prompts'}, "
+            f"but {len(prompts)} {'was' if len(prompts) == 1 else 'were'} given; "
+            "row i of the cache must be prompt i"
+        )
+    if any(len(prompt.tokens) > length for prompt in prompts):
+        raise _wrong_length(length, prompts)
+    places = [_place(row, prompt, length, padding_side) for row, prompt in enumerate(prompts)]
+    _check_tokens(host, prompts, cache, padding_side, length)
+    seen: dict[str, list[Tensor]] = {}
+    for key, name in _cached(host, cache).items():
+        activation = _with_batch_axis(key, cache[name])
+        if _size(key, activation) != size:
+            raise InputError(
+                f"the cache is of several runs: {name!r} is of {list(activation.shape)}, which are "
+                f"not {n_rows} prompts of {length} tokens; pass the cache of one run"
+            )
+        seen[key] = _copies(key, activation, places)
+    if "logits" not in seen:
+        seen["logits"] = _logits(host, seen["resid_final"])
+    return _captures(host, prompts, places, seen)
+
+
+def _cache_size(host: Host, cache: Any) -> tuple[int, int]:
+    """How many prompts and tokens a cache is of, once it is known to hold what is needed."""
     if not hasattr(cache, "keys"):
         raise InputError(
             f"cache must be an ActivationCache, the second thing run_with_cache returns; "
             f"got a {type(cache).__name__}"
         )
-    wanted = {**_wanted(host), "logits": "unembed.hook_out"}
     available = set(cache.keys())
-    if "unembed.hook_out" not in available:
-        del wanted["logits"]
-    missing = [name for name in wanted.values() if name not in available]
+    missing = [name for name in _cached(host, cache).values() if name not in available]
     if missing:
         raise InputError(
             f"the cache lacks {len(missing)} activations, e.g. {missing[0]!r}; run_with_cache "
             "without names_filter keeps them all"
         )
-    seen: dict[str, Tensor] = {}
-    for key, name in wanted.items():
-        activation = cache[name]
-        # a cache whose batch axis was removed is one axis short
-        full_rank = 4 if key.split(".")[0] in ("pattern", "v", "z") else 3
-        if activation.ndim == full_rank - 1:
-            activation = activation[None]
-        if activation.shape[0] != 1:
-            raise InputError(
-                f"the cache holds a batch of {activation.shape[0]} prompts; give one prompt's"
-            )
-        axis = 2 if key.startswith("pattern") else 1
-        if activation.shape[axis] != len(prompt.tokens):
-            raise InputError(
-                f"the cache is of {activation.shape[axis]} tokens, the prompt of "
-                f"{len(prompt.tokens)}; pass the tokens that were run"
-            )
-        seen[key] = _scoring_copy(_select(key, prompt.read_pos, activation))
-    if not cache_is_of(host, cache, prompt.tokens):
-        raise InputError("the cache is of other tokens than the prompt; pass those that were run")
-    if "logits" not in seen:
-        seen["logits"] = _logits(host, seen["resid_final"])
-    return seen
+    return _size("resid_final", _with_batch_axis("resid_final", cache[final_resid_name(host)]))
 
 
-def _logits(host: Host, resid_final: Float[Tensor, " d_model"]) -> Float[Tensor, " d_vocab"]:
-    """The model's logits from its last residual (HookedTransformer caches no logits)."""
+def _cached(host: Host, cache: Any) -> dict[str, str]:
+    """Key of each activation to read from a cache -> its name there."""
+    # logits can be had from the last residual
+    logits = {"logits": "unembed.hook_out"} if "unembed.hook_out" in set(cache.keys()) else {}
+    return {**_wanted(host), **logits}
+
+
+def _with_batch_axis(key: str, activation: Tensor) -> Tensor:
+    full_rank = 4 if _kind(key) in ("pattern", "v", "z") else 3
+    return activation[None] if activation.ndim == full_rank - 1 else activation
+
+
+def _size(key: str, activation: Tensor) -> tuple[int, int]:
+    """How many rows and positions an activation has."""
+    return activation.shape[0], activation.shape[2 if _kind(key) == "pattern" else 1]
+
+
+def _wrong_length(length: int, prompts: Sequence[TokenizedPrompt]) -> InputError:
+    which = "the prompt" if len(prompts) == 1 else "the longest prompt"
+    longest = max(len(prompt.tokens) for prompt in prompts)
+    return InputError(
+        f"the cache is of {length} tokens, {which} of {longest}; pass the tokens that were run"
+    )
+
+
+def _check_tokens(
+    host: Host,
+    prompts: Sequence[TokenizedPrompt],
+    cache: Any,
+    padding_side: PaddingSide,
+    length: int,
+) -> None:
+    """Stop where a row of ``cache`` is not of its prompt's tokens, as far as the cache tells."""
+
+    def other_tokens(side: PaddingSide) -> TokenizedPrompt | None:
+        for row, prompt in enumerate(prompts):
+            start = _place(row, prompt, length, side).start
+            if not cache_is_of(host, cache, prompt.tokens, row=row, start=start):
+                return prompt
+        return None
+
+    other = other_tokens(padding_side)
+    if other is None:
+        return
+    other_side: PaddingSide = "right" if padding_side == "left" else "left"
+    if other_tokens(other_side) is None:
+        raise InputError(
+            f"the cache is padded on the {other_side}, not on the {padding_side}; "
+            f"pass padding_side={other_side!r}"
+        )
+    raise InputError(
+        f"the cache is of other tokens than {_name(other)}; pass the tokens that were run"
+    )
+
+
+def _logits(
+    host: Host, resid_final: Sequence[Float[Tensor, " d_model"]]
+) -> list[Float[Tensor, " d_vocab"]]:
+    """The model's logits from its last residuals."""
     with torch.no_grad():
-        resid = resid_final.to(host.dtype)[None, None]
-        return _scoring_copy(host.model.unembed(host.model.ln_final(resid))[0, 0])
+        resid = torch.stack([*resid_final]).to(host.device, host.dtype)[None]
+        logits = host.model.unembed(host.model.ln_final(resid))[0]
+        return [_scoring_copy(row.to(resid_final[0].device)) for row in logits]
 
 
 def _wanted(host: Host) -> dict[str, str]:
@@ -191,13 +350,21 @@ def _wanted(host: Host) -> dict[str, str]:
     return wanted
 
 
-def _select(key: str, read_pos: int, activation: Tensor) -> Tensor:
-    kind = key.split(".")[0]
-    if kind == "pattern":
-        return activation[0, :, read_pos, : read_pos + 1]
-    if kind == "v":
-        return activation[0, : read_pos + 1]
-    return activation[0, read_pos]
+def _kind(key: str) -> str:
+    return key.split(".")[0]
+
+
+def _copies(key: str, activation: Tensor, places: Sequence[_Place]) -> list[Tensor]:
+    """What ``key`` keeps of each prompt."""
+    return [_scoring_copy(_select(key, place, activation[place.row])) for place in places]
+
+
+def _select(key: str, place: _Place, row: Tensor) -> Tensor:
+    if _kind(key) == "pattern":  # with padding before the prompt: nothing may attend there
+        return row[:, place.read, : place.read + 1]
+    if _kind(key) == "v":
+        return row[place.start : place.read + 1]
+    return row[place.read]
 
 
 def _scoring_copy(activation: Tensor) -> Tensor:
@@ -206,10 +373,59 @@ def _scoring_copy(activation: Tensor) -> Tensor:
     return activation.detach().to(dtype, copy=True)
 
 
-def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
-    bad = [name for name in _TENSORS if name in tensors and not tensors[name].isfinite().all()]
+def _captures(
+    host: Host,
+    prompts: Sequence[TokenizedPrompt],
+    places: Sequence[_Place],
+    seen: dict[str, list[Tensor]],
+) -> list[Capture]:
+    """What was kept of each prompt, layers stacked."""
+    captures = []
+    for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
+        tensors: dict[str, Any] = {
+            name: torch.stack([seen[f"{name}.{layer}"][number] for layer in range(host.n_layers)])
+            for name in _LAYERED
+            if f"{name}.0" in seen
+        }
+        on_padding = tensors["pattern"][:, :, : place.start]
+        if (on_padding > 0).any():
+            raise InputError(
+                f"{_name(prompt)} attends to the padding before it, which changes its activations; "
+                "run the batch with an attention_mask, or padded on the right"
+            )
+        if place.start:
+            tensors["pattern"] = tensors["pattern"][:, :, place.start :].clone()
+        tensors["resid_final"] = seen["resid_final"][number]
+        tensors["logits"] = seen["logits"][number]
+        check_fits(host, tensors["mlp_post"], tensors["v"], tensors["resid_pre"])
+        captures.append(
+            Capture(prompt=prompt, model_name=host.model_name, **{"resid_mid": None, **tensors})
+        )
+    return captures
+
+
+def _name(prompt: TokenizedPrompt) -> str:
+    text = "".join(prompt.token_texts) if prompt.text is None else prompt.text
+    shown = text if len(text) <= 60 else f"{text[:30]}…{text[-29:]}"
+    return f"prompt {prompt.prompt_id} ({shown!r})"
+
+
+def _refuse_non_finite(captures: Iterable[Capture]) -> None:
+    for captured in captures:
+        where = _non_finite(captured)
+        if where is not None:
+            raise NonFiniteError(
+                f"the model's activations are not finite: in {_name(captured.prompt)} {where} "
+                "holds NaN or infinity; check the weights, or run in float32"
+            )
+
+
+def _non_finite(captured: Capture) -> str | None:
+    """Which activation is NaN or infinite first, on the way through the model."""
+    tensors = {name: getattr(captured, name) for name in _TENSORS}
+    bad = [name for name, t in tensors.items() if t is not None and not t.isfinite().all()]
     if not bad:
-        return
+        return None
     first_layers = {
         name: int((~tensors[name].isfinite()).flatten(1).any(dim=1).nonzero()[0])
         for name in bad
@@ -217,13 +433,8 @@ def _refuse_non_finite(tensors: Mapping[str, Tensor]) -> None:
     }
     if first_layers:
         name = min(first_layers, key=lambda name: (first_layers[name], _LAYERED.index(name)))
-        where = f"{name} of layer {first_layers[name]}"
-    else:
-        where = f"{bad[0]}, after the last layer ({tensors['resid_pre'].shape[0] - 1}),"
-    raise NonFiniteError(
-        f"the model's activations are not finite: {where} holds NaN or infinity; "
-        "check the weights, or run in float32"
-    )
+        return f"{name} of layer {first_layers[name]}"
+    return f"{bad[0]}, after the last layer ({captured.resid_pre.shape[0] - 1}),"
 
 
 # --- to disk and back -------------------------------------------------------------------------
@@ -284,8 +495,7 @@ def load_capture(directory: str | Path) -> Capture:
         prompt = _prompt_from_json(facts["prompt"])
         tensors = safetensors.torch.load(data)
         model_name = str(facts["model_name"])
-        known = {field.name for field in fields(Capture)}
-        values = {name: tensors[name] for name in _TENSORS if name in tensors and name in known}
+        values = {name: tensors[name] for name in _TENSORS if name in tensors}
         return Capture(prompt=prompt, model_name=model_name, **{"resid_mid": None, **values})
     except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise InputError(
@@ -294,12 +504,18 @@ def load_capture(directory: str | Path) -> Capture:
 
 
 def _prompt_from_json(facts: dict[str, Any]) -> TokenizedPrompt:
-    target = facts["target"]
     return TokenizedPrompt(
         prompt_id=facts["prompt_id"],
         text=facts["text"],
         tokens=tuple(facts["tokens"]),
         token_texts=tuple(facts["token_texts"]),
         read_pos=facts["read_pos"],
-        target=None if target is None else Target(id=target["id"], text=target["text"]),
+        target=_target_from_json(facts["target"]),
     )
+
+
+def _target_from_json(facts: dict[str, Any] | None) -> Target | None:
+    if facts is None:
+        return None
+    against = _target_from_json(facts.get("against"))
+    return Target(id=facts["id"], text=facts["text"], against=against)

@@ -8,6 +8,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +25,11 @@ from tl_neuron_attr.attribute import attribute as attribute_prompt
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.models import load_model
+from tl_neuron_attr.index import ProjectionIndex, default_directory, projection_index
+from tl_neuron_attr.models import count_tokens, load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.plan import Plan
+from tl_neuron_attr.plan import plan as plan_prompts
 from tl_neuron_attr.prompts import Prompt, visible
 from tl_neuron_attr.readout import CONVENTIONS
 from tl_neuron_attr.topk import Kind
@@ -75,6 +79,10 @@ def attribute(
     target_id: Annotated[
         int | None, typer.Option(help="The answer as a token id, in place of --target.")
     ] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(help="A second token: explain why the target rather than this one."),
+    ] = None,
     position: Annotated[
         int, typer.Option(help="Where the answer is read: a token's place, or from the end.")
     ] = -1,
@@ -106,11 +114,27 @@ def attribute(
     dtype: Annotated[
         str, typer.Option(help="Weights as float32, bfloat16 or float16; scores are float32.")
     ] = "float32",
+    index_dir: Annotated[
+        Path | None,
+        typer.Option(
+            "--index",
+            help="Directory of projection indices; the model's is made there if need be. Adds the "
+            "neurons that lower the answer most, and the best ones' share of the whole.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Directory for the Parquet tables and run.json.")
     ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object and nothing else.")
+    ] = False,
+    plan_only: Annotated[
+        bool,
+        typer.Option(
+            "--plan",
+            help="Say what it would take in operations, memory and time, and stop: of the model "
+            "only the configuration and the tokenizer are read.",
+        ),
     ] = False,
 ) -> None:
     """The layers, heads and neurons that raised the answer's log-probability.
@@ -120,13 +144,26 @@ def attribute(
     with _errors_in_one_sentence():
         if target is not None and target_id is not None:
             raise InputError("give the answer either as --target or as --target-id")
-        prompt = _prompt(text, tokens, target if target_id is None else target_id, position, bos)
+        answer = target if target_id is None else target_id
+        prompt = _prompt(text, tokens, answer, against, position, bos)
         if convention not in CONVENTIONS:
             raise InputError(
                 f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
             )
         if top is not None and top < 1:
             raise InputError(f"--top must be at least 1, got {top}")
+        kept = top or (_KEPT if as_json or out is not None else _SHOWN)
+        if plan_only:
+            found = plan_prompts(
+                model,
+                n_tokens=_length(prompt, model),
+                top=kept,
+                convention=convention,
+                dtype=dtype,
+                device=device,
+            )
+            print(json.dumps({"model": model, **_plan_as_json(found)}) if as_json else found)
+            return
         if out is not None:
             check_writable(out)
         started = time.perf_counter()
@@ -136,8 +173,9 @@ def attribute(
             result = attribute_prompt(
                 loaded,
                 prompt,
-                top=top or (_KEPT if as_json or out is not None else _SHOWN),
+                top=kept,
                 convention=convention,
+                index=None if index_dir is None else _index(loaded, index_dir),
                 progress=sys.stderr.isatty(),
             )
         if out is not None:
@@ -148,19 +186,62 @@ def attribute(
             _show(result, model, top or _SHOWN, time.perf_counter() - started, out)
 
 
+@app.command()
+def index(
+    model: Annotated[
+        str,
+        typer.Option(help="tiny-facts (bundled), a Hugging Face directory, or a hub name."),
+    ] = "tiny-facts",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Directory to keep indices in. Default: the user's cache.", show_default=False
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, mps. Default: what TransformerLens chooses.")
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Weights as float32, bfloat16 or float16.")
+    ] = "float32",
+) -> None:
+    """The projection of every neuron of a model on the vocabulary, computed once and kept.
+
+    Goes on where it was interrupted. Example: tl-neuron-attr index --model ./my-model --out indices
+    """
+    with _errors_in_one_sentence():
+        directory = default_directory() if out is None else out
+        check_writable(directory)
+        started = time.perf_counter()
+        found = _index(_load(model, device, dtype), directory)
+        n_layers, d_mlp = found.ffn.low.shape
+        print(
+            f"{model}: {n_layers} layers, {n_layers * d_mlp:,} FFN and "
+            f"{found.attn.low.numel():,} attention subvalues, {found.k} tokens of each end, "
+            f"{time.perf_counter() - started:.1f} s with loading\n"
+            f"in {directory / found.weights_sha256}"
+        )
+
+
 # --- arguments --------------------------------------------------------------------------------
 
 
 def _prompt(
-    text: str | None, tokens: str | None, target: str | int | None, position: int, bos: bool | None
+    text: str | None,
+    tokens: str | None,
+    target: str | int | None,
+    against: str | None,
+    position: int,
+    bos: bool | None,
 ) -> Prompt:
+    asked: dict[str, Any] = {"target": target, "against": against, "position": position}
     if (text is None) == (tokens is None):
         raise InputError(
             "give a prompt, either as text or as --tokens; "
             'for example: tl-neuron-attr attribute "The capital of France is"'
         )
     if tokens is None:
-        return Prompt(text=text, target=target, position=position, prepend_bos=bos)
+        return Prompt(text=text, prepend_bos=bos, **asked)
     if bos is not None:
         raise InputError("--tokens are used as they are: leave out --bos and --no-bos")
     try:
@@ -169,7 +250,7 @@ def _prompt(
         raise InputError(
             f"--tokens must be ids separated by commas, like 1,403,261; got {tokens!r}"
         ) from None
-    return Prompt(tokens=ids, target=target, position=position)
+    return Prompt(tokens=ids, **asked)
 
 
 def _load(name: str, device: str | None, dtype: str) -> Any:
@@ -181,6 +262,17 @@ def _load(name: str, device: str | None, dtype: str) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return load_model(name, device=device, dtype=dtype)
+
+
+def _index(model: Any, directory: Path) -> ProjectionIndex:
+    return projection_index(model, directory, progress=sys.stderr.isatty())
+
+
+def _length(prompt: Prompt, model: str) -> int:
+    """How many tokens the prompt is."""
+    if prompt.tokens is not None:
+        return len(prompt.tokens)
+    return count_tokens(model, prompt.text or "", bos=prompt.prepend_bos)
 
 
 @contextmanager
@@ -212,8 +304,7 @@ def _as_json(result: Attribution, model: str) -> dict[str, Any]:
         "read_pos": prompt.read_pos,
         "top_predictions": _records(predictions),
         "target": {
-            "id": result.target.id,
-            "text": result.target.text,
+            **asdict(result.target),
             "log_prob": result.log_prob,
         },
         "convention": result.convention,
@@ -221,9 +312,25 @@ def _as_json(result: Attribution, model: str) -> dict[str, Any]:
         "heads": _records(result.heads()),
         "neurons": _records(neurons),
         "certificates": result.certificates(),
+        **_from_index(result),
         "warnings": list(result.warnings),
         "seconds": result.seconds,
     }
+
+
+def _from_index(result: Attribution) -> dict[str, Any]:
+    """What only a projection index can tell."""
+    if result.index is None or not result.out.affine:
+        return {}
+    top = max(len(result.ffn_neurons), len(result.attn_neurons))
+    return {
+        "suppressing": _records(result.suppressing(top=top, tokens=5)),
+        "shares": _records(result.shares(top)),
+    }
+
+
+def _plan_as_json(found: Plan) -> dict[str, Any]:
+    return {**asdict(found), "dtype": str(found.dtype).removeprefix("torch.")}
 
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
@@ -248,13 +355,8 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
     )
     console.print(_token_line(prompt.token_texts, prompt.read_pos))
     console.print(_prediction_line(result))
-    target = visible(result.target.text)
-    console.print(
-        f"[bold]Target[/]  {escape(target)} (id {result.target.id})   "
-        f"log p = {result.log_prob:.3f} nats, p = {_exp(result.log_prob):.3f}; "
-        f"before the first layer p = {_exp(result.embedding_log_prob):.2g}"
-    )
-    console.print("\n[bold]Rise in log p(target), nats[/], from each layer")
+    console.print(_target_line(result))
+    console.print(f"\n[bold]Rise in {result.target.quantity}, nats[/], from each layer")
     console.print(_layer_table(result))
     console.print(f"\n[bold]Heads[/], the best {min(top, result.head_scores.numel())}")
     console.print(_head_table(result, top))
@@ -266,6 +368,13 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
             f"\n[bold]{name} value neurons[/], the best {len(table)} {_proof(certificate)}"
         )
         console.print(_neuron_table(table, console.width))
+    if result.index is not None and result.out.affine:
+        for kind, name in kinds:
+            table = result.suppressing(kind, top, tokens=5)
+            console.print(f"\n[bold]{name} neurons that lower the target most[/]")
+            console.print(_neuron_table(table, console.width))
+        console.print(f"\n[bold]Share of all that raises the target[/], in the best {top}")
+        console.print(_share_table(result.shares(top)))
     console.print(
         "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
         "coefficient has here[/]"
@@ -277,8 +386,10 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
         f"peak memory {_peak_memory()}[/]"
     )
     if out is not None:
+        more = result.index is not None and result.out.affine
         console.print(
-            f"[dim]wrote layers, heads, positions, neurons (.parquet) and run.json to "
+            f"[dim]wrote layers, heads, positions, neurons{', suppressing, shares' * more} "
+            f"(.parquet) and run.json to "
             f"{escape(str(out))}[/]"
         )
 
@@ -298,6 +409,21 @@ def _prediction_line(result: Attribution) -> Text:
         line.append(visible(row["token"])).append(f" {row['prob']:.3f}", style="dim")
         line.append("   ")
     return line
+
+
+def _target_line(result: Attribution) -> str:
+    target, before = result.target, result.embedding_log_prob
+    line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
+    if target.against is None:
+        return (
+            f"{line}   log p = {result.log_prob:.3f} nats, p = {_exp(result.log_prob):.3f}; "
+            f"before the first layer p = {_exp(before):.2g}"
+        )
+    other = target.against
+    return (
+        f"{line} against {escape(visible(other.text))} (id {other.id})   difference of log p = "
+        f"{result.log_prob:+.3f} nats; before the first layer {before:+.3f}"
+    )
 
 
 def _layer_table(result: Attribution) -> Table:
@@ -337,6 +463,19 @@ def _head_table(result: Attribution, top: int) -> Table:
         ]
         label = f"L{row['layer']}.H{row['head']}"
         table.add_row(label, f"{row['score']:+.3f}", Text("  ".join(sources)))
+    return table
+
+
+def _share_table(shares: pd.DataFrame) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name in ("", "all raising neurons, nats", "share of the best"):
+        table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
+    for row in _records(shares):
+        table.add_row(
+            {"ffn": "FFN", "attn": "attention"}[row["kind"]],
+            f"{row['rise_lower']:.3f} to {row['rise_upper']:.3f}",
+            f"{row['share_lower']:.1%} to {row['share_upper']:.1%}",
+        )
     return table
 
 
@@ -385,6 +524,8 @@ def _proof(certificate: dict[str, Any]) -> str:
     total, evaluated = certificate["total"], certificate["evaluated"]
     if not certificate["applies"]:
         return f"[dim](all {total:,} scored)[/]"
+    if certificate["linear"]:
+        return f"[dim](of {total:,}; a contrast is linear, so all are scored exactly)[/]"
     return f"[dim](of {total:,}; {evaluated:,} scored exactly, bounds exclude the others)[/]"
 
 

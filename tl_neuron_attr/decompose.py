@@ -10,12 +10,14 @@ from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+
+_WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,19 +51,17 @@ class FFNDecomposition:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
-    def slopes(
-        self, gradient: Float[Tensor, " d_model"]
-    ) -> tuple[Float[Tensor, " d_mlp"], Float[Tensor, " d_mlp"]]:
-        """``subvalue . gradient`` of every neuron, and the norms of the subvalues."""
-        return _products_and_norms(self.W_out, gradient)
+    def rows(self) -> Float[Tensor, "subvalue d_model"]:
+        """Every subvalue once, as the weights hold them."""
+        return self.W_out
 
-    def active(self) -> Bool[Tensor, " neuron"]:
-        """Which neurons have a coefficient other than 0, and so write anything."""
-        return self.coefficients != 0
+    def all_coefficients(self) -> Float[Tensor, " neuron"]:
+        """The coefficient of every neuron, in the order neurons are numbered."""
+        return self.coefficients
 
-    def per_neuron(self, per_subvalue: Float[Tensor, " d_mlp"]) -> Float[Tensor, " neuron"]:
-        """What each neuron makes of a number its subvalue has: times its coefficient."""
-        return self.coefficients * per_subvalue
+    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+        """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
+        return per_subvalue
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``mlp_out`` less the bias."""
@@ -125,20 +125,18 @@ class AttnDecomposition:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
-    def slopes(
-        self, gradient: Float[Tensor, " d_model"]
-    ) -> tuple[Float[Tensor, "head d_head"], Float[Tensor, "head d_head"]]:
-        """``subvalue . gradient`` of every row of ``W_O``, and the norms of the subvalues."""
-        products, norms = _products_and_norms(self.W_O.flatten(0, 1), gradient)
-        return products.view(self.W_O.shape[:2]), norms.view(self.W_O.shape[:2])
+    def rows(self) -> Float[Tensor, "subvalue d_model"]:
+        """Every subvalue once, as the weights hold them, by head and index."""
+        return self.W_O.flatten(0, 1)
 
-    def active(self) -> Bool[Tensor, " neuron"]:
-        """Which neurons have a coefficient other than 0, and so write anything."""
-        return (self.coefficients() != 0).flatten()
+    def all_coefficients(self) -> Float[Tensor, " neuron"]:
+        """The coefficient of every neuron, in the order neurons are numbered."""
+        return self.coefficients().flatten()
 
-    def per_neuron(self, per_subvalue: Float[Tensor, "head d_head"]) -> Float[Tensor, " neuron"]:
-        """What each neuron makes of a number its subvalue has: times its coefficient."""
-        return (self.coefficients() * per_subvalue[:, None]).flatten()
+    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+        """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
+        head, pos, d_head = self.shape
+        return per_subvalue.view(head, 1, d_head).expand(head, pos, d_head).flatten()
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
@@ -211,13 +209,16 @@ def _check_layer(host: Host, layer: int) -> None:
         raise InputError(f"layer {layer} is out of range: the model has {host.n_layers} layers")
 
 
-def _products_and_norms(
-    rows: Float[Tensor, "row d_model"], vector: Float[Tensor, " d_model"]
-) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
-    """``row . vector`` and ``|row|`` in the vector's dtype, widening narrow weights in blocks."""
+def slopes(
+    rows: Float[Tensor, "subvalue d_model"], gradients: Float[Tensor, "base d_model"]
+) -> tuple[Float[Tensor, "base subvalue"], Float[Tensor, " subvalue"]]:
+    """``subvalue . gradient`` of every row and gradient, and the norms of the rows.
+
+    In the dtype of the gradients; narrow weights are widened in blocks, never copied whole.
+    """
     products, norms = [], []
-    for block in rows.split(4096):
-        wide = block.to(vector.dtype)
-        products.append(wide @ vector)
+    for block in rows.split(_WIDENED_ROWS):
+        wide = block.to(gradients.dtype)
+        products.append(gradients @ wide.T)
         norms.append(torch.linalg.vector_norm(wide, dim=1))
-    return torch.cat(products), torch.cat(norms)
+    return torch.cat(products, dim=1), torch.cat(norms)

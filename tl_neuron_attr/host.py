@@ -7,7 +7,7 @@ against the model's own activations in ``identities.py``.
 """
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -205,16 +205,60 @@ def final_resid_name(host: Host) -> str:
     return f"blocks.{host.n_layers - 1}.hook_resid_post"
 
 
-def cache_is_of(host: Host, cache: Any, tokens: tuple[int, ...]) -> bool:
-    """Whether an ``ActivationCache`` was made from ``tokens``, as far as it tells."""
+def cache_is_of(
+    host: Host, cache: Any, tokens: tuple[int, ...], *, row: int = 0, start: int = 0
+) -> bool:
+    """Whether row ``row`` of an ``ActivationCache`` was made from ``tokens``, as far as it tells.
+
+    They are looked for from position ``start``; what is before and after them does not matter.
+    """
     available = set(cache.keys())
     ids = torch.tensor(tokens)
+    here = slice(start, start + len(tokens))
     if "embed.hook_in" in available:  # the bridge caches what goes into the embedding
-        return torch.equal(cache["embed.hook_in"].flatten().cpu(), ids)
+        went_in = cache["embed.hook_in"]
+        went_in = went_in[None] if went_in.ndim == 1 else went_in
+        return torch.equal(went_in[row, here].cpu(), ids)
     if "hook_embed" in available:
-        embedded = cache["hook_embed"].flatten(0, -2)
-        return torch.equal(embedded, host.model.W_E.detach()[ids.to(embedded.device)])
+        embedded = cache["hook_embed"]
+        embedded = embedded[None] if embedded.ndim == 2 else embedded
+        with torch.no_grad():
+            # not W_E: the embedding of Bloom ends in a norm
+            wanted = host.model.embed(ids[None].to(host.device))[0]
+        return torch.allclose(embedded[row, here], wanted.to(embedded.device))
     return True
+
+
+def check_left_padding(host: Host) -> None:
+    """Stop where a prompt padded on the left would not be run right.
+
+    Raises:
+        InputError: For float64 on the bridge. Hugging Face takes the softmax in float32, where
+            the float64 number that masks is -inf: a padded position, all of whose sources are
+            masked, becomes NaN, and from there everything does.
+    """
+    if host.class_name != "HookedTransformer" and host.dtype == torch.float64:
+        raise InputError(
+            "a TransformerBridge in float64 gives NaN for prompts padded on the left; "
+            "pad on the right, or run in float32"
+        )
+
+
+def rotary_regime(host: Host, n_tokens: int) -> int:
+    """Prompts can share a forward pass if this number is the same for their lengths.
+
+    A few models choose their rotary frequencies by the longest prompt of the batch, so that a
+    short one beside it would not get the activations it has alone.
+    """
+    cfg = host.model.cfg
+    if getattr(cfg, "use_dynamic_ntk_rope", False):  # HookedTransformer's Qwen
+        return n_tokens if n_tokens > (cfg.train_seq_length or cfg.n_ctx) else 0
+    scaling = getattr(cfg, "rope_parameters", None) or {}
+    # some models have one set of parameters for each kind of layer
+    for kind in (scaling, *scaling.values()):
+        if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
+            return int(n_tokens > kind["original_max_position_embeddings"])
+    return 0
 
 
 # --- tokens -----------------------------------------------------------------------------------
@@ -265,16 +309,35 @@ def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
         tokens=tokens,
         token_texts=tuple(host.token_text(token) for token in tokens),
         read_pos=prompt.position % len(tokens),
-        target=None if prompt.target is None else resolve_target(host, prompt.target),
+        target=(
+            None if prompt.target is None else resolve_target(host, prompt.target, prompt.against)
+        ),
     )
 
 
-def resolve_target(host: Host, target: str | SupportsIndex) -> Target:
-    """The one token a target names.
+def resolve_target(
+    host: Host,
+    target: str | SupportsIndex | None,
+    against: str | SupportsIndex | None = None,
+) -> Target:
+    """The one token a target names, or the two tokens of a contrast.
 
     Raises:
-        InputError: For an id outside the vocabulary, or a text that is not exactly one token.
+        InputError: For an id outside the vocabulary, a text that is not exactly one token, or a
+            contrast of a token with itself or with nothing.
     """
+    if target is None:
+        raise InputError("a contrast needs both tokens: give target beside against")
+    token = _one_token(host, target)
+    if against is None:
+        return token
+    other = _one_token(host, against)
+    if other.id == token.id:
+        raise InputError(f"target and against are the same token, {token.text!r}")
+    return replace(token, against=other)
+
+
+def _one_token(host: Host, target: str | SupportsIndex) -> Target:
     if not isinstance(target, str):
         token = integer(target, "a token id")
         if not 0 <= token < host.d_vocab:
@@ -287,7 +350,7 @@ def resolve_target(host: Host, target: str | SupportsIndex) -> Target:
         raise InputError("the target is empty; give a single-token target or a token id")
     ids = _encode(host, target)
     if len(ids) == 1:
-        return resolve_target(host, ids[0])
+        return _one_token(host, ids[0])
     # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
     # is the one token that reads " Paris"
     bare = _encode(host, target.strip(" ")) if target.startswith(" ") else []

@@ -30,12 +30,14 @@ def load_model(
         InputError: If ``dtype`` is no floating type, a directory lacks its configuration or
             weights, or the name cannot be loaded, with the reason TransformerLens gives.
     """
-    if not name:
-        raise InputError("the model's name is empty; give tiny-facts, a directory or a hub name")
-    dtype = _weight_dtype(dtype)
-    source = str(tiny_facts_dir()) if name == "tiny-facts" else name
-    if Path(source).exists() or source.startswith((".", "/", "~")):
-        source = str(_model_directory(Path(source).expanduser()))
+    dtype = weight_dtype(dtype)
+    source = _source(name)
+    if Path(source).is_dir() and not any(
+        any(Path(source).glob(pattern)) for pattern in _WEIGHT_FILES
+    ):
+        raise InputError(
+            f"{source!r} has a config.json but no weights (*.safetensors); copy them there"
+        )
     # the slow import of this package, and needed only here: most users bring their own model
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -52,6 +54,41 @@ def load_model(
             f"{sorted(missing)[0]!r}, which would be random; get the complete files"
         )
     return model.eval()
+
+
+def load_config(name: str = "tiny-facts") -> Any:
+    """The Hugging Face configuration of the model called ``name``: its weights may be absent.
+
+    Raises:
+        InputError: If there is no such model, or its configuration cannot be read.
+    """
+    from transformers import AutoConfig
+
+    source = _source(name)
+    try:
+        return AutoConfig.from_pretrained(source)
+    except Exception as error:  # as above
+        raise InputError(
+            f"cannot read the configuration of {name!r}: {_reason(name, error)}"
+        ) from error
+
+
+def count_tokens(name: str, text: str, *, bos: bool | None = None) -> int:
+    """How many tokens ``text`` is to the model called ``name``, a BOS token included by default.
+
+    Raises:
+        InputError: If the model's tokenizer cannot be read.
+    """
+    from transformers import AutoTokenizer
+
+    source = _source(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except Exception as error:  # as above
+        raise InputError(
+            f"cannot read the tokenizer of {name!r}: {_reason(name, error)}; give token ids"
+        ) from error
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"]) + (bos is not False)
 
 
 @contextmanager
@@ -74,25 +111,33 @@ def _load_reports() -> Iterator[list[str]]:
         logger.setLevel(level)
 
 
-def _weight_dtype(dtype: str | torch.dtype) -> torch.dtype:
+def weight_dtype(dtype: str | torch.dtype) -> torch.dtype:
+    """The floating dtype called ``dtype``.
+
+    Raises:
+        InputError: If there is none.
+    """
     found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise InputError(f"dtype must be float32, bfloat16, float16 or float64; got {dtype!r}")
     return found
 
 
-def _model_directory(path: Path) -> Path:
+def _source(name: str) -> str:
+    """The directory that ``name`` stands for, or ``name`` itself if the hub has to know."""
+    if not name:
+        raise InputError("the model's name is empty; give tiny-facts, a directory or a hub name")
+    source = str(tiny_facts_dir()) if name == "tiny-facts" else name
+    if not (Path(source).exists() or source.startswith((".", "/", "~"))):
+        return source
+    path = Path(source).expanduser()
     if not path.is_dir():
         raise InputError(f"no such directory: {str(path)!r}; give a Hugging Face model directory")
     if not (path / "config.json").is_file():
         raise InputError(
             f"{str(path)!r} is not a Hugging Face model directory: it has no config.json"
         )
-    if not any(any(path.glob(pattern)) for pattern in _WEIGHT_FILES):
-        raise InputError(
-            f"{str(path)!r} has a config.json but no weights (*.safetensors); copy them there"
-        )
-    return path
+    return str(path)
 
 
 def _reason(name: str, error: Exception) -> str:

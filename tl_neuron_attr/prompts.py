@@ -6,11 +6,14 @@ These are plain values. Turning text into token ids needs the model's tokenizer:
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 
 from tl_neuron_attr.errors import InputError
+
+PaddingSide = Literal["right", "left"]
+"""Where prompts shorter than the longest of their batch are filled up."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -18,15 +21,18 @@ class Prompt:
     """One question to a model: ``text`` or ``tokens``, exactly one of them.
 
     ``target`` is a token id, or a string that is one token; ``None`` stands for the model's own
-    top prediction. ``position`` is where the answer is read, an index into the tokens as the
-    model sees them (a prepended BOS counts), from the end if negative. ``prepend_bos`` is
-    ``None`` for TransformerLens's default of that model; token ids are used as they are.
-    ``prompt_id`` names the prompt in tables. Integers of numpy and torch become plain ones.
+    top prediction. ``against`` makes it a contrast: what is explained is then
+    log p(target) - log p(against). ``position`` is where the answer is read, an index into the
+    tokens as the model sees them (a prepended BOS counts), from the end if negative.
+    ``prepend_bos`` is ``None`` for TransformerLens's default of that model; token ids are used as
+    they are. ``prompt_id`` names the prompt in tables. Integers of numpy and torch become plain
+    ones.
     """
 
     text: str | None = None
     tokens: Any = None
     target: Any = None
+    against: Any = None
     position: Any = -1
     prepend_bos: bool | None = None
     prompt_id: str = "0"
@@ -46,20 +52,32 @@ class Prompt:
             if self.prepend_bos is not None:
                 raise InputError("token ids are used as they are: leave prepend_bos out")
         object.__setattr__(self, "position", integer(self.position, "position"))
-        if isinstance(self.target, str):
-            _check_text(self.target, "target")
-        elif self.target is not None:
-            object.__setattr__(self, "target", integer(self.target, "a token id"))
+        if self.against is not None and self.target is None:
+            raise InputError("a contrast needs both tokens: give target beside against")
+        for name in ("target", "against"):
+            token = getattr(self, name)
+            if isinstance(token, str):
+                _check_text(token, name)
+            elif token is not None:
+                object.__setattr__(self, name, integer(token, "a token id"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """The token whose log-probability is explained, and its text as the tokenizer spells it."""
+    """What is explained: log p(token), or with ``against`` log p(token) - log p(other token)."""
 
     id: int
-    """Its place in the vocabulary."""
-    text: str
+    """The token's place in the vocabulary."""
+    text: str = ""
     """How it reads in a sentence, with its leading space."""
+    against: "Target | None" = None
+    """The other token of a contrast. The difference of two log-probabilities is a difference of
+    two logits, so that under a frozen norm every score is linear in the contribution."""
+
+    @property
+    def quantity(self) -> str:
+        """What a score is a rise in, for titles: ``log p(target)``, or the contrast's."""
+        return "log p(target)" if self.against is None else "log p(target) - log p(against)"
 
 
 @dataclass(frozen=True)
@@ -78,8 +96,10 @@ def as_prompt(
     prompt: "str | Iterable[SupportsIndex] | torch.Tensor | Prompt",
     *,
     target: str | SupportsIndex | None = None,
+    against: str | SupportsIndex | None = None,
     position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
+    prompt_id: str = "0",
 ) -> Prompt:
     """A ``Prompt`` from text, from token ids (a sequence or a tensor), or from a ``Prompt``.
 
@@ -89,14 +109,22 @@ def as_prompt(
         InputError: For an empty prompt, a batch of several prompts, or doubly given arguments.
     """
     if isinstance(prompt, Prompt):
-        if (target, position, prepend_bos) != (None, None, None):
-            raise InputError("target, position and prepend_bos belong inside the Prompt given")
+        if (target, against, position, prepend_bos) != (None, None, None, None):
+            raise InputError(
+                "target, against, position and prepend_bos belong inside the Prompt given"
+            )
         return prompt
     if not isinstance(prompt, Iterable):
         raise InputError(f"a prompt must be text, token ids or a Prompt, got {prompt!r}")
-    position = -1 if position is None else position
+    asked: dict[str, Any] = {
+        "target": target,
+        "against": against,
+        "position": -1 if position is None else position,
+        "prepend_bos": prepend_bos,
+        "prompt_id": prompt_id,
+    }
     if isinstance(prompt, str):
-        return Prompt(text=prompt, target=target, position=position, prepend_bos=prepend_bos)
+        return Prompt(text=prompt, **asked)
     if isinstance(prompt, torch.Tensor):
         if prompt.ndim == 2 and prompt.shape[0] == 1:
             prompt = prompt[0]
@@ -106,7 +134,91 @@ def as_prompt(
                 f"got {prompt.dtype} of shape {list(prompt.shape)}"
             )
         prompt = tuple(prompt.tolist())
-    return Prompt(tokens=prompt, target=target, position=position, prepend_bos=prepend_bos)
+    return Prompt(tokens=prompt, **asked)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One of several things asked at once: a prompt in any form, and what it is asked about."""
+
+    prompt: Any
+    prompt_id: str
+    target: Any
+    against: Any
+
+
+def as_questions(
+    prompts: Any,
+    *,
+    target: Any = None,
+    against: Any = None,
+    attention_mask: torch.Tensor | None = None,
+) -> tuple[list[Question], PaddingSide]:
+    """One question for each prompt, or for each target of one prompt, and the side of padding.
+
+    Raises:
+        InputError: If nothing is asked; if the numbers of prompts and of targets differ; if the
+            mask does not fit the ids, or leaves gaps.
+    """
+    padding_side: PaddingSide = "right"
+    if isinstance(prompts, torch.Tensor) and prompts.ndim == 2:
+        prompts, padding_side = _without_padding(prompts, attention_mask)
+    elif attention_mask is not None:
+        raise InputError("an attention_mask belongs beside token ids of shape [batch, pos]")
+    # text, a row of ids, and what cannot be walked through are one prompt
+    if isinstance(prompts, (str, Prompt, torch.Tensor)) or not isinstance(prompts, Iterable):
+        one, listed = True, [prompts]
+    else:
+        listed = list(prompts)
+        one = bool(listed) and all(isinstance(each, SupportsIndex) for each in listed)
+        listed = [listed] if one else listed
+    several = [len(each) for each in (target, against) if isinstance(each, (list, tuple))]
+    count = max([1, *several]) if one else len(listed)
+    if count == 0:
+        raise InputError("there are no prompts; give at least one")
+    if any(length != count for length in several):
+        raise InputError(
+            f"give one target for all prompts, or one for each: there are {count} prompts and "
+            f"{several[0]} targets"
+        )
+
+    def each(value: Any) -> list[Any]:
+        return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+    questions = [
+        Question(prompt=prompt, prompt_id=str(number), target=token, against=other)
+        for number, (prompt, token, other) in enumerate(
+            zip(listed * count if one else listed, each(target), each(against), strict=True)
+        )
+    ]
+    return questions, padding_side
+
+
+def _without_padding(
+    tokens: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[list[tuple[int, ...]], PaddingSide]:
+    if tokens.is_floating_point():
+        raise InputError(f"token ids must be integers, got {tokens.dtype}")
+    if attention_mask is None:
+        return [tuple(row) for row in tokens.tolist()], "right"
+    if attention_mask.shape != tokens.shape:
+        raise InputError(
+            f"the attention_mask is of shape {list(attention_mask.shape)}, the token ids of "
+            f"{list(tokens.shape)}; they must be the same"
+        )
+    kept = attention_mask.bool()
+    lengths = kept.sum(1, keepdim=True)
+    place = torch.arange(tokens.shape[1], device=tokens.device)
+    if torch.equal(kept, place < lengths):
+        side: PaddingSide = "right"
+    elif torch.equal(kept, place >= tokens.shape[1] - lengths):
+        side = "left"
+    else:
+        raise InputError(
+            "the attention_mask must be 1 for the tokens of each prompt in a row and 0 for padding "
+            "on one side, the same for all prompts"
+        )
+    return [tuple(row[mask].tolist()) for row, mask in zip(tokens, kept, strict=True)], side
 
 
 def integer(value: Any, what: str) -> int:

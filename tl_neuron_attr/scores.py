@@ -16,7 +16,8 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
-from tl_neuron_attr.readout import Baseline, ReadOut
+from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.readout import Baseline, ReadOut, baseline_of_runs
 
 Progress = Callable[[int], object]
 """Called with the number of vectors scored since the last call."""
@@ -32,51 +33,86 @@ class LayerScores:
 
 @dataclass(frozen=True, kw_only=True)
 class Baselines:
-    """What is predicted from the residual stream that each layer's attention and FFN add to."""
+    """What is predicted from the residual stream that each layer's attention and FFN add to.
+
+    Of one request (a run and a target) or of several; then the bases are in order of request,
+    layer.
+    """
 
     attn: Baseline
     ffn: Baseline
+    final: Baseline
+    """After the last block: one base a request."""
 
 
-def baselines(captured: Capture, out: ReadOut, token: int) -> Baselines:
+def baselines(captured: Capture, out: ReadOut, target: Target) -> Baselines:
     """The predictions all scores of a run start from, of all layers in one pass."""
-    # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
-    resid_mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
-    both = out.baseline(torch.cat([captured.resid_pre, resid_mid]), token)
-    n_layers = captured.resid_pre.shape[0]
-    return Baselines(attn=both[:n_layers], ffn=both[n_layers:])
+    return baselines_of_runs([captured], [out], [target])
 
 
-def layer_scores(captured: Capture, out: ReadOut, before: Baselines) -> LayerScores:
-    """The score of every attention and FFN layer, biases included.
+def baselines_of_runs(
+    captures: Sequence[Capture], outs: Sequence[ReadOut], targets: Sequence[Target]
+) -> Baselines:
+    """The same for several requests to one model.
+
+    Captures that share their activations (one prompt, several targets) share predictions too.
+
+    Cost: one pass over the unembedding for all of them; (2 x layers + 1) x d_vocab floats a run.
+
+    Raises:
+        InputError: If some targets are contrasts and others are not.
+    """
+    runs: dict[int, int] = {}
+    run_of = [runs.setdefault(id(captured.resid_pre), len(runs)) for captured in captures]
+    firsts = [run_of.index(run) for run in range(len(runs))]
+    resids = []
+    for captured in (captures[first] for first in firsts):
+        # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
+        mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
+        resids.append(torch.cat([captured.resid_pre, mid, captured.resid_final[None]]))
+    all_bases = baseline_of_runs([outs[first] for first in firsts], resids, run_of, targets)
+    n_layers = captures[0].resid_pre.shape[0]
+    number = torch.arange(len(all_bases), device=resids[0].device) % (2 * n_layers + 1)
+    return Baselines(
+        attn=all_bases[number < n_layers],
+        ffn=all_bases[(number >= n_layers) & (number < 2 * n_layers)],
+        final=all_bases[number == 2 * n_layers],
+    )
+
+
+def layer_scores(captures: Sequence[Capture], out: ReadOut, before: Baselines) -> list[LayerScores]:
+    """The score of every attention and FFN layer, biases included, for each request of ``before``.
 
     In sequential blocks they telescope: their sum is log p(final) - log p(embedding), exactly. In
     parallel blocks both add to the same residual stream, and the sum says nothing.
     """
-    layers = torch.arange(captured.resid_pre.shape[0], device=captured.resid_pre.device)
-    return LayerScores(
-        attn=out.increase(before.attn, layers, captured.attn_out),
-        ffn=out.increase(before.ffn, layers, captured.mlp_out),
-    )
+    which = torch.arange(len(before.attn), device=before.attn.resid.device)
+    attn = out.increase(before.attn, which, torch.cat([run.attn_out for run in captures]))
+    ffn = out.increase(before.ffn, which, torch.cat([run.mlp_out for run in captures]))
+    return [
+        LayerScores(attn=attns, ffn=ffns)
+        for attns, ffns in zip(attn.chunk(len(captures)), ffn.chunk(len(captures)), strict=True)
+    ]
 
 
 def head_scores(
-    attns: Sequence[AttnDecomposition], out: ReadOut, before: Baseline
-) -> Float[Tensor, "layer head"]:
-    """The score of every head (what it brings from all source positions together).
+    runs: Sequence[Sequence[AttnDecomposition]], out: ReadOut, before: Baseline
+) -> list[Float[Tensor, "layer head"]]:
+    """The score of every head (what it brings from all source positions together), of each run.
 
-    ``before`` has one base a layer, in the order of ``attns``.
+    ``before`` has one base a block: a run's layers in order, run after run.
     """
-    vectors = torch.stack([attn.head_vectors() for attn in attns])
-    n_layers, n_heads, _ = vectors.shape
-    which = torch.arange(n_layers, device=vectors.device).repeat_interleave(n_heads)
-    return out.increase(before, which, vectors.flatten(0, 1)).reshape(n_layers, n_heads)
+    vectors = torch.stack([attn.head_vectors() for attns in runs for attn in attns])
+    n_blocks, n_heads, _ = vectors.shape
+    which = torch.arange(n_blocks, device=vectors.device).repeat_interleave(n_heads)
+    scores = out.increase(before, which, vectors.flatten(0, 1)).reshape(n_blocks, n_heads)
+    return list(scores.chunk(len(runs)))
 
 
 def position_scores(
     attns: Sequence[AttnDecomposition],
     out: ReadOut,
-    token: int,
+    target: Target,
     *,
     heads: slice = slice(None),
     progress: Progress | None = None,
@@ -87,7 +123,7 @@ def position_scores(
     """
     layers = []
     for attn in attns:
-        before = out.baseline(attn.base[None], token)
+        before = out.baseline(attn.base[None], target, tangent=False)
         n_heads, n_pos, _ = attn.shape
         start, stop, _ = heads.indices(n_heads)
         step = max(1, out.rows_per_block // n_pos)
@@ -105,14 +141,25 @@ def position_scores(
 
 
 def neuron_scores(
-    decomposition: Decomposition, out: ReadOut, token: int, *, progress: Progress | None = None
+    decomposition: Decomposition, out: ReadOut, target: Target, *, progress: Progress | None = None
 ) -> Float[Tensor, " neuron"]:
     """The score of every neuron of one block, in the order the decomposition numbers them.
 
     Cost: one read-out per neuron whose coefficient is not 0 (else its score is 0). Peak memory:
     the read-out's budget, and the result. ``topk.top_neurons`` finds the best without scoring all.
     """
-    before = out.baseline(decomposition.base[None], token)
+    before = out.baseline(decomposition.base[None], target, tangent=False)
+    return neuron_scores_from(decomposition, out, before, progress=progress)
+
+
+def neuron_scores_from(
+    decomposition: Decomposition,
+    out: ReadOut,
+    before: Baseline,
+    *,
+    progress: Progress | None = None,
+) -> Float[Tensor, " neuron"]:
+    """The same from a baseline at hand, whose one base is the block's."""
     n_neurons, device = decomposition.n_neurons, decomposition.base.device
     scores = torch.zeros(n_neurons, dtype=out.dtype, device=device)
     for first in range(0, n_neurons, out.rows_per_block):

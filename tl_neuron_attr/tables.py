@@ -34,6 +34,9 @@ NEURON_COLUMNS = (
 )
 
 
+SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")
+
+
 def layer_table(scores: LayerScores) -> pd.DataFrame:
     """Two rows a layer (kind ``attn``, then ``ffn``), in layer order."""
     n_layers = scores.attn.shape[0]
@@ -127,6 +130,11 @@ def token_columns(
             "lowers": [[text_of[token] for token in row] for row in ends.bottom_ids.tolist()],
         }
     )
+
+
+def share_table(rows: Sequence[tuple[str, int, float, float, float, float]]) -> pd.DataFrame:
+    """One row a kind: what all its raising neurons add (nats), and the share of the best."""
+    return pd.DataFrame(rows, columns=list(SHARE_COLUMNS))
 
 
 def write_tables(

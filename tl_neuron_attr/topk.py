@@ -15,21 +15,27 @@ times smaller.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.prompts import Target
 from tl_neuron_attr.readout import Baseline, ReadOut
-from tl_neuron_attr.scores import Progress, neuron_scores
+from tl_neuron_attr.scores import Progress, neuron_scores_from
 
 Kind = Literal["ffn", "attn"]
+
+Bounds = Callable[[], tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]]
+"""Gives, for one block, a number that no neuron's score exceeds, -inf for neurons that are off
+(they score 0), and the largest slack among them. Called anew each time it is needed: the bounds
+of all blocks of a long prompt together would take more memory than its activations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +44,9 @@ class Certificate:
 
     applies: bool
     """False where no bound holds (a recomputed norm): every neuron was scored instead."""
+    linear: bool
+    """True for a contrast under a frozen norm: scores are linear, so that one product gives all
+    of them exactly, and there is nothing to bound."""
     evaluated: int
     """Neurons scored exactly (those whose coefficient is 0 score 0, and are not counted)."""
     total: int
@@ -48,11 +57,17 @@ class Certificate:
     """Largest bound, slack included, of an active neuron not scored; ``None`` if there is none."""
     slack: float
     """Largest allowance for rounding in any bound, in nats."""
+    lowest: bool = False
+    """Whether the list is of the lowest scores: ``next_bound`` then bounds scores from below."""
 
     @property
     def holds(self) -> bool:
         """Whether the list is proven complete."""
-        return self.next_bound is None or self.next_bound <= self.kth_score
+        if self.next_bound is None:
+            return True
+        if self.lowest:
+            return self.next_bound >= self.kth_score
+        return self.next_bound <= self.kth_score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,40 +114,117 @@ class RankedNeurons:
 def top_neurons(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
-    token: int,
+    target: Target,
     top: int,
     *,
-    before: Baseline | None = None,
     progress: Progress | None = None,
 ) -> RankedNeurons:
     """The ``top`` best neurons among blocks of one kind (all of them, if there are fewer).
 
     Exactly those a dense evaluation of every neuron would list first, with a certificate. Where
-    no bound holds (``out.affine`` is false) every neuron is scored. ``before``, if it is at hand,
-    has one base a block, in the order of ``decompositions``.
+    no bound holds (``out.affine`` is false) every neuron is scored.
 
     Cost: a gradient and a matrix-vector product per layer, then about one read-out per neuron
-    listed; dense, one read-out per neuron there is.
+    listed; dense, one read-out per neuron there is. For a contrast, the product alone.
     """
-    total = sum(block.n_neurons for block in decompositions)
-    if not out.affine or 2 * top >= total:
-        scores = torch.cat(
-            [neuron_scores(block, out, token, progress=progress) for block in decompositions]
+    before = out.baseline(torch.stack([block.base for block in decompositions]), target)
+    return top_neurons_of_runs([decompositions], out, before, top, progress=progress)[0]
+
+
+def top_neurons_of_runs(
+    runs: Sequence[Sequence[Decomposition]],
+    out: ReadOut,
+    before: Baseline,
+    top: int,
+    *,
+    progress: Progress | None = None,
+) -> list[RankedNeurons]:
+    """The same for several runs of one model, or several targets, whose read-outs are shared.
+
+    ``before`` has one base a block: a run's blocks in order, run after run.
+    """
+    n_layers = len(runs[0])
+    bases = torch.arange(len(before), device=before.resid.device).view(len(runs), n_layers)
+    tangents = tangent_bounds(runs, out, before)
+    found: dict[int, RankedNeurons] = {}
+    for run, blocks in enumerate(runs):
+        if tangents is not None and before.aims.against is not None:
+            found[run] = _best_linear(blocks, tangents[run], top)
+        elif tangents is None or 2 * top >= sum(block.n_neurons for block in blocks):
+            found[run] = _best_of_all(blocks, out, before[bases[run]], top, progress)
+    searched = [run for run in range(len(runs)) if run not in found]
+    if tangents is not None and searched:
+        ranked = best_by_bound(
+            [runs[run] for run in searched],
+            [[bound.above for bound in tangents[run]] for run in searched],
+            out,
+            before[bases[searched].flatten()],
+            top,
+            progress=progress,
         )
-        # topk would leave ties in no order
-        order = scores.sort(descending=True, stable=True).indices[:top]
-        certificate = Certificate(
-            applies=out.affine,
-            evaluated=total,
-            total=total,
-            kth_score=float(scores[order[-1]]),
-            next_bound=None,
-            slack=0.0,
+        found |= dict(zip(searched, ranked, strict=True))
+    return [found[run] for run in range(len(runs))]
+
+
+# --- bounds -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class TangentBound:
+    """The first-order picture of one block's scores."""
+
+    block: Decomposition
+    slope: Float[Tensor, " subvalue"]
+    """Rise of log p(target) per unit of coefficient, at the base."""
+    slack: Float[Tensor, " subvalue"]
+    """Allowance for rounding per unit of coefficient."""
+    constant: float
+    """Allowance for the rounding of a logsumexp."""
+
+    def above(self) -> tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]:
+        """A number that no neuron's score exceeds (-inf for those that are off), and the slack."""
+        coefficients = self.block.all_coefficients()
+        slack = coefficients.abs() * self.block.of_each(self.slack)
+        bounds = coefficients * self.block.of_each(self.slope) + slack + self.constant
+        return bounds.where(coefficients != 0, -torch.inf), slack.max() + self.constant
+
+    def linear(self) -> Float[Tensor, " neuron"]:
+        """The scores themselves, where they are linear."""
+        return self.block.all_coefficients() * self.block.of_each(self.slope)
+
+
+def tangent_bounds(
+    runs: Sequence[Sequence[Decomposition]], out: ReadOut, before: Baseline
+) -> list[list[TangentBound]] | None:
+    """The bounds of every block of every run; ``None`` if the norm is recomputed: none hold then.
+
+    ``before`` has one base a block: a run's blocks in order, run after run.
+    Source: log p is concave in the residual vector, so its tangent lies above it.
+    Cost: one matrix product a layer, which reads its weights once for all runs.
+    """
+    tangent = before.tangent
+    if tangent is None:
+        return None
+    eps = torch.finfo(out.dtype).eps
+    relative = 8 * math.sqrt(tangent.gradient.shape[1]) * eps
+    n_layers = len(runs[0])
+    columns = []
+    for layer, block in enumerate(runs[0]):
+        products, norms = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        columns.append(
+            [
+                TangentBound(
+                    block=run[layer],
+                    slope=slope,
+                    slack=relative * reach * norms,
+                    constant=32 * eps,
+                )
+                for run, slope, reach in zip(
+                    runs, products, tangent.reach[layer::n_layers], strict=True
+                )
+            ]
         )
-        return _ranked(decompositions, order, scores[order], certificate)
-    if before is None:
-        before = out.baseline(torch.stack([block.base for block in decompositions]), token)
-    return _search(decompositions, out, before, top, progress)
+    return [list(run) for run in zip(*columns, strict=True)]
 
 
 def score_bounds(
@@ -141,65 +233,206 @@ def score_bounds(
     """An upper bound of every neuron's score over all blocks, slack included; the largest slack.
 
     Exactly 0, without slack, for a neuron whose coefficient is 0: its score is 0.
-    Source: log p is concave in the residual vector, so its tangent lies above it.
 
     Raises:
         InputError: If the norm is recomputed, for then no bound holds.
     """
-    tangent = before.tangent
-    if tangent is None:
+    tangents = tangent_bounds([decompositions], out, before)
+    if tangents is None:
         raise InputError("a recomputed norm has no bounds; use exact or published")
-    eps = torch.finfo(out.dtype).eps
-    relative = 4 * math.sqrt(tangent.gradient.shape[1]) * eps
-    bounds, largest = [], 0.0
-    for block, gradient, reach in zip(decompositions, tangent.gradient, tangent.reach, strict=True):
-        slopes, norms = block.slopes(gradient)
-        slack = (2 * relative * reach * block.per_neuron(norms).abs() + 32 * eps) * block.active()
-        bounds.append(block.per_neuron(slopes) + slack)
-        largest = max(largest, float(slack.max()))
-    return torch.cat(bounds), largest
+    above = [bound.above() for bound in tangents[0]]
+    bounds = torch.cat([bound for bound, _ in above])
+    return bounds.where(~bounds.isneginf(), 0.0), max(float(slack) for _, slack in above)
 
 
-def _search(
-    decompositions: Sequence[Decomposition],
+# --- search -----------------------------------------------------------------------------------
+
+
+def best_by_bound(
+    runs: Sequence[Sequence[Decomposition]],
+    bounds: Sequence[Sequence[Bounds]],
+    out: ReadOut,
+    before: Baseline,
+    top: int,
+    *,
+    lowest: bool = False,
+    progress: Progress | None = None,
+) -> list[RankedNeurons]:
+    """Exact scores in order of the bound, until the ``top``-th best reaches every bound left.
+
+    With ``lowest`` the neurons that lower log p(target) most: ``bounds`` are then of the scores'
+    negatives. The runs go side by side, so that one read-out serves neurons of all of them.
+    """
+    sign = -1.0 if lowest else 1.0
+    races = [
+        _Race(blocks=blocks, bounds=bound, top=top)
+        for blocks, bound in zip(runs, bounds, strict=True)
+    ]
+    while True:
+        asked = [race.ask() for race in races]
+        lengths = [len(some) for some in asked]
+        if not any(lengths):
+            break
+        scores = sign * _exact(runs, asked, out, before)
+        for race, some, score in zip(races, asked, scores.split(lengths), strict=True):
+            race.take(some, score)
+        if progress is not None:
+            progress(sum(lengths))
+    return [race.ranked(sign) for race in races]
+
+
+@dataclass(kw_only=True)
+class _Race:
+    """The search in one run: which neurons were scored, and which bounds come next."""
+
+    blocks: Sequence[Decomposition]
+    bounds: Sequence[Bounds]
+    top: int
+    flat: Int[Tensor, " scored"] = field(init=False)
+    """Numbers, across all blocks, of the neurons whose score is known (0 for those off)."""
+    scores: Float[Tensor, " scored"] = field(init=False)
+    waiting: Int[Tensor, " waiting"] = field(init=False)
+    """The neurons with the largest bounds of those not scored, largest first."""
+    waiting_bounds: Float[Tensor, " waiting"] = field(init=False)
+    beyond: float = field(init=False)
+    """Largest bound of the active neurons that are neither scored nor waiting."""
+    size: int = field(init=False)
+    """How many wait at most."""
+    batch: int = 0
+    """How many to ask for next, beyond the first ``top``."""
+    evaluated: int = 0
+    slack: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.size = 4 * self.top
+        self.flat = torch.zeros(0, dtype=torch.long, device=self.blocks[0].base.device)
+        self._line_up()
+        self.scores = torch.zeros(len(self.flat), device=self.flat.device)
+        self.scores = self.scores.to(self.waiting_bounds.dtype)
+
+    def ask(self) -> Int[Tensor, " neuron"]:
+        """Which neurons to score next; none if the best are proven."""
+        if self.batch == 0:
+            self.batch = max(32, self.top // 8)
+            return self.waiting[: self.top]
+        kth = self._kth()
+        if len(self.waiting) == 0 and self.beyond >= kth:
+            self.size *= 4
+            self._line_up()
+        worth = int((self.waiting_bounds >= kth).sum())
+        some = self.waiting[: min(self.batch, worth)]
+        self.batch *= 2  # where bounds are loose, few rounds over all of them
+        return some
+
+    def take(self, some: Int[Tensor, " neuron"], scores: Float[Tensor, " neuron"]) -> None:
+        """Note the scores of the neurons asked for."""
+        self.flat = torch.cat([self.flat, some])
+        self.scores = torch.cat([self.scores, scores])
+        self.waiting = self.waiting[len(some) :]
+        self.waiting_bounds = self.waiting_bounds[len(some) :]
+        self.evaluated += len(some)
+
+    def ranked(self, sign: float) -> RankedNeurons:
+        """The best, once ``ask`` has nothing left to ask for."""
+        # by number first, so that ties come by layer, then number
+        flat, order = self.flat.sort()
+        scores = self.scores[order]
+        best = _largest(scores, self.top)
+        left = [float(self.waiting_bounds[0])] if len(self.waiting) else []
+        next_bound = max([*left, self.beyond])
+        certificate = Certificate(
+            applies=True,
+            linear=False,
+            evaluated=self.evaluated,
+            total=sum(block.n_neurons for block in self.blocks),
+            kth_score=sign * float(scores[best[-1]]),
+            next_bound=None if next_bound == -math.inf else sign * next_bound,
+            slack=self.slack,
+            lowest=sign < 0,
+        )
+        return _ranked(self.blocks, flat[best], sign * scores[best], certificate)
+
+    def _kth(self) -> float:
+        if len(self.scores) < self.top:
+            return -math.inf
+        return float(self.scores.topk(self.top).values[-1])
+
+    def _line_up(self) -> None:
+        """Let the ``size`` neurons wait that have the largest bounds of those not scored."""
+        per_block = self.blocks[0].n_neurons
+        at_first = len(self.flat) == 0
+        numbers, bounds, off, slacks = [], [], [], []
+        for place, bounds_of in enumerate(self.bounds):
+            here, slack = bounds_of()
+            if at_first:
+                # neurons that are off score 0: known without a read-out, the first are enough
+                off.append(here.isneginf().nonzero()[: self.top, 0] + place * per_block)
+            done = self.flat[self.flat // per_block == place] % per_block
+            here[done] = -torch.inf
+            largest = here.topk(min(self.size + 1, len(here)))
+            numbers.append(largest.indices + place * per_block)
+            bounds.append(largest.values)
+            slacks.append(slack)
+        merged, order = torch.cat(bounds).sort(descending=True, stable=True)
+        active = int((merged > -torch.inf).sum())
+        self.waiting = torch.cat(numbers)[order[: min(self.size, active)]]
+        self.waiting_bounds = merged[: min(self.size, active)]
+        self.beyond = float(merged[self.size]) if active > self.size else -math.inf
+        if at_first:
+            self.flat = torch.cat(off)[: self.top]
+            self.slack = float(torch.stack(slacks).max())
+
+
+def _best_of_all(
+    blocks: Sequence[Decomposition],
     out: ReadOut,
     before: Baseline,
     top: int,
     progress: Progress | None,
 ) -> RankedNeurons:
-    """Exact scores in order of the bound, until the ``top``-th best reaches every bound left."""
-    bounds, slack = score_bounds(decompositions, out, before)
-    active = torch.cat([block.active() for block in decompositions])
-    # neurons that are off score 0: known without a read-out, and the first of them are enough
-    flat = (~active).nonzero()[:top, 0]
-    scores = torch.zeros(len(flat), dtype=out.dtype, device=bounds.device)
-    left = bounds.where(active, -torch.inf)
-    some = left.topk(min(top, int(active.sum()))).indices
-    evaluated, batch = 0, max(32, top // 8)
-    while len(some):
-        flat = torch.cat([flat, some])
-        scores = torch.cat([scores, exact_scores(decompositions, out, before, some)])
-        evaluated += len(some)
-        if progress is not None:
-            progress(len(some))
-        left[some] = -torch.inf
-        kth = scores.topk(top).values[-1]
-        some = ((left >= kth) & left.isfinite()).nonzero()[:, 0]
-        some = some[left[some].topk(min(batch, len(some))).indices]
-        batch *= 2  # where bounds are loose, few rounds over all of them
-    # by number first, so that the stable sort leaves ties by layer, then number
-    flat, order = flat.sort()
-    scores = scores[order]
-    best = scores.sort(descending=True, stable=True).indices[:top]
+    """The best after scoring every neuron."""
+    scores = torch.cat(
+        [
+            neuron_scores_from(block, out, before[place : place + 1], progress=progress)
+            for place, block in enumerate(blocks)
+        ]
+    )
+    best = _largest(scores, top)
+    certificate = Certificate(
+        applies=out.affine,
+        linear=False,
+        evaluated=len(scores),
+        total=len(scores),
+        kth_score=float(scores[best[-1]]),
+        next_bound=None,
+        slack=0.0,
+    )
+    return _ranked(blocks, best, scores[best], certificate)
+
+
+def _best_linear(
+    blocks: Sequence[Decomposition], tangents: Sequence[TangentBound], top: int
+) -> RankedNeurons:
+    """The best where the first-order picture is the whole picture."""
+    numbers, scores = [], []
+    for place, (block, tangent) in enumerate(zip(blocks, tangents, strict=True)):
+        here = tangent.linear()
+        best = _largest(here, top).sort().values
+        numbers.append(best + place * block.n_neurons)
+        scores.append(here[best])
+    merged = torch.cat(scores)
+    best = _largest(merged, top)
+    total = sum(block.n_neurons for block in blocks)
     certificate = Certificate(
         applies=True,
-        evaluated=evaluated,
-        total=len(bounds),
-        kth_score=float(scores[best[-1]]),
-        next_bound=float(left.max()) if evaluated < int(active.sum()) else None,
-        slack=slack,
+        linear=True,
+        evaluated=total,
+        total=total,
+        kth_score=float(merged[best[-1]]),
+        next_bound=None,
+        slack=0.0,
     )
-    return _ranked(decompositions, flat[best], scores[best], certificate)
+    return _ranked(blocks, torch.cat(numbers)[best], merged[best], certificate)
 
 
 def exact_scores(
@@ -209,17 +442,44 @@ def exact_scores(
     flat: Int[Tensor, " neuron"],
 ) -> Float[Tensor, " neuron"]:
     """Exact scores of neurons of any layer, given by their number across all blocks, together."""
-    per_block = decompositions[0].n_neurons
-    place, number = flat // per_block, flat % per_block
+    return _exact([decompositions], [flat], out, before)
+
+
+def _exact(
+    runs: Sequence[Sequence[Decomposition]],
+    flats: Sequence[Int[Tensor, " _"]],
+    out: ReadOut,
+    before: Baseline,
+) -> Float[Tensor, " neuron"]:
+    """The scores of each run's neurons, given by their number across its blocks, run after run."""
+    per_block = [blocks[0].n_neurons for blocks in runs]
+    base = torch.cat(
+        [
+            run * len(runs[0]) + flat // n
+            for run, (flat, n) in enumerate(zip(flats, per_block, strict=True))
+        ]
+    )
+    number = torch.cat([flat % n for flat, n in zip(flats, per_block, strict=True)])
+    blocks = [block for run in runs for block in run]
     parts = []
-    for places, numbers in zip(
-        place.split(out.rows_per_block), number.split(out.rows_per_block), strict=True
+    # a block of read-outs serves neurons of several runs
+    for bases, numbers in zip(
+        base.split(out.rows_per_block), number.split(out.rows_per_block), strict=True
     ):
-        vectors = decompositions[0].base.new_empty(len(places), before.resid.shape[1])
-        for here, block in _by_block(places, decompositions):
+        vectors = blocks[0].base.new_empty(len(bases), before.resid.shape[1])
+        for here, block in _by_block(bases, blocks):
             vectors[here] = block.vectors(numbers[here])
-        parts.append(out.increase(before, places, vectors))
+        parts.append(out.increase(before, bases, vectors))
     return torch.cat(parts)
+
+
+def _largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
+    """Where the ``k`` largest are, largest first; of equals the first (topk takes any)."""
+    kth = values.topk(min(k, len(values))).values[-1]
+    above = (values > kth).nonzero()[:, 0]
+    level = (values == kth).nonzero()[: k - len(above), 0]
+    places = torch.cat([above, level]).sort().values
+    return places[values[places].sort(descending=True, stable=True).indices]
 
 
 def _ranked(
@@ -269,6 +529,6 @@ def subvalues_of(
 def _by_block(
     place: Int[Tensor, " neuron"], decompositions: Sequence[Decomposition]
 ) -> Iterator[tuple[Bool[Tensor, " neuron"], Decomposition]]:
-    """Each block with the mask of the neurons that are its own."""
-    for number, block in enumerate(decompositions):
-        yield place == number, block
+    """Each block that has some of the neurons, with the mask of those."""
+    for number in place.unique().tolist():
+        yield place == number, decompositions[number]

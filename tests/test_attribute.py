@@ -1,0 +1,312 @@
+"""Several prompts at once give what each gives alone; contrasts are linear."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TOKENS, bridge_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tl_neuron_attr import (
+    InputError,
+    Prompt,
+    Target,
+    attribute,
+    attribute_all,
+    capture,
+    neuron_scores,
+    open_host,
+    projection_index,
+    tokenize,
+)
+from tl_neuron_attr.readout import ReadOut
+
+PROMPTS = [TOKENS, TOKENS[:3], [5], TOKENS[1:] + TOKENS[:4], TOKENS[::-1][:3]]
+TARGETS = [7, 1, 3, 7, 0]
+
+
+def assert_same_result(found, wanted, tolerance=1e-5):
+    assert found.captured.prompt.tokens == wanted.captured.prompt.tokens
+    assert found.target == wanted.target
+    assert found.log_prob == pytest.approx(wanted.log_prob, abs=tolerance)
+    assert found.embedding_log_prob == pytest.approx(wanted.embedding_log_prob, abs=tolerance)
+    for name in ("attn", "ffn"):
+        ours, theirs = getattr(found.layer_scores, name), getattr(wanted.layer_scores, name)
+        assert torch.allclose(ours, theirs, atol=tolerance, rtol=0)
+    assert torch.allclose(found.head_scores, wanted.head_scores, atol=tolerance, rtol=0)
+    for kind in ("ffn_neurons", "attn_neurons"):
+        ours, theirs = getattr(found, kind), getattr(wanted, kind)
+        assert torch.allclose(ours.score, theirs.score, atol=tolerance, rtol=0)
+        assert ours.certificate.holds
+        assert ours.certificate.total == theirs.certificate.total
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox-parallel", "opt", "bloom"])
+@pytest.mark.parametrize("batch_size", [1, 2, 16])
+def test_prompts_of_different_lengths_score_as_they_do_alone(family, batch_size):
+    model = bridge_of(family)
+    together = attribute_all(model, PROMPTS, target=TARGETS, top=8, batch_size=batch_size)
+    for tokens, target, found in zip(PROMPTS, TARGETS, together, strict=True):
+        assert_same_result(found, attribute(model, tokens, target=target, top=8))
+
+
+@pytest.mark.parametrize("convention", ["exact", "published", "recomputed"])
+def test_every_convention_and_kind_of_target_goes_in_one_batch(tiny_gpt2, convention):
+    prompts = [
+        Prompt(tokens=TOKENS, target=3, against=9),
+        Prompt(tokens=TOKENS, target=3, position=2),
+        Prompt(tokens=TOKENS[:4], prompt_id="mine"),
+        Prompt(tokens=TOKENS[:4], target=9, against=3),
+    ]
+    together = attribute_all(tiny_gpt2, prompts, top=5, convention=convention)
+    for prompt, found in zip(prompts, together, strict=True):
+        assert_same_result(found, attribute(tiny_gpt2, prompt, top=5, convention=convention))
+    assert [found.captured.prompt.prompt_id for found in together] == ["0", "0", "mine", "0"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 23), min_size=1, max_size=9), st.integers(0, 23)),
+        min_size=1,
+        max_size=6,
+    ),
+    st.integers(1, 4),
+    st.sampled_from([4_000, 50_000, 2**30]),
+    st.permutations(range(6)),
+)
+@settings(max_examples=20, deadline=None)
+def test_neither_order_nor_batch_size_nor_budget_changes_a_score(asked, size, budget, order):
+    model = bridge_of("gpt2", dtype=torch.float64)
+    order = [place for place in order if place < len(asked)]
+    one = attribute_all(model, [t for t, _ in asked], target=[w for _, w in asked], top=6)
+    other = attribute_all(
+        model,
+        [asked[place][0] for place in order],
+        target=[asked[place][1] for place in order],
+        top=6,
+        batch_size=size,
+        budget=budget,
+    )
+    for place, found in zip(order, other, strict=True):
+        assert_same_result(found, one[place], tolerance=1e-10)
+
+
+def test_the_number_of_threads_changes_no_score(tiny_gpt2):
+    wanted = attribute_all(tiny_gpt2, PROMPTS, target=TARGETS, top=8)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        found = attribute_all(tiny_gpt2, PROMPTS, target=TARGETS, top=8)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert_same_result(ours, theirs)
+
+
+def count_forward_passes(model, monkeypatch):
+    passes = []
+    real = model.run_with_hooks
+
+    def counted(*arguments, **options):
+        passes.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(model, "run_with_hooks", counted)
+    return passes
+
+
+def test_many_targets_of_one_prompt_take_one_forward_pass_and_one_survey(monkeypatch):
+    model = bridge_of("gpt2")
+    attribute(model, TOKENS, top=2)  # the identities are checked on a first run
+    passes = count_forward_passes(model, monkeypatch)
+    surveys = []
+    real = ReadOut._survey
+
+    def counted(out, normalized, tangent):
+        surveys.append(len(normalized))
+        return real(out, normalized, tangent)
+
+    monkeypatch.setattr(ReadOut, "_survey", counted)
+    found = attribute_all(model, TOKENS, target=list(range(12)), top=5)
+    assert len(passes) == 1
+    assert surveys == [2 * len(found[0].ffns) + 1]
+    assert [result.target.id for result in found] == list(range(12))
+    monkeypatch.undo()
+    for target in (0, 11):
+        assert_same_result(found[target], attribute(model, TOKENS, target=target, top=5))
+
+
+def test_targets_of_a_capture_take_no_forward_pass_at_all(tiny_gpt2, monkeypatch):
+    host = open_host(tiny_gpt2)
+    captured = capture(host, tokenize(host, Prompt(tokens=TOKENS)))
+    passes = count_forward_passes(tiny_gpt2, monkeypatch)
+    found = attribute_all(tiny_gpt2, captured, target=[1, 2], against=[2, 1], top=4)
+    assert not passes
+    assert torch.allclose(found[0].layer_scores.ffn, -found[1].layer_scores.ffn, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_padding_on_either_side_changes_no_score(tiny_model, side, cached):
+    longest = max(map(len, PROMPTS))
+    ids = torch.zeros(len(PROMPTS), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(PROMPTS):
+        place = slice(0, len(tokens)) if side == "right" else slice(longest - len(tokens), None)
+        ids[row, place] = torch.tensor(tokens)
+        mask[row, place] = 1
+    cache = None
+    if cached:
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        with torch.no_grad():
+            _, cache = tiny_model.run_with_cache(ids, attention_mask=mask, position_ids=positions)
+    found = attribute_all(tiny_model, ids, attention_mask=mask, target=TARGETS, top=6, cache=cache)
+    for tokens, target, result in zip(PROMPTS, TARGETS, found, strict=True):
+        assert_same_result(result, attribute(tiny_model, tokens, target=target, top=6))
+
+
+# --- contrasts --------------------------------------------------------------------------------
+
+
+def test_a_contrast_is_the_difference_of_two_log_probabilities(tiny_model):
+    options = {"dtype": torch.float64, "top": 3}
+    ours = attribute(tiny_model, TOKENS, target=3, against=9, **options)
+    one = attribute(tiny_model, TOKENS, target=3, **options)
+    other = attribute(tiny_model, TOKENS, target=9, **options)
+    assert ours.target == Target(3, ours.target.text, against=other.target)
+    assert ours.log_prob == pytest.approx(one.log_prob - other.log_prob, abs=1e-9)
+    for name in ("attn", "ffn"):
+        difference = getattr(one.layer_scores, name) - getattr(other.layer_scores, name)
+        assert torch.allclose(getattr(ours.layer_scores, name), difference, atol=1e-9)
+    assert torch.allclose(ours.head_scores, one.head_scores - other.head_scores, atol=1e-9)
+    for block in (*ours.ffns, *ours.attns):
+        difference = neuron_scores(block, one.out, one.target) - neuron_scores(
+            block, one.out, other.target
+        )
+        assert torch.allclose(neuron_scores(block, ours.out, ours.target), difference, atol=1e-9)
+    positions = one.positions().score - other.positions().score
+    assert (ours.positions().score - positions).abs().max() < 1e-9
+
+
+def test_under_a_frozen_norm_a_contrast_needs_no_exact_stage(tiny_model, monkeypatch):
+    model = tiny_model
+    read_outs = []
+    real = ReadOut.increase
+
+    def counted(out, baseline, which, contributions):
+        read_outs.append(len(contributions))
+        return real(out, baseline, which, contributions)
+
+    monkeypatch.setattr(ReadOut, "increase", counted)
+    found = attribute(model, TOKENS, target=3, against=9, top=10, dtype=torch.float64)
+    n_layers, n_heads = found.head_scores.shape
+    assert sum(read_outs) == n_layers * (2 + n_heads)  # layers and heads, no neurons
+    for ranked, blocks in ((found.ffn_neurons, found.ffns), (found.attn_neurons, found.attns)):
+        certificate = ranked.certificate
+        assert certificate.linear and certificate.applies and certificate.holds
+        dense = torch.cat([neuron_scores(block, found.out, found.target) for block in blocks])
+        best = dense.sort(descending=True, stable=True)
+        assert torch.allclose(ranked.score, best.values[:10], atol=1e-10)
+        assert torch.equal(ranked.layer * blocks[0].n_neurons + ranked.number, best.indices[:10])
+
+
+def test_a_contrasts_neurons_add_up_to_their_layer():
+    model = bridge_of("gpt2", dtype=torch.float64)
+    found = attribute(model, TOKENS, target=3, against=9, top=1)
+    for layer, block in enumerate(found.ffns):
+        one = torch.ones(1, dtype=torch.float64)
+        bias = replace(block, coefficients=one, W_out=block.b_out[None])
+        neurons = neuron_scores(block, found.out, found.target).sum()
+        together = neurons + neuron_scores(bias, found.out, found.target).sum()
+        assert together.item() == pytest.approx(found.layer_scores.ffn[layer].item(), abs=1e-10)
+
+
+# --- with a projection index ------------------------------------------------------------------
+
+
+def test_an_index_tells_what_lowers_the_target_and_what_share_the_best_hold(tiny_model, tmp_path):
+    index = projection_index(tiny_model, tmp_path)
+    found = attribute(tiny_model, TOKENS, target=7, top=5, index=index)
+    for kind, blocks in (("ffn", found.ffns), ("attn", found.attns)):
+        dense = torch.cat([neuron_scores(block, found.out, found.target) for block in blocks])
+        table = found.suppressing(kind, top=6, tokens=2)
+        lowest = dense.sort(stable=True).values[:6]
+        assert table["score"].tolist() == pytest.approx(lowest.tolist(), abs=1e-5)
+        assert table["rank"].tolist() == [1, 2, 3, 4, 5, 6]
+        assert set(found.neurons().columns) < set(table.columns)
+        assert found.suppressing_neurons(kind, 6)[kind].certificate.holds
+        row = found.shares(5).set_index("kind").loc[kind]
+        rises = dense.clamp(min=0).sum().item()
+        share = dense.topk(5).values.clamp(min=0).sum().item() / rises
+        assert row.rise_lower <= rises <= row.rise_upper
+        assert row.share_lower <= share <= row.share_upper
+        intervals = found.intervals(kind)
+        assert (intervals.lower.flatten() <= dense).all()
+        assert (intervals.upper.flatten() >= dense).all()
+
+
+def test_tokens_are_read_from_the_index_without_a_projection(tiny_gpt2, tmp_path, monkeypatch):
+    wanted = attribute(tiny_gpt2, TOKENS, target=7, top=20).neurons(tokens=3)
+    index = projection_index(tiny_gpt2, tmp_path)
+    found = attribute(tiny_gpt2, TOKENS, target=7, top=20, index=index)
+    monkeypatch.setattr("tl_neuron_attr.attribution.project", None)
+    tokens = found.neurons(tokens=3)
+    assert tokens["raises"].tolist() == wanted["raises"].tolist()
+    assert tokens["lowers"].tolist() == wanted["lowers"].tolist()
+
+
+def test_what_takes_an_index_says_so_and_an_index_of_other_weights_is_refused(tiny_gpt2, tmp_path):
+    found = attribute(tiny_gpt2, TOKENS, target=7, top=2)
+    for ask in (found.suppressing, found.shares, lambda: found.intervals("ffn")):
+        with pytest.raises(InputError, match="projection index; make one"):
+            ask()
+    index = projection_index(bridge_of("gpt2", seed=1), tmp_path)
+    with pytest.raises(InputError, match="of other weights"):
+        attribute(tiny_gpt2, TOKENS, index=index)
+
+
+def test_a_contrast_and_a_recomputed_norm_need_no_index_to_suppress(tiny_gpt2):
+    contrast = attribute(tiny_gpt2, TOKENS, target=3, against=9, top=4)
+    recomputed = attribute(tiny_gpt2, TOKENS, target=3, top=4, convention="recomputed")
+    for found in (contrast, recomputed):
+        dense = torch.cat([neuron_scores(block, found.out, found.target) for block in found.ffns])
+        lowest = dense.sort(stable=True).values[:4]
+        assert found.suppressing("ffn", top=4)["score"].tolist() == pytest.approx(
+            lowest.tolist(), abs=1e-5
+        )
+
+
+# --- errors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        ([], {}, "there are no prompts"),
+        ([TOKENS, TOKENS], {"target": [1]}, "2 prompts and 1 targets"),
+        ([TOKENS], {"against": 1}, "give target beside against"),
+        ([TOKENS], {"target": 1, "against": 1}, "the same token"),
+        ([TOKENS], {"attention_mask": torch.ones(1, 3)}, "belongs beside token ids of shape"),
+        (
+            torch.zeros(2, 3, dtype=torch.long),
+            {"attention_mask": torch.ones(2, 4)},
+            "must be the same",
+        ),
+        (
+            torch.zeros(1, 3, dtype=torch.long),
+            {"attention_mask": torch.tensor([[1, 0, 1]])},
+            "padding on one side",
+        ),
+        (torch.zeros(1, 3, dtype=torch.long), {"attention_mask": torch.zeros(1, 3)}, "empty"),
+        ([TOKENS], {"batch_size": 0}, "batch_size must be at least 1"),
+        ([TOKENS, Prompt(tokens=TOKENS)], {"target": 3}, "belong inside the Prompt"),
+    ],
+)
+def test_what_cannot_be_asked_is_said_before_any_forward_pass(
+    tiny_gpt2, monkeypatch, prompts, options, message
+):
+    passes = count_forward_passes(tiny_gpt2, monkeypatch)
+    with pytest.raises(InputError, match=message):
+        attribute_all(tiny_gpt2, prompts, **options)
+    assert not passes

@@ -1,0 +1,684 @@
+"""What it will take: a configuration and a prompt's length -> operations, bytes, time.
+
+Everything follows from the model's shapes, which its configuration holds, so no weight is read.
+Operations are those of the matrix products (a multiplication and an addition count as two), which
+is nearly all of the work. Bytes are counted tensor by tensor, from ``_forward_bytes`` on. Time is
+operations over the rate of four short products that are run on the spot, so it is an estimate.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, SupportsIndex
+
+import torch
+
+from tl_neuron_attr.attribution import at_least_one
+from tl_neuron_attr.errors import InputError, UnsupportedModelError
+from tl_neuron_attr.host import open_host
+from tl_neuron_attr.models import load_config, weight_dtype
+from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.readout import (
+    _COLUMNS,
+    _SURVEY_COLUMNS,
+    CONVENTIONS,
+    DEFAULT_BUDGET,
+    Convention,
+    ReadOut,
+)
+
+# Neurons scored exactly for each one listed. On trained models the bounds exclude all but 1.02 to
+# 1.1 times as many as are asked for.
+_SCORED_PER_LISTED = 1.1
+
+# Where configurations keep each shape; the first name that holds a number counts.
+_SPELLINGS = {
+    "n_layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers"),
+    "n_heads": ("num_attention_heads", "n_head", "n_heads", "num_heads"),
+    "n_key_value_heads": ("num_key_value_heads", "num_kv_heads"),
+    "d_model": ("hidden_size", "n_embd", "d_model"),
+    "d_head": ("head_dim", "d_head"),
+    "d_mlp": ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"),
+    "d_vocab": ("vocab_size",),
+    "n_ctx": ("max_position_embeddings", "n_positions", "n_ctx", "seq_length"),
+}
+
+# Families whose FFN is gated, or whose blocks are parallel, though no setting of theirs says so.
+_GATED = frozenset({"gemma"})
+_PARALLEL = frozenset({"gptj", "phi", "codegen", "cohere"})
+
+# Families whose bridge keeps every layer's attention pattern until the next run.
+_KEEPING = frozenset({"gpt2", "gpt_bigcode", "gpt_neox", "bloom", "phi3"})
+
+# Families whose bridge holds a second copy of the query, key and value weights.
+_COPYING = frozenset({"gpt_neox", "bloom"})
+
+# Families that score attention in float32 throughout, or not at all beyond the weights' dtype;
+# the others widen it for the softmax.
+_WIDE_ATTENTION = frozenset({"gptj", "gpt_neo"})
+_NARROW_ATTENTION = _KEEPING - {"bloom"}
+
+# Families that learn an embedding for each position.
+_POSITIONED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "opt"})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shapes:
+    """The sizes that all costs follow from, under the names of ``Host``."""
+
+    family: str
+    """The configuration's ``model_type``."""
+    n_layers: int
+    n_heads: int
+    n_key_value_heads: int
+    d_model: int
+    d_head: int
+    d_mlp: int
+    d_vocab: int
+    n_ctx: int | None
+    """The longest prompt; ``None`` where the configuration sets no limit."""
+    parallel: bool
+    """Attention and FFN read the same residual stream."""
+    gated: bool
+    """The FFN multiplies two projections, so it has three matrices."""
+    tied: bool
+    """The unembedding is the embedding, transposed."""
+    activation: str
+    """Of the FFN, as the configuration calls it."""
+
+    @property
+    def n_subvalues(self) -> int:
+        """Rows of ``W_out`` and ``W_O`` in all layers."""
+        return self.n_layers * (self.d_mlp + self.n_heads * self.d_head)
+
+    def n_neurons(self, n_tokens: int) -> tuple[int, int]:
+        """FFN neurons, and attention neurons by source position, of a prompt of this length."""
+        return (
+            self.n_layers * self.d_mlp,
+            self.n_layers * self.n_heads * n_tokens * self.d_head,
+        )
+
+    @property
+    def n_block_weights(self) -> int:
+        """Weights of the matrices in all layers."""
+        attention = 2 * (self.n_heads + self.n_key_value_heads) * self.d_head * self.d_model
+        return self.n_layers * (attention + (3 if self.gated else 2) * self.d_mlp * self.d_model)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one way of working takes."""
+
+    operations: int
+    """Of the matrix products; a multiplication and an addition count as two."""
+    readouts: int
+    """Vectors sent through the unembedding and a softmax over the vocabulary."""
+    blocks: int
+    """Matrix products those are done in."""
+    peak_bytes: int
+    """Most memory held at a time, beyond the loaded model."""
+    seconds: float
+    """An estimate: operations over the measured rate, without what Python itself takes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What attributing so many prompts of one length to a model's neurons will take.
+
+    ``print`` shows it as a table.
+    """
+
+    shapes: Shapes
+    n_tokens: int
+    n_prompts: int
+    batch_size: int
+    """Prompts that run together."""
+    top: int
+    convention: Convention
+    dtype: torch.dtype
+    """What the weights are held in."""
+    weight_bytes: int
+    """The model's weights."""
+    rows_per_block: int
+    """Vectors that are read out together."""
+    columns_per_block: int
+    """Tokens they are read out on at a time."""
+    forward: Cost
+    """The forward passes alone, with capture; part of both of the following."""
+    certified: Cost
+    """``attribute`` with bounds: about 1.1 exact scores for each neuron listed. Where no bound
+    holds (``recomputed``), or half of all neurons are asked for, the same as dense."""
+    dense: Cost
+    """The same with every neuron scored, at every source position."""
+    index: Cost
+    """The projection index: every subvalue of the model projected on the vocabulary, once."""
+
+    def __str__(self) -> str:
+        shapes = self.shapes
+        prompts = "" if self.n_prompts == 1 else f"{self.n_prompts:,} prompts of "
+        lines = [
+            f"{shapes.family}: {shapes.n_layers} layers, {shapes.n_heads} heads of "
+            f"{shapes.d_head}, d_model {shapes.d_model:,}, d_mlp {shapes.d_mlp:,}, "
+            f"{shapes.d_vocab:,} tokens",
+            f"{prompts}{self.n_tokens:,} tokens, best {self.top:,} neurons of each kind, "
+            f"{self.convention}; weights {in_bytes(self.weight_bytes)} in "
+            f"{str(self.dtype).removeprefix('torch.')}",
+            "",
+            f"{'':12}{'operations':>12}{'read-outs':>15}{'peak memory':>14}{'about':>10}",
+        ]
+        for name in ("forward", "certified", "dense", "index"):
+            cost = getattr(self, name)
+            lines.append(
+                f"{name:12}{cost.operations:12.2g}{cost.readouts:15,}"
+                f"{in_bytes(cost.peak_bytes):>14}{in_time(cost.seconds):>10}"
+            )
+        lines += [
+            "",
+            f"read out in blocks of {self.rows_per_block:,} vectors x "
+            f"{self.columns_per_block:,} tokens ({self.certified.blocks:,} certified, "
+            f"{self.dense.blocks:,} dense)",
+            "memory beyond the loaded model; certified and dense include the forward pass",
+        ]
+        return "\n".join(lines)
+
+
+def plan(
+    config: Any,
+    *,
+    n_tokens: SupportsIndex,
+    top: SupportsIndex = 300,
+    convention: Convention = "exact",
+    n_prompts: SupportsIndex = 1,
+    batch_size: SupportsIndex = 16,
+    budget: SupportsIndex = DEFAULT_BUDGET,
+    dtype: str | torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    operations_per_second: float | None = None,
+) -> Plan:
+    """What ``attribute`` would take, certified and dense, from the model's configuration alone.
+
+    The answer is read at the last token, where there are most attention neurons. Certified
+    assumes 1.1 exact scores for each neuron listed, as measured on trained models.
+
+    Args:
+        config: A Hugging Face configuration; what ``load_model`` takes (``tiny-facts``, a
+            directory, a hub name), of which only the configuration is read; or a loaded model.
+        n_tokens: Length of the prompt, or of the longest.
+        n_prompts: How many prompts of that length, run ``batch_size`` at a time.
+        dtype: What the weights are held in: float32 by default, of a loaded model its own. Scores
+            are computed in float32 or wider.
+        device: Where the rates are measured: by default a loaded model's, or a GPU if there is one.
+        operations_per_second: Taken for every product, in place of measuring.
+
+    The others are those of ``attribute``.
+
+    Raises:
+        InputError: If a shape is missing from the configuration, or the request cannot be run.
+        UnsupportedModelError: For a mixture of experts or an encoder-decoder.
+
+    Cost: with ``operations_per_second`` none; otherwise four products, a fraction of a second.
+    """
+    length, listed, many, together, within = (
+        at_least_one(value, name)
+        for name, value in (
+            ("n_tokens", n_tokens),
+            ("top", top),
+            ("n_prompts", n_prompts),
+            ("batch_size", batch_size),
+            ("budget", budget),
+        )
+    )
+    if convention not in CONVENTIONS:
+        raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
+    if operations_per_second is not None and not operations_per_second > 0:
+        raise InputError(f"operations_per_second must be positive, got {operations_per_second}")
+    loaded = config if hasattr(config, "cfg") and hasattr(config, "blocks") else None
+    if loaded is not None:
+        host = open_host(loaded)
+        shapes, held_in, where = _shapes_of_model(loaded), host.dtype, host.device
+    else:
+        read = load_config(str(config)) if isinstance(config, (str, Path)) else config
+        shapes, held_in = shapes_of(read), torch.float32
+        where = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    held_in = held_in if dtype is None else weight_dtype(dtype)
+    if shapes.n_ctx is not None and length > shapes.n_ctx:
+        raise InputError(
+            f"{length} tokens are longer than the model's context of {shapes.n_ctx}; shorten"
+        )
+    scored_in = torch.promote_types(held_in, torch.float32)
+    # a tensor without memory is enough to ask the engine how it would divide the real one
+    W_U = torch.empty(shapes.d_model, shapes.d_vocab, dtype=held_in, device="meta")
+    work = _Work(
+        shapes=shapes,
+        length=length,
+        many=many,
+        together=max(
+            1,
+            min(
+                together,
+                many,
+                within // (4 * shapes.n_layers * shapes.d_vocab * scored_in.itemsize),
+            ),
+        ),
+        top=listed,
+        affine=convention != "recomputed",
+        rows=_read_out(W_U, scored_in, within).rows_per_block,
+        columns=min(_COLUMNS, shapes.d_vocab),
+        weight=held_in.itemsize,
+        score=scored_in.itemsize,
+        hooked=type(loaded).__name__ == "HookedTransformer",
+    )
+    if operations_per_second is None:
+        try:
+            where = where if device is None else torch.device(device)
+            rates = _measured(work, held_in, scored_in, where)
+        except (RuntimeError, AssertionError) as error:  # no such device, or none at hand
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(
+                f"cannot measure rates on {str(device or where)!r} ({reason}); give another "
+                "device, or operations_per_second"
+            ) from error
+    else:
+        rates = _Rates(*[operations_per_second] * 4)
+    costs = _costs(work, rates)
+    return Plan(
+        shapes=shapes,
+        n_tokens=length,
+        n_prompts=many,
+        batch_size=work.together,
+        top=listed,
+        convention=convention,
+        dtype=held_in,
+        weight_bytes=_weight_bytes(shapes, held_in, loaded),
+        rows_per_block=work.rows,
+        columns_per_block=work.columns,
+        **costs,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Work:
+    """What is to be done, in numbers."""
+
+    shapes: Shapes
+    length: int
+    many: int
+    together: int
+    top: int
+    affine: bool
+    rows: int
+    columns: int
+    weight: int
+    """Bytes of one number of the weights."""
+    score: int
+    """Bytes of one number that scores are computed in."""
+    hooked: bool
+    """Whether a ``HookedTransformer`` runs it, which computes in other steps than the bridge."""
+
+    @property
+    def widened(self) -> int:
+        """Bytes of one number of weights that are widened for scoring; 0 if they need not be."""
+        return self.score if self.score > self.weight else 0
+
+    @property
+    def dense(self) -> int:
+        """Neurons scored for one prompt where all are."""
+        return sum(self.shapes.n_neurons(self.length))
+
+    @property
+    def certified(self) -> int:
+        """Neurons scored for one prompt, in order of their bounds."""
+        if not self.affine:
+            return self.dense
+        return sum(
+            # where half of all are asked for, all are scored
+            kind if 2 * self.top >= kind else min(kind, math.ceil(_SCORED_PER_LISTED * self.top))
+            for kind in self.shapes.n_neurons(self.length)
+        )
+
+
+def _costs(work: _Work, rates: "_Rates") -> dict[str, Cost]:
+    """Operations, read-outs, bytes and time of each way of working."""
+    shapes = work.shapes
+    peaks = _peaks(work)
+    one_readout = 2 * shapes.d_model * shapes.d_vocab
+    forward = work.many * (
+        2 * work.length * (shapes.n_block_weights + shapes.d_model * shapes.d_vocab)
+        + 4 * shapes.n_layers * shapes.n_heads * shapes.d_head * work.length**2
+    )
+    # the bases of all layers: their logits, and where there are bounds their gradients
+    survey = work.many * (2 * shapes.n_layers + 1) * one_readout * (2 if work.affine else 1)
+    slopes = work.many * 2 * shapes.n_subvalues * shapes.d_model if work.affine else 0
+
+    def cost(name: str, readouts: int, before: int, seconds: float) -> Cost:
+        return Cost(
+            operations=before + readouts * one_readout,
+            readouts=readouts,
+            blocks=math.ceil(readouts / work.rows) * math.ceil(shapes.d_vocab / work.columns),
+            peak_bytes=peaks[name],
+            seconds=seconds + readouts * one_readout / rates.readout,
+        )
+
+    running = forward / rates.forward
+    preparing = running + survey / rates.survey + slopes / rates.slopes
+    layers_and_heads = shapes.n_layers * (2 + shapes.n_heads)
+    scored = {
+        name: cost(
+            name, work.many * (layers_and_heads + neurons), forward + survey + slopes, preparing
+        )
+        for name, neurons in (("certified", work.certified), ("dense", work.dense))
+    }
+    return {
+        "forward": cost("forward", 0, forward, running),
+        **scored,
+        "index": cost("index", shapes.n_subvalues, 0, 0.0),
+    }
+
+
+# --- shapes -----------------------------------------------------------------------------------
+
+
+def shapes_of(config: Any) -> Shapes:
+    """The shapes a Hugging Face configuration describes, however its family spells them.
+
+    Raises:
+        InputError: If it lacks one, naming it.
+        UnsupportedModelError: For a mixture of experts or an encoder-decoder.
+    """
+    family = str(getattr(config, "model_type", "") or type(config).__name__)
+    if _number(config, "num_local_experts", "num_experts", "n_routed_experts"):
+        raise UnsupportedModelError(
+            f"{family} is not supported: its FFN is a mixture of experts, whose neurons sit "
+            "behind a router"
+        )
+    if getattr(config, "is_encoder_decoder", False):
+        raise UnsupportedModelError(f"{family} is not supported: it is an encoder-decoder")
+    found = {name: _number(config, *spellings) for name, spellings in _SPELLINGS.items()}
+    unsaid = family == "bloom" or any(hasattr(config, name) for name in _SPELLINGS["d_mlp"])
+    if found["d_mlp"] is None and unsaid:
+        found["d_mlp"] = 4 * (found["d_model"] or 0)  # what None stands for
+    if getattr(config, "multi_query", False) and not getattr(
+        config, "new_decoder_architecture", False
+    ):
+        found["n_key_value_heads"] = 1
+    missing = [
+        name for name in ("n_layers", "n_heads", "d_model", "d_mlp", "d_vocab") if not found[name]
+    ]
+    if missing:
+        raise InputError(
+            f"the configuration {family!r} lacks {', '.join(missing)} under any name known here; "
+            "give a Hugging Face configuration of a decoder, a model's name, or a loaded model"
+        )
+    sizes = {name: value or 0 for name, value in found.items() if name != "n_ctx"}
+    sizes["d_head"] = sizes["d_head"] or sizes["d_model"] // sizes["n_heads"]
+    sizes["n_key_value_heads"] = sizes["n_key_value_heads"] or sizes["n_heads"]
+    activation = _activation(config)
+    gated = activation in ("silu", "swish") or family in _GATED
+    return Shapes(
+        family=family,
+        **sizes,
+        n_ctx=found["n_ctx"],
+        parallel=bool(
+            getattr(config, "use_parallel_residual", False)
+            or getattr(config, "parallel_attn", False)
+            or family in _PARALLEL
+        ),
+        gated=gated,
+        activation=activation,
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _shapes_of_model(model: Any) -> Shapes:
+    host = open_host(model)
+    config = getattr(getattr(model, "original_model", None), "config", None)
+    family = str(getattr(config, "model_type", None) or host.architecture)
+    gated = bool(getattr(model.cfg, "gated_mlp", False))
+    return Shapes(
+        family=family,
+        n_layers=host.n_layers,
+        n_heads=host.n_heads,
+        n_key_value_heads=host.n_key_value_heads,
+        d_model=host.d_model,
+        d_head=host.d_head,
+        d_mlp=host.d_mlp,
+        d_vocab=host.d_vocab,
+        n_ctx=host.n_ctx,
+        parallel=host.parallel,
+        gated=gated,
+        activation=_activation(config) or str(getattr(model.cfg, "act_fn", "")),
+        tied=bool(getattr(config, "tie_word_embeddings", False)),
+    )
+
+
+def _activation(config: Any) -> str:
+    names = ("hidden_act", "activation_function", "hidden_activation")
+    return next((str(getattr(config, name)) for name in names if getattr(config, name, None)), "")
+
+
+def _number(config: Any, *names: str) -> int | None:
+    values = (getattr(config, name, None) for name in names)
+    return next((value for value in values if isinstance(value, int)), None)
+
+
+def _weight_bytes(shapes: Shapes, dtype: torch.dtype, loaded: Any) -> int:
+    """Matrices and embeddings; norms and biases are too small to count. Of a model, all it has."""
+    if loaded is not None:
+        storages = [
+            tensor.untyped_storage() for tensor in (*loaded.parameters(), *loaded.buffers())
+        ]
+        return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+    qkv = shapes.n_heads + 2 * shapes.n_key_value_heads
+    copied = shapes.n_layers * qkv * shapes.d_head if shapes.family in _COPYING else 0
+    embeddings = (1 if shapes.tied else 2) * shapes.d_vocab
+    positions = shapes.n_ctx or 0 if shapes.family in _POSITIONED else 0
+    vectors = embeddings + positions + copied
+    return dtype.itemsize * (shapes.n_block_weights + shapes.d_model * vectors)
+
+
+# --- bytes ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Forward:
+    """Bytes of one prompt's forward pass."""
+
+    peak: int
+    kept: int
+    """What the model itself keeps until the next run."""
+    captured: int
+    """What the capture keeps."""
+
+
+def _forward_bytes(work: _Work) -> _Forward:
+    """The forward pass peaks in the last layer's attention, in its FFN, or at the logits."""
+    shapes, length, weight = work.shapes, work.length, work.weight
+    layers, d_model, d_mlp = shapes.n_layers, shapes.d_model, shapes.d_mlp
+    key_values = layers * length * shapes.n_key_value_heads * shapes.d_head
+    pattern = shapes.n_heads * length**2
+    captured = work.score * (
+        key_values
+        + layers * shapes.n_heads * (length + shapes.d_head)
+        + layers * (d_mlp + 4 * d_model)
+        + shapes.d_vocab
+    )
+    vectors = weight * length * d_model
+    logits = weight * length * shapes.d_vocab
+    # as many numbers per FFN neuron and token as the activation has steps
+    stepwise = shapes.activation == "gelu_new" or shapes.family in ("bloom", "phi3")
+    steps = 4 if stepwise else 3 if shapes.gated else 2
+    ffn = weight * length * (steps * d_mlp + length) + 4 * vectors
+    if work.hooked:
+        attention = 4 * weight * pattern
+        kept = cached = 0
+        logits += weight * d_model * shapes.d_vocab  # the unembedding, transposed at each run
+    else:
+        keeping = shapes.family in _KEEPING
+        kept = weight * pattern * layers if keeping else 0
+        cached = 2 * weight * key_values  # the model's own keys and values
+        if not keeping:
+            ffn += weight * pattern  # which a layer holds until it is done
+        if shapes.family in _WIDE_ATTENTION:
+            attention = 12 * pattern
+        elif shapes.family in _NARROW_ATTENTION or weight >= 4:
+            attention = 2 * weight * pattern
+        else:
+            attention = (weight + 8) * pattern
+    attention += weight * length**2 + 6 * vectors
+    peak = captured + max(
+        kept * (layers - 1) // layers + cached + attention,
+        kept + cached + ffn,
+        kept + logits + max(cached, captured),  # layers are stacked once the run is over
+    )
+    return _Forward(peak=peak, kept=kept, captured=captured)
+
+
+def _block_bytes(work: _Work, n_rows: int, *, copied: bool = True) -> int:
+    """One block of the read-out: its vectors before and after the norm, and its logits.
+
+    A block of logits is held beside its copy in a logsumexp, or beside the widened weights it is
+    made from, or beside both of the next block, which may be the vocabulary's narrow end.
+    """
+    n_rows = min(work.rows, n_rows)
+    logits = work.score * n_rows * work.columns
+    vectors = work.score * n_rows * work.shapes.d_model
+    weights = work.widened * work.columns * work.shapes.d_model
+    following = min(1.0, work.shapes.d_vocab / work.columns - 1)
+    beside = max(logits if copied else 0, weights, round(following * (logits + weights)))
+    return max(2 * vectors + logits + beside, 5 * vectors)
+
+
+def _peaks(work: _Work) -> dict[str, int]:
+    """Most bytes held at a time beyond the loaded model.
+
+    Each sum is of tensors that live at the same time; what is small beside the rest is left out.
+    """
+    shapes, score, together = work.shapes, work.score, work.together
+    layers, d_model = shapes.n_layers, shapes.d_model
+    all_heads = shapes.n_heads * shapes.d_head
+    subvalues = max(shapes.d_mlp, all_heads)  # of a kind and layer
+    neurons = max(shapes.d_mlp, all_heads * work.length)
+    forward = _forward_bytes(work)
+    running = together * forward.peak + (work.many - together) * forward.captured
+
+    # scoring, beside what the runs left and the predictions of every base
+    bases = together * (2 * layers + 1)
+    held = together * forward.kept + work.many * forward.captured + score * bases * shapes.d_vocab
+    columns = min(_SURVEY_COLUMNS, shapes.d_vocab)
+    survey = columns * (score + work.widened) * d_model + 3 * score * bases * (columns + d_model)
+    verified = 2 * score * work.length * all_heads + work.widened * subvalues * d_model
+    n_heads = together * layers * shapes.n_heads
+    heads = score * n_heads * d_model
+    heads = max(2 * heads, heads + _block_bytes(work, n_heads))
+    before = max(survey, verified, heads)
+    slopes = 2 * score * together * layers * subvalues
+    bounds = slopes + 5 * score * neurons
+    listed = slopes + _block_bytes(work, together * work.top)
+    scores = score * work.dense
+    all_scored = max(3 * scores, scores + _block_bytes(work, neurons))
+    # six numbers a subvalue, and ten tokens of each end with their logits
+    index = shapes.n_subvalues * (6 * 4 + 2 * 10 * (4 + 4))
+    dense = max(running, held + max(before, all_scored))
+    return {
+        "forward": running,
+        "certified": dense
+        if work.certified == work.dense
+        else max(running, held + max(before, bounds, listed)),
+        "dense": dense,
+        # twice while its layers are stacked
+        "index": max(2 * index, index + _block_bytes(work, subvalues, copied=False)),
+    }
+
+
+# --- time -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Rates:
+    """Operations per second of each kind of product: the fewer the rows, the slower."""
+
+    forward: float
+    survey: float
+    slopes: float
+    readout: float
+
+
+def _measured(
+    work: _Work, dtype: torch.dtype, scored_in: torch.dtype, device: torch.device
+) -> _Rates:
+    """The rates of the engine's own products, on an unembedding as wide as the model's.
+
+    Few of its columns will do, if they are too many for the cache, as the model's weights are;
+    and no more than 128 rows, beyond which rates hardly rise.
+    """
+    shapes = work.shapes
+    forward_rows = work.length * work.together
+    n_columns = min(shapes.d_vocab, max(1024, 2**23 // shapes.d_model))
+    with torch.no_grad():
+        W_U = torch.ones(n_columns, shapes.d_model, dtype=dtype, device=device).T
+        few = torch.ones(min(128, forward_rows), shapes.d_model, dtype=dtype, device=device)
+        one = torch.ones(1, shapes.d_model, dtype=dtype, device=device)
+        out = _read_out(W_U, scored_in, DEFAULT_BUDGET, device)
+        bases = torch.zeros(2 * shapes.n_layers + 1, shapes.d_model, dtype=scored_in, device=device)
+        before = out.baseline(bases, Target(id=0))
+        vectors = torch.zeros(min(128, work.rows), shapes.d_model, dtype=scored_in, device=device)
+        which = torch.arange(len(vectors), device=device) % len(bases)
+        seconds = (
+            _seconds(lambda: few @ W_U),
+            _seconds(lambda: out.baseline(bases, Target(id=0)).log_prob),
+            _seconds(lambda: one @ W_U),
+            _seconds(lambda: out.increase(before, which, vectors)),
+        )
+    operations = 2 * W_U.numel()
+    n_rows = (len(few), 2 * len(bases), 1, len(vectors))
+    return _Rates(*(operations * n / taken for n, taken in zip(n_rows, seconds, strict=True)))
+
+
+def _seconds(work: Callable[[], torch.Tensor]) -> float:
+    """Shortest time of a few, for 20 ms in all; the first, which warms up, does not count."""
+    work().sum().item()  # reading a number waits for a GPU
+    started, best = time.perf_counter(), math.inf
+    while time.perf_counter() - started < 0.02:
+        begun = time.perf_counter()
+        work().sum().item()
+        best = min(best, time.perf_counter() - begun)
+    return best
+
+
+def _read_out(
+    W_U: torch.Tensor, dtype: torch.dtype, budget: int, device: torch.device | None = None
+) -> ReadOut:
+    return ReadOut(
+        W_U=W_U,
+        b_U=None,
+        gain=None,
+        bias=None,
+        norm_scale=torch.ones((), dtype=dtype, device=device),
+        centered=False,
+        eps=0.0,
+        dtype=dtype,
+        budget=budget,
+    )
+
+
+# --- text -------------------------------------------------------------------------------------
+
+
+def in_bytes(count: int) -> str:
+    """``count`` as a person reads it: 36.4 MiB."""
+    value, unit = float(count), "B"
+    for larger in ("KiB", "MiB", "GiB", "TiB"):
+        if value < 1000:
+            break
+        value, unit = value / 1024, larger
+    return f"{value:.3g} {unit}"
+
+
+def in_time(seconds: float) -> str:
+    """``seconds`` as a person reads it: 0.85 s, 12 min, 3.1 h."""
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.2g} {unit}"
+    return f"{seconds:.2g} s" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"
