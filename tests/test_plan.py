@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -63,7 +64,7 @@ LARGER = {
     "gpt2-small": ("GPT2LMHeadModel", lambda: transformers.GPT2Config()),
     # what is small in most models is most of the memory of these
     "keys and values": ("LlamaForCausalLM", lambda: odd_llama(24, 2, 64, 16)),
-    "attention and FFN": ("LlamaForCausalLM", lambda: odd_llama(1, 8, 32, 600)),
+    "attention and FFN": ("LlamaForCausalLM", lambda: odd_llama(1, 8, 32, 2500)),
 }
 
 
@@ -388,6 +389,12 @@ def test_a_plan_prints_as_a_table():
     assert "3 prompts of 16 tokens" in str(quick(config_of("llama"), n_tokens=16, n_prompts=3))
 
 
+def test_the_table_on_the_page_is_what_is_printed():
+    page = Path(__file__).parents[1] / "docs" / "pages" / "cost.md"
+    printed = str(plan(transformers.GPT2Config(), n_tokens=16, operations_per_second=5e10))
+    assert printed in page.read_text(encoding="utf-8")
+
+
 def test_a_cost_survives_json():
     cost = quick(config_of("llama"), n_tokens=4).dense
     assert Cost(**json.loads(json.dumps(asdict(cost)))) == cost
@@ -401,13 +408,13 @@ def test_numbers_as_people_read_them():
         "34.7 MiB",
         "16 TiB",
     ]
-    assert [in_time(s) for s in (0.004, 0.85, 90.0, 700.0, 9000.0, 1e6)] == [
+    assert [in_time(s) for s in (0.004, 0.85, 119.0, 700.0, 9000.0, 1e8)] == [
         "4 ms",
         "0.85 s",
-        "90 s",
+        "119 s",
         "12 min",
         "2.5 h",
-        "12 d",
+        "1,157 d",
     ]
 
 

@@ -166,12 +166,12 @@ class Plan:
             f"{self.convention}; weights {in_bytes(self.weight_bytes)} in "
             f"{str(self.dtype).removeprefix('torch.')}",
             "",
-            f"{'':12}{'operations':>12}{'read-outs':>15}{'peak memory':>14}{'about':>10}",
+            f"{'':12}{'operations':>12}{'read-outs':>18}{'peak memory':>14}{'about':>10}",
         ]
         for name in ("forward", "certified", "dense", "index"):
             cost = getattr(self, name)
             lines.append(
-                f"{name:12}{cost.operations:12.2g}{cost.readouts:15,}"
+                f"{name:12}{cost.operations:12.2g}{cost.readouts:18,}"
                 f"{in_bytes(cost.peak_bytes):>14}{in_time(cost.seconds):>10}"
             )
         lines += [
@@ -678,7 +678,12 @@ def in_bytes(count: int) -> str:
 
 def in_time(seconds: float) -> str:
     """``seconds`` as a person reads it: 0.85 s, 12 min, 3.1 h."""
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.2g} {unit}"
-    return f"{seconds:.2g} s" if seconds >= 0.01 else f"{1000 * seconds:.2g} ms"
+    value, unit = next(
+        (
+            (seconds / size, unit)
+            for size, unit in ((86400, "d"), (3600, "h"), (60, "min"))
+            if seconds >= 2 * size
+        ),
+        (seconds, "s") if seconds >= 0.01 else (1000 * seconds, "ms"),
+    )
+    return f"{value:,.0f} {unit}" if value >= 10 else f"{value:.2g} {unit}"

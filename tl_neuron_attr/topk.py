@@ -299,7 +299,7 @@ class _Race:
     size: int = field(init=False)
     """How many wait at most."""
     batch: int = 0
-    """How many to ask for next, beyond the first ``top``."""
+    """How many to ask for next; 0 at first."""
     evaluated: int = 0
     slack: float = 0.0
 
@@ -313,8 +313,9 @@ class _Race:
     def ask(self) -> Int[Tensor, " neuron"]:
         """Which neurons to score next; none if the best are proven."""
         if self.batch == 0:
-            self.batch = max(32, self.top // 8)
-            return self.waiting[: self.top]
+            # on trained models the best are nearly always among these: one read-out does
+            self.batch = max(8, self.top // 16)
+            return self.waiting[: self.top + self.top // 16]
         kth = self._kth()
         if len(self.waiting) == 0 and self.beyond >= kth:
             self.size *= 4

@@ -14,6 +14,7 @@ import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import statistics
 import tempfile
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tl_neuron_attr import (
     Prompt,
     Target,
     attn_decomposition,
+    attribute_all,
     capture,
     ffn_decomposition,
     load_model,
@@ -35,6 +37,7 @@ from tl_neuron_attr import (
     score_intervals,
     tokenize,
 )
+from tl_neuron_attr.knowledge import knowledge_prompts
 from tl_neuron_attr.scores import baselines
 from tl_neuron_attr.topk import exact_scores, score_bounds, top_neurons_of_runs
 
@@ -196,6 +199,29 @@ class Case:
 @pytest.fixture(scope="module", params=list(MODELS))
 def model(request):
     return MODELS[request.param]()
+
+
+TRAINED = [name for name in MODELS if "shape" not in name]
+
+
+@pytest.mark.parametrize("name", TRAINED)
+def test_exact_evaluations_for_the_best_100_on_knowledge_prompts(name, benchmark):
+    model = MODELS[name]()
+    texts = [prompt.text for prompt in knowledge_prompts()][::50]
+    bos_id = model.tokenizer.bos_token_id
+    bos = None if bos_id is not None and bos_id < model.cfg.d_vocab else False
+    benchmark.group = f"{name}, {len(texts)} knowledge prompts"
+    found = benchmark.pedantic(
+        lambda: attribute_all(model, texts, prepend_bos=bos, top=100), rounds=1
+    )
+    for kind in ("ffn", "attn"):
+        certificates = [getattr(result, f"{kind}_neurons").certificate for result in found]
+        assert all(certificate.holds for certificate in certificates)
+        evaluated = sorted(certificate.evaluated for certificate in certificates)
+        total = {certificate.total for certificate in certificates}
+        benchmark.extra_info[kind] = (
+            f"median {statistics.median(evaluated)}, most {evaluated[-1]} of {max(total)} scored"
+        )
 
 
 @pytest.fixture(scope="module", params=[16, 128, 512])
