@@ -26,6 +26,7 @@ ORDER = (
     "scores",
     "topk",
     "intervals",
+    "query",
     "tables",
     "attribution",
     "attribute",

@@ -22,6 +22,7 @@ from tl_neuron_attr.host import (
     check_left_padding,
     final_resid_name,
     hook_names,
+    pre_activation_names,
     rotary_regime,
 )
 from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
@@ -73,6 +74,32 @@ class Capture:
 
 _LAYERED = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "mlp_post", "pattern", "v", "z")
 _TENSORS = (*_LAYERED, "resid_final", "logits")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sources:
+    """What happened at other positions of a captured run: those that attention neurons read from.
+
+    A value neuron of attention forms its coefficient at its source position, out of what earlier
+    components wrote there. In the dtype of the ``Capture``, which holds ``v`` of all positions.
+    """
+
+    positions: Int[Tensor, " source"]
+    resid_pre: Float[Tensor, "layer source d_model"]
+    """Residual stream entering each block."""
+    attn_out: Float[Tensor, "layer source d_model"]
+    mlp_out: Float[Tensor, "layer source d_model"]
+    mlp_post: Float[Tensor, "layer source d_mlp"]
+    """Coefficients of the FFN neurons there."""
+    pattern: Float[Tensor, "layer head source pos"]
+    """Attention these positions pay to each position up to the read position."""
+
+
+_SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern")
+
+# Largest difference to the value vectors captured before, relative to the largest, by the dtype of
+# the model: a prompt alone and in a batch differ by rounding.
+_SAME_RUN = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
 def capture(host: Host, prompt: TokenizedPrompt, cache: Any = None) -> Capture:
@@ -143,6 +170,86 @@ def capture_all(
     return [replace(ran[prompt.tokens, prompt.read_pos], prompt=prompt) for prompt in prompts]
 
 
+def capture_sources(
+    host: Host, captured: Capture, positions: Iterable[int], cache: Any = None
+) -> Sources:
+    """What happened at ``positions`` of the run that ``captured`` is of.
+
+    The same tokens are run again, copying what these positions need, or it is read from ``cache``
+    (the ``ActivationCache`` of exactly these tokens). The model is left as it was.
+
+    Raises:
+        InputError: If a position comes after the read position; if ``cache`` lacks an activation
+            or is of other tokens; or if the run is not the one captured: the model's weights, or
+            the caller's hooks, are no longer what they were.
+
+    Cost: one forward pass; memory for the fields of ``Sources``.
+    """
+    prompt = captured.prompt
+    places = sorted(set(positions))
+    if places and not 0 <= places[0] <= places[-1] <= prompt.read_pos:
+        raise InputError(
+            f"source position {places[-1] if places[0] >= 0 else places[0]} is out of range: the "
+            f"read position is {prompt.read_pos}, so source positions are 0 to {prompt.read_pos}"
+        )
+    rows = torch.tensor(places, dtype=torch.long, device=captured.v.device)
+    wanted = {key: name for key, name in _wanted(host).items() if _kind(key) in (*_SOURCED, "v")}
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, *, key: str) -> None:
+        row, upto = activation[0].detach(), prompt.read_pos + 1
+        if _kind(key) == "v":
+            seen[key] = row[:upto].clone()
+        elif _kind(key) == "pattern":
+            seen[key] = row[:, rows, :upto]  # indexing by a tensor copies
+        else:
+            seen[key] = row[rows]
+
+    if cache is None:
+        hooks = [(name, partial(keep, key=key)) for key, name in wanted.items()]
+        _forward(host, [prompt.tokens], hooks)
+    else:
+        if _cache_size(host, cache) != (1, len(prompt.tokens)):
+            raise _wrong_length(_cache_size(host, cache)[1], [prompt])
+        _check_tokens(host, [prompt], cache, "right", len(prompt.tokens))
+        for key, name in wanted.items():
+            keep(_with_batch_axis(key, cache[name]), None, key=key)
+    dtype = captured.v.dtype
+    tensors = {
+        kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(dtype)
+        for kind in (*_SOURCED, "v")
+    }
+    error = (tensors.pop("v") - captured.v).abs().max() / captured.v.abs().max().clamp(min=1e-30)
+    if not error <= _SAME_RUN[host.dtype]:
+        raise InputError(
+            f"{_name(prompt)} no longer gives the activations captured from it (value vectors "
+            f"differ by {float(error):.2g} of the largest): the model's weights or hooks have "
+            "changed; attribute the prompt again"
+        )
+    return Sources(positions=rows, **tensors)
+
+
+def capture_pre_activations(
+    host: Host, captured: Capture
+) -> dict[str, Float[Tensor, "layer d_mlp"]]:
+    """What each FFN neuron computes its coefficient from, at the read position of ``captured``.
+
+    Under ``pre``, or, in a gated FFN, under ``gate`` and ``up``. Cost: one forward pass.
+    """
+    seen: dict[str, list[Tensor]] = {}
+
+    def keep(activation: Tensor, hook: Any, *, key: str) -> None:
+        seen.setdefault(key, []).append(_scoring_copy(activation[0, captured.prompt.read_pos]))
+
+    hooks = [
+        (name, partial(keep, key=key))
+        for layer in range(host.n_layers)
+        for key, name in pre_activation_names(host, layer).items()
+    ]
+    _forward(host, [captured.prompt.tokens], hooks)
+    return {key: torch.stack(layers).to(captured.v.dtype) for key, layers in seen.items()}
+
+
 def check_fits(host: Host, mlp_post: Tensor, v: Tensor, resid_pre: Tensor) -> None:
     """Stop where activations cannot be this model's, before they meet its weights.
 
@@ -186,9 +293,6 @@ def _run(
 ) -> list[Capture]:
     rows = list(dict.fromkeys(prompt.tokens for prompt in prompts))
     length = max(map(len, rows))
-    padded = any(len(row) < length for row in rows)
-    if padded and padding_side == "left":
-        check_left_padding(host)
     row_of = {tokens: row for row, tokens in enumerate(rows)}
     places = [_place(row_of[prompt.tokens], prompt, length, padding_side) for prompt in prompts]
     seen: dict[str, list[Tensor]] = {}
@@ -197,19 +301,33 @@ def _run(
         seen[key] = _copies(key, activation, places)
 
     hooks = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
+    logits = _forward(host, rows, hooks, padding_side)
+    seen["logits"] = _copies("logits", logits, places)
+    return _captures(host, prompts, places, seen)
+
+
+def _forward(
+    host: Host,
+    rows: Sequence[tuple[int, ...]],
+    hooks: Sequence[tuple[str, Any]],
+    padding_side: PaddingSide = "right",
+) -> Float[Tensor, "row pos d_vocab"]:
+    """One forward pass of these rows of tokens, padded to one length, with ``hooks`` in force."""
+    length = max(map(len, rows))
+    padded = any(len(row) < length for row in rows)
+    if padded and padding_side == "left":
+        check_left_padding(host)
     tokens, attention_mask = (t.to(host.device) for t in _padded(rows, length, padding_side))
     # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
     # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
     masked = padded or host.class_name == "HookedTransformer"
     with torch.no_grad():
-        logits = host.model.run_with_hooks(
+        return host.model.run_with_hooks(
             tokens,
             return_type="logits",
-            fwd_hooks=hooks,
+            fwd_hooks=list(hooks),
             attention_mask=attention_mask if masked else None,
         )
-        seen["logits"] = _copies("logits", logits, places)
-    return _captures(host, prompts, places, seen)
 
 
 def _padded(

@@ -28,6 +28,14 @@ _POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 
 
 @dataclass(frozen=True, kw_only=True)
+class Norm:
+    """What a norm multiplies by and adds; ``None`` where it has none, or it was folded."""
+
+    gain: Float[Tensor, " d_model"] | None
+    bias: Float[Tensor, " d_model"] | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Host:
     """A supported TransformerLens model and what it is; weights are read from it, never copied."""
 
@@ -76,7 +84,7 @@ class Host:
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's gain; ``None`` where it was folded into the unembedding."""
-        return _final_gain(self.model, self.class_name)
+        return _gain(self.model.ln_final, self.model.cfg, self.class_name)
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
@@ -99,6 +107,54 @@ class Host:
     def b_O(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """The attention output's bias, which belongs to no neuron."""
         return _parameter(self.model.blocks[layer].attn, "b_O")
+
+    def W_in(self, layer: int) -> Float[Tensor, "d_model d_mlp"]:
+        """Column k is the subkey of FFN neuron k; in a gated FFN that of its up pre-activation."""
+        return self.model.blocks[layer].mlp.W_in.detach()
+
+    def W_gate(self, layer: int) -> Float[Tensor, "d_model d_mlp"] | None:
+        """Column k is the subkey of neuron k's gate pre-activation; ``None`` in a plain FFN."""
+        return _parameter(self.model.blocks[layer].mlp, "W_gate")
+
+    def b_in(self, layer: int) -> Float[Tensor, " d_mlp"] | None:
+        """What is added to ``W_in``'s product before the activation."""
+        if self.class_name == "HookedTransformer" and self.W_gate(layer) is not None:
+            return None  # there it is added after the product of gate and up
+        return _parameter(self.model.blocks[layer].mlp, "b_in")
+
+    def b_gate(self, layer: int) -> Float[Tensor, " d_mlp"] | None:
+        """What is added to ``W_gate``'s product before the activation."""
+        return _parameter(self.model.blocks[layer].mlp, "b_gate")
+
+    def W_V(self, layer: int) -> Float[Tensor, "key_value_head d_model d_head"]:
+        """Column [g, :, k] is the subkey of attention neuron k of every head of group g."""
+        # HookedTransformer repeats grouped heads in W_V, which copies; _W_V is what it stores
+        W_V = _parameter(self.model.blocks[layer].attn, "_W_V", "W_V")
+        assert W_V is not None
+        return W_V
+
+    def b_V(self, layer: int) -> Float[Tensor, "key_value_head d_head"] | None:
+        """What is added to the value vectors."""
+        return _parameter(self.model.blocks[layer].attn, "_b_V", "b_V")
+
+    def attn_norm(self, layer: int) -> Norm:
+        """The norm that attention reads the residual stream through."""
+        return self._norm(layer, "ln1")
+
+    def ffn_norm(self, layer: int) -> Norm:
+        """The norm that the FFN reads the residual stream through (GPT-J's is attention's)."""
+        return self._norm(layer, "ln2", "ln1")
+
+    def _norm(self, layer: int, *names: str) -> Norm:
+        parts = dict(self.model.blocks[layer].named_children())
+        norm = next((parts[name] for name in names if name in parts), None)
+        if norm is None:
+            raise UnsupportedModelError(
+                f"{self.architecture}: layer {layer} has no {' or '.join(names)}, so it is not "
+                "known what its neurons read"
+            )
+        gain = _gain(norm, self.model.cfg, self.class_name)
+        return Norm(gain=gain, bias=_parameter(norm, "bias", "b"))
 
     def token_text(self, token: int) -> str:
         """How one token reads in a sentence, with its leading space; ``<id>`` without tokenizer."""
@@ -198,6 +254,14 @@ def hook_names(host: Host, layer: int) -> dict[str, str]:
     if host.parallel:
         del names["resid_mid"]
     return names
+
+
+def pre_activation_names(host: Host, layer: int) -> dict[str, str]:
+    """Hooks of what a layer's FFN neurons are computed from: ``pre``, or ``gate`` and ``up``."""
+    mlp = f"blocks.{layer}.mlp."
+    if host.W_gate(layer) is None:
+        return {"pre": f"{mlp}hook_pre"}
+    return {"gate": f"{mlp}hook_pre", "up": f"{mlp}hook_pre_linear"}
 
 
 def final_resid_name(host: Host) -> str:
@@ -413,10 +477,10 @@ def _model_name(cfg: Any) -> str:
     return "tiny-facts" if name == str(tiny_facts_dir()) else name
 
 
-def _final_gain(model: Any, class_name: str) -> Tensor | None:
-    gain = _parameter(model.ln_final, "weight", "w")
+def _gain(norm: Any, cfg: Any, class_name: str) -> Tensor | None:
+    gain = _parameter(norm, "weight", "w")
     # Gemma's checkpoints hold gain - 1; HookedTransformer adds the 1 when it loads them
-    offset = class_name != "HookedTransformer" and getattr(model.cfg, "rmsnorm_uses_offset", False)
+    offset = class_name != "HookedTransformer" and getattr(cfg, "rmsnorm_uses_offset", False)
     return 1 + gain if gain is not None and offset else gain
 
 
@@ -435,7 +499,7 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
         processed = True  # each kind of folding can be chosen on its own when loading
     else:
         processed = bool(getattr(model, "compatibility_mode", False))
-        gain = _final_gain(model, class_name)
+        gain = _gain(model.ln_final, cfg, class_name)
         bias = _parameter(model.ln_final, "bias", "b")
         norms = (
             processed

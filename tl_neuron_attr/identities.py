@@ -12,10 +12,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.capture import Capture, capture_pre_activations
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import IdentityError
-from tl_neuron_attr.host import Host
+from tl_neuron_attr.host import Host, Norm, has_hooks
 from tl_neuron_attr.readout import read_out
 
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
@@ -71,12 +71,71 @@ def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
     Raises:
         IdentityError: If one fails, naming it, its layer and by how much.
     """
-    state = hash(
-        tuple((p.data_ptr(), p._version) for p in host.model.parameters() if not p.is_inference())
-    )
+    state = _weights_state(host)
     if own_run and _verified.get(host.model) == state:
         return
-    for identity in identities(host, captured):
+    _check(host, identities(host, captured))
+    if own_run:
+        _verified[host.model] = state
+
+
+def subkey_identities(host: Host, captured: Capture) -> tuple[Identity, ...]:
+    """What query scores rely on besides: neurons' pre-activations, recomputed from the stream.
+
+    Of every neuron, at the read position: the norm in front of its sub-layer, its subkey, its
+    bias. Cost: one forward pass, for the FFN's own pre-activations, and one over the weights.
+    """
+    with torch.no_grad():
+        theirs = capture_pre_activations(host, captured)
+        mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
+        ours: dict[str, list[Tensor]] = {name: [] for name in theirs}
+        v = []
+        for layer in range(host.n_layers):
+            read = _normalized(host, host.ffn_norm(layer), mid[layer])
+            W_gate = host.W_gate(layer)
+            if W_gate is not None:
+                ours["gate"].append(_plus(_times(read, W_gate), host.b_gate(layer)))
+            up = _plus(_times(read, host.W_in(layer)), host.b_in(layer))
+            ours["pre" if W_gate is None else "up"].append(up)
+            read = _normalized(host, host.attn_norm(layer), captured.resid_pre[layer])
+            v.append(_plus(_times(read, host.W_V(layer)), host.b_V(layer)))
+        equation = "norm(resid) . subkey + bias = pre-activation"
+        pairs = {f"the {name} of FFN neurons": (ours[name], theirs[name]) for name in theirs}
+        pairs["the value vectors"] = (v, captured.v[:, -1])
+        return tuple(
+            _identity(host, name, equation, torch.stack(layers), hooked)
+            for name, (layers, hooked) in pairs.items()
+        )
+
+
+# The same for subkeys, which only query scores need.
+_verified_subkeys: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+def verify_subkeys(host: Host, captured: Capture) -> None:
+    """Check that pre-activations are what this package recomputes, once per state of the weights.
+
+    With hooks of the caller's on the model every time, for they may edit.
+
+    Raises:
+        IdentityError: If one is not, naming it, its layer and by how much.
+    """
+    state = _weights_state(host)
+    if not has_hooks(host.model) and _verified_subkeys.get(host.model) == state:
+        return
+    _check(host, subkey_identities(host, captured))
+    if not has_hooks(host.model):
+        _verified_subkeys[host.model] = state
+
+
+def _weights_state(host: Host) -> int:
+    return hash(
+        tuple((p.data_ptr(), p._version) for p in host.model.parameters() if not p.is_inference())
+    )
+
+
+def _check(host: Host, found: tuple[Identity, ...]) -> None:
+    for identity in found:
         if not identity.holds:
             where = "" if identity.layer is None else f" at layer {identity.layer}"
             raise IdentityError(
@@ -86,8 +145,18 @@ def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
                 "activation between the two sides, or the activations are of other weights; "
                 "neuron scores would be wrong"
             )
-    if own_run:
-        _verified[host.model] = state
+
+
+def _normalized(host: Host, norm: Norm, resid: Float[Tensor, " d_model"]) -> Tensor:
+    """What a sub-layer reads: the residual stream through its norm."""
+    resid = resid - resid.mean() if host.norm == "layer_norm" else resid
+    scaled = resid / (resid.square().mean() + host.eps).sqrt()
+    return _plus(scaled if norm.gain is None else scaled * norm.gain.to(resid.dtype), norm.bias)
+
+
+def _times(vector: Float[Tensor, " d_model"], weight: Float[Tensor, "*_ d_model neuron"]) -> Tensor:
+    # in the dtype of the weight, which may be narrow: widening it all would double its memory
+    return (vector.to(weight.dtype) @ weight).to(vector.dtype)
 
 
 def _residual_stream(host: Host, captured: Capture) -> Identity:

@@ -338,7 +338,7 @@ class _Race:
         # by number first, so that ties come by layer, then number
         flat, order = self.flat.sort()
         scores = self.scores[order]
-        best = _largest(scores, self.top)
+        best = largest(scores, self.top)
         left = [float(self.waiting_bounds[0])] if len(self.waiting) else []
         next_bound = max([*left, self.beyond])
         certificate = Certificate(
@@ -398,7 +398,7 @@ def _best_of_all(
             for place, block in enumerate(blocks)
         ]
     )
-    best = _largest(scores, top)
+    best = largest(scores, top)
     certificate = Certificate(
         applies=out.affine,
         linear=False,
@@ -418,11 +418,11 @@ def _best_linear(
     numbers, scores = [], []
     for place, (block, tangent) in enumerate(zip(blocks, tangents, strict=True)):
         here = tangent.linear()
-        best = _largest(here, top).sort().values
+        best = largest(here, top).sort().values
         numbers.append(best + place * block.n_neurons)
         scores.append(here[best])
     merged = torch.cat(scores)
-    best = _largest(merged, top)
+    best = largest(merged, top)
     total = sum(block.n_neurons for block in blocks)
     certificate = Certificate(
         applies=True,
@@ -474,7 +474,7 @@ def _exact(
     return torch.cat(parts)
 
 
-def _largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
+def largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
     """Where the ``k`` largest are, largest first; of equals the first (topk takes any)."""
     kth = values.topk(min(k, len(values))).values[-1]
     above = (values > kth).nonzero()[:, 0]
