@@ -6,7 +6,15 @@ names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
 
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture, capture, capture_all, load_capture, save_capture
+from tl_neuron_attr.capture import (
+    Capture,
+    Sources,
+    capture,
+    capture_all,
+    capture_sources,
+    load_capture,
+    save_capture,
+)
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
@@ -29,6 +37,7 @@ from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
+from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons, value_neurons
 from tl_neuron_attr.readout import ReadOut, project, read_out
 from tl_neuron_attr.scores import head_scores, layer_scores, neuron_scores, position_scores
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
@@ -52,8 +61,10 @@ __all__ = [
     "Plan",
     "ProjectionIndex",
     "Prompt",
+    "QueryScores",
     "RankedNeurons",
     "ReadOut",
+    "Sources",
     "Target",
     "UnsupportedModelError",
     "attn_decomposition",
@@ -61,6 +72,7 @@ __all__ = [
     "attribute_all",
     "capture",
     "capture_all",
+    "capture_sources",
     "ffn_decomposition",
     "head_scores",
     "layer_scores",
@@ -73,11 +85,14 @@ __all__ = [
     "position_scores",
     "project",
     "projection_index",
+    "query_scores",
     "read_out",
     "save_capture",
     "score_intervals",
     "suppressing_neurons",
     "tokenize",
     "top_neurons",
+    "top_query_neurons",
+    "value_neurons",
     "verify",
 ]

@@ -2,12 +2,13 @@
 
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import pandas as pd
 import torch
@@ -15,11 +16,12 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.capture import Capture, Sources, capture_sources
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import (
     DEFAULT_TOLERANCE,
@@ -27,7 +29,14 @@ from tl_neuron_attr.intervals import (
     score_intervals,
     suppressing_neurons,
 )
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Target, integer
+from tl_neuron_attr.query import (
+    QueryScores,
+    query_scores,
+    top_query_neurons,
+    value_neurons,
+)
 from tl_neuron_attr.readout import Convention, ReadOut, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (
@@ -35,11 +44,18 @@ from tl_neuron_attr.tables import (
     layer_table,
     neuron_table,
     position_table,
+    query_layer_table,
+    query_neuron_table,
+    query_value_table,
     share_table,
     token_columns,
     write_tables,
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
+
+ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron]
+"""Value neurons to find query neurons of: ``"attn"``, ``"ffn"`` or ``"both"`` for the top ones of a
+kind; one neuron, as a value or a label like ``"L9.N1234"``; or several."""
 
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
@@ -94,11 +110,7 @@ class Attribution:
     def heads(self, top: int | None = None) -> pd.DataFrame:
         """Rise from each head: ``layer, head, score``; in order, or the ``top`` best first."""
         table = head_table(self.head_scores)
-        if top is None:
-            return table
-        top = at_least_one(top, "top")
-        ordered = table.sort_values("score", ascending=False, kind="stable")
-        return ordered.head(top).reset_index(drop=True)
+        return table if top is None else _best(table, top)
 
     def positions(
         self, layer: int | None = None, head: int | None = None, *, progress: bool = False
@@ -170,14 +182,7 @@ class Attribution:
             else:
                 neurons, blocks = self._over_sources
             if top is not None:
-                top = at_least_one(top, "top")
-                neurons_total = sum(block.n_neurons for block in blocks)
-                if len(neurons) < min(top, neurons_total):
-                    raise InputError(
-                        f"only the best {len(neurons)} {neurons.kind} neurons were ranked; "
-                        f"call attribute(..., top={top})"
-                    )
-                neurons = neurons.first(top)
+                neurons = _first(neurons, blocks, at_least_one(top, "top"))
             tables.append(self._table(neurons, blocks, tokens))
         return pd.concat(tables, ignore_index=True)
 
@@ -266,6 +271,103 @@ class Attribution:
             found = self.intervals(name, tolerance=tolerance, progress=progress)
             rows.append((name, top, *found.positive_total(), *found.share(top)))
         return share_table(rows)
+
+    def query_layers(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> pd.DataFrame:
+        """What feeds value neurons: ``layer, kind, score``, kind embed, attn, ffn or bias.
+
+        Scores are in nats: the value neurons' own, handed down by share (see ``query.py``), in the
+        result's convention; under ``recomputed`` as in ``exact``.
+
+        Args:
+            of: The value neurons: the ``top_values`` best of a kind (``"attn"`` as published,
+                ``"ffn"``, ``"both"``), one neuron or its label, or several.
+            top_values: How many of each kind.
+
+        Cost: besides matrix products, one forward pass of the same prompt, at the first query
+        that has attention neurons; kept with the result. One more checks a model's first query.
+
+        Raises:
+            InputError: If a neuron does not exist, or fewer were ranked than ``top_values``; if
+                the model no longer gives the activations it was attributed by.
+            IdentityError: If neurons' pre-activations are not what this package recomputes.
+        """
+        return query_layer_table(self.query_scores(of, top_values=top_values))
+
+    def query_heads(
+        self, of: ValueNeurons = "attn", *, top_values: int = 30, top: int | None = None
+    ) -> pd.DataFrame:
+        """The same for heads: ``layer, head, score``; in order, or the ``top`` best first."""
+        table = head_table(self.query_scores(of, top_values=top_values).heads)
+        return table if top is None else _best(table, top)
+
+    def query_neurons(
+        self,
+        top: int = 300,
+        kind: Kind = "ffn",
+        of: ValueNeurons = "attn",
+        *,
+        top_values: int = 30,
+        by_position: bool = False,
+        tokens: int = 0,
+    ) -> pd.DataFrame:
+        """The best query neurons, FFN or attention: rows as of ``neurons``, with role ``query``.
+
+        A neuron is summed over the positions where it feeds value neurons; its coefficient is that
+        at the position where it does most. With ``by_position`` each position has a row, and a
+        column ``position``. Empty if nothing of the kind comes before the value neurons. ``tokens``
+        as in ``neurons``; the other arguments, costs and errors are those of ``query_layers``.
+        """
+        if kind not in ("ffn", "attn"):
+            raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
+        top = at_least_one(top, "top")
+        scores = self.query_scores(of, top_values=top_values)
+        with torch.no_grad():
+            found = top_query_neurons(
+                self.host, self.captured, scores, top, kind, by_position=by_position
+            )
+        prompt_id = self.captured.prompt.prompt_id
+        table = query_neuron_table(found, prompt_id, by_position=by_position)
+        if tokens > 0 and len(table):
+            blocks = self.ffns if kind == "ffn" else self.attns
+            table = table.join(self._token_columns(found.neurons, blocks, tokens))
+        return table
+
+    def query_values(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> pd.DataFrame:
+        """The value neurons' pre-activations, and which of them were left out: ill-conditioned."""
+        return query_value_table(self.query_scores(of, top_values=top_values))
+
+    def query_scores(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> QueryScores:
+        """What the query tables are made from, as tensors."""
+        values = self._values(of, top_values)
+        convention = "published" if self.convention == "published" else "exact"
+        with torch.no_grad(), torch.autocast(self.host.device.type, enabled=False):
+            verify_subkeys(self.host, self.captured)
+            sources = self._sources_of(values)
+            scores = query_scores(self.host, self.captured, values, sources, convention)
+        if bool(scores.left_out.all()):
+            warn(
+                "every value neuron asked about is ill-conditioned: what feeds it nearly cancels, "
+                "so it has no useful shares and all query scores are 0; query_values() shows them",
+                stacklevel=3,
+            )
+        return scores
+
+    def _values(self, of: ValueNeurons, top_values: int) -> tuple[RankedNeurons, ...]:
+        ranked = {
+            "ffn": [(self.ffn_neurons, self.ffns)],
+            "attn": [(self.attn_neurons, self.attns)],
+            "both": [(self.ffn_neurons, self.ffns), (self.attn_neurons, self.attns)],
+        }
+        if isinstance(of, str) and of in ranked:
+            top_values = at_least_one(top_values, "top_values")
+            return tuple(_first(neurons, blocks, top_values) for neurons, blocks in ranked[of])
+        given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else list(of)
+        try:
+            neurons = [parse_neuron(each) if isinstance(each, str) else each for each in given]
+        except ValueError as error:
+            raise InputError(f"of must be 'attn', 'ffn', 'both' or neurons: {error}") from error
+        with torch.no_grad():
+            return value_neurons(self.host, self.captured, self.out, self.target, neurons)
 
     def predictions(self, top: int = 5) -> pd.DataFrame:
         """The model's likeliest next tokens: ``id, token, log_prob, prob``."""
@@ -375,6 +477,27 @@ class Attribution:
         table = neuron_table(neurons, self.captured.prompt.prompt_id)
         return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
 
+    def _sources_of(self, values: Sequence[RankedNeurons]) -> Sources | None:
+        """What happened where these neurons are set off, if not at the read position."""
+        positions = {
+            position
+            for ranked in values
+            if ranked.source_pos is not None
+            for position in ranked.source_pos.tolist()
+        } - {self.captured.prompt.read_pos}
+        if not positions:
+            return None
+        if positions <= set(self._sources.positions.tolist()):
+            return self._sources
+        return capture_sources(self.host, self.captured, positions)
+
+    @cached_property
+    def _sources(self) -> Sources:
+        """What happened where the ranked attention neurons are set off: a second forward pass."""
+        positions = self.attn_neurons.source_pos
+        assert positions is not None
+        return capture_sources(self.host, self.captured, positions.tolist())
+
     def _token_columns(
         self,
         neurons: RankedNeurons,
@@ -402,6 +525,20 @@ def _kinds(kind: Kind | None) -> tuple[Kind, ...]:
     if kind not in ("ffn", "attn"):
         raise InputError(f"kind must be 'ffn', 'attn' or None for both, got {kind!r}")
     return (kind,)
+
+
+def _first(neurons: RankedNeurons, blocks: Sequence[Decomposition], top: int) -> RankedNeurons:
+    if len(neurons) < min(top, sum(block.n_neurons for block in blocks)):
+        raise InputError(
+            f"only the best {len(neurons)} {neurons.kind} neurons were ranked; "
+            f"call attribute(..., top={top})"
+        )
+    return neurons.first(top)
+
+
+def _best(table: pd.DataFrame, top: int) -> pd.DataFrame:
+    ordered = table.sort_values("score", ascending=False, kind="stable")
+    return ordered.head(at_least_one(top, "top")).reset_index(drop=True)
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:

@@ -25,7 +25,7 @@ that is the same formula.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from einops import rearrange
@@ -76,6 +76,11 @@ class PreActivations:
     """Whether the row is in no sum: in ``exact`` one of its neuron's rows is ill-conditioned."""
     weight: Float[Tensor, " row"]
     """Nats per unit of the parts: ``Imp / total`` (halved with two rows), 0 if left out."""
+
+    @property
+    def shares(self) -> Float[Tensor, "row source"]:
+        """Each source's share of each pre-activation; with the bias's they sum to 1 (``exact``)."""
+        return self.parts / self.total[:, None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -138,26 +143,37 @@ def query_scores(
     values: Sequence[RankedNeurons],
     sources: Sources | None = None,
     convention: QueryConvention = "exact",
+    *,
+    through: Literal["gate", "up"] | None = None,
 ) -> QueryScores:
     """How much each earlier component feeds these value neurons, FFN, attention, or both.
 
     ``sources`` is what happened at the source positions of the attention neurons among them
     (``capture_sources``); the read position needs none. Scores are sums over value neurons: they
     hand down ``values``' own scores. A neuron of layer 0 is fed by the embedding (and, an FFN
-    neuron, by attention) alone.
+    neuron, by attention) alone. ``through`` hands the scores of gated FFN neurons down through one
+    of their two pre-activations; by default half through each.
 
     Cost: one product of a layer's ``W_out``, and of its ``W_O``, with one vector for each position
     and input, whatever the number of value neurons. Memory: a float for each FFN neuron, position
     and input.
 
     Raises:
-        InputError: If ``sources`` lacks a position, or an attention neuron has none; if there is
-            no value neuron.
+        InputError: If there is no value neuron; if ``sources`` lacks a position, or an attention
+            neuron has none; if the convention is unknown, or ``through`` not what neurons have.
     """
+    if convention not in get_args(QueryConvention):
+        raise InputError(f"convention must be 'exact' or 'published' here, got {convention!r}")
+    if through is not None and (host.W_gate(0) is None or convention == "published"):
+        raise InputError(
+            f"through={through!r} is for gated FFNs in exact: no FFN neuron has two inputs here"
+        )
+    if through not in (None, "gate", "up"):
+        raise InputError(f"through must be 'gate', 'up' or None for both, got {through!r}")
     if not any(map(len, values)):
         raise InputError("there is no value neuron to find query neurons of")
     sources = _positions_needed(captured, values, sources)
-    rows = _rows(host, sources, values, convention)
+    rows = _rows(host, sources, values, convention, through)
     inputs = _pre_activations(sources, rows, values, convention)
     by_source = (inputs.weight[:, None] * inputs.parts).sum(0)
     to_attn, to_ffn = _keys_above(rows, inputs, host.n_layers, len(sources.positions))
@@ -169,10 +185,13 @@ def query_scores(
     attn_slopes = ffn.new_zeros(len(ffn), host.n_layers, host.n_heads, host.d_head)
     heads = ffn.new_zeros(host.n_layers, host.n_heads)
     for layer in range(ffn_depth):
-        ffn[:, layer] = slopes(host.W_out(layer), to_ffn[layer])[0] * sources.mlp_post[layer]
+        live = to_ffn[layer].any(-1).nonzero()[:, 0]  # positions that some value neuron reads later
+        slope, _ = slopes(host.W_out(layer), to_ffn[layer, live])
+        ffn[live, layer] = slope * sources.mlp_post[layer, live]
     for layer in range(attn_depth):
-        slope = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer])[0]
-        attn_slopes[:, layer] = slope.unflatten(1, (host.n_heads, host.d_head))
+        live = to_attn[layer].any(-1).nonzero()[:, 0]
+        slope, _ = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
+        attn_slopes[live, layer] = slope.unflatten(1, (host.n_heads, host.d_head))
         z = sources.pattern[layer] @ _values_by_head(host, captured, layer)
         heads[layer] = (z * attn_slopes[:, layer].transpose(0, 1)).sum((1, 2))
     return QueryScores(
@@ -217,6 +236,7 @@ def _rows(
     sources: Sources,
     values: Sequence[RankedNeurons],
     convention: QueryConvention,
+    through: str | None,
 ) -> _Rows:
     """The value neurons' pre-activations, layer by layer."""
     found: list[_Rows] = []
@@ -234,6 +254,8 @@ def _rows(
             if after_attn:
                 x = x + sources.attn_out[layer, place]
             for name, subkey, bias in _subkeys(host, ranked, here, layer, convention):
+                if through is not None and name in ("gate", "up") and name != through:
+                    continue
                 key, added = _through_norm(host, norm_of(layer), x, subkey.to(x.dtype), convention)
                 if bias is not None and convention == "exact":
                     added = added + bias.to(x.dtype)

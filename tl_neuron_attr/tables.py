@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.files import write_files
+from tl_neuron_attr.neurons import FFNNeuron
+from tl_neuron_attr.query import QueryNeurons, QueryScores
 from tl_neuron_attr.readout import TokenEnds
 from tl_neuron_attr.scores import LayerScores
 from tl_neuron_attr.topk import RankedNeurons
@@ -20,6 +22,19 @@ from tl_neuron_attr.topk import RankedNeurons
 LAYER_COLUMNS = ("layer", "kind", "score")
 HEAD_COLUMNS = ("layer", "head", "score")
 POSITION_COLUMNS = ("layer", "head", "source_pos", "token", "attention", "score")
+QUERY_VALUE_COLUMNS = (
+    "kind",
+    "layer",
+    "head",
+    "index",
+    "source_pos",
+    "score",
+    "input",
+    "total",
+    "absolute",
+    "ill_conditioned",
+    "left_out",
+)
 NEURON_COLUMNS = (
     "prompt_id",
     "role",
@@ -107,6 +122,64 @@ def neuron_table(neurons: RankedNeurons, prompt_id: str, role: str = "value") ->
         },
         columns=list(NEURON_COLUMNS),
     )
+
+
+def query_layer_table(scores: QueryScores) -> pd.DataFrame:
+    """The embedding, attention and FFN of each layer in their order, and the bias.
+
+    ``layer`` is a nullable integer, empty for ``embed`` and ``bias``.
+    """
+    n_layers = scores.attn.shape[0]
+    layers = [None, *(layer for layer in range(n_layers) for _ in range(2)), None]
+    each = torch.stack([scores.attn, scores.ffn], 1).flatten()
+    return pd.DataFrame(
+        {
+            "layer": pd.array(layers, dtype="Int64"),
+            "kind": ["embed", *["attn", "ffn"] * n_layers, "bias"],
+            "score": _floats(torch.cat([scores.embed[None], each, scores.bias[None]])),
+        }
+    )
+
+
+def query_neuron_table(
+    found: QueryNeurons, prompt_id: str, *, by_position: bool = False
+) -> pd.DataFrame:
+    """``neuron_table`` of query neurons; with ``by_position`` where each of them fires, too."""
+    table = neuron_table(found.neurons, prompt_id, role="query")
+    return table.assign(position=found.position.cpu().numpy()) if by_position else table
+
+
+def query_value_table(scores: QueryScores) -> pd.DataFrame:
+    """One row a pre-activation of the value neurons: what shares are taken of, and which are not.
+
+    A gated FFN neuron has two rows, ``input`` ``gate`` and ``up``. ``total`` is the pre-activation
+    and ``absolute`` the sum of its absolute parts.
+    """
+    neurons = [neuron for ranked in scores.values for neuron in ranked.neurons()]
+    score = torch.cat([ranked.score for ranked in scores.values])
+    rows = scores.inputs
+    places = rows.value.tolist()
+    of = [neurons[place] for place in places]
+    table = pd.DataFrame(
+        {
+            "kind": ["ffn" if isinstance(neuron, FFNNeuron) else "attn" for neuron in of],
+            "layer": [neuron.layer for neuron in of],
+            "head": pd.array([getattr(neuron, "head", None) for neuron in of], dtype="Int64"),
+            "index": [neuron.index for neuron in of],
+            "source_pos": pd.array(
+                [getattr(neuron, "source_pos", None) for neuron in of], dtype="Int64"
+            ),
+            "score": _floats(score[rows.value]),
+            "input": list(rows.input),
+            "total": _floats(rows.total),
+            "absolute": _floats(rows.absolute),
+            "ill_conditioned": rows.ill_conditioned.cpu().numpy(),
+            "left_out": rows.left_out.cpu().numpy(),
+        },
+        columns=list(QUERY_VALUE_COLUMNS),
+    )
+    order = pd.Series(places).sort_values(kind="stable").index
+    return table.loc[order].reset_index(drop=True)
 
 
 def token_columns(

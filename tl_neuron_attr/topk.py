@@ -476,6 +476,8 @@ def _exact(
 
 def largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
     """Where the ``k`` largest are, largest first; of equals the first (topk takes any)."""
+    if len(values) == 0:
+        return values.new_zeros(0, dtype=torch.long)
     kth = values.topk(min(k, len(values))).values[-1]
     above = (values > kth).nonzero()[:, 0]
     level = (values == kth).nonzero()[: k - len(above), 0]
