@@ -405,6 +405,10 @@ def test_query_scores_are_their_definition(family, convention):
             assert table.keys() <= got.keys()
             for key, score in got.items():
                 assert score == pytest.approx(table.get(key, 0.0), **near)
+            if not by_position:  # where each does most
+                for key, place in zip(keys, fires, strict=True):
+                    each = {at: abs(wanted.get((*key, at), 0.0)) for at in range(len(TOKENS))}
+                    assert each[place] == pytest.approx(max(each.values()), **near)
             ordered = found.neurons.score
             assert (ordered[1:] <= ordered[:-1]).all()
             for number in range(0, len(keys), 17):  # coefficients are those where it fires
@@ -739,6 +743,11 @@ def test_sources_are_what_a_capture_at_their_position_holds(tiny_model):
 
 def test_a_model_that_changed_since_is_noticed():
     model = bridge_of("gpt2")
+    result = attributed(model)
+    with torch.no_grad():
+        model.blocks[1].mlp.W_out.mul_(1.1)
+    with pytest.raises(InputError, match="no longer gives the activations captured"):
+        capture_sources(result.host, result.captured, [2])
     for layer in (0, 2):
         result = attributed(model)
         result.query_layers("ffn")

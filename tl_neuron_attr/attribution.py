@@ -281,7 +281,8 @@ class Attribution:
         Args:
             of: The value neurons: the ``top_values`` best of a kind (``"attn"`` as published,
                 ``"ffn"``, ``"both"``), one neuron or its label, or several.
-            top_values: How many of each kind.
+            top_values: How many of each kind. The notebooks take 30, but for query layers of
+                GPT-2 100.
 
         Cost: besides matrix products, one forward pass of the same prompt, at the first query
         that has attention neurons; kept with the result. One more checks a model's first query.

@@ -600,9 +600,9 @@ def _scored(
     bases = torch.stack([block.base for block in blocks])
     before = out.baseline(bases, target, tangent=False)
     score = exact_scores(blocks, out, before, place * blocks[0].n_neurons + number)
-    coefficient = torch.stack(
-        [blocks[at].coefficients_of(one[None])[0] for at, one in zip(place, number, strict=True)]
-    )
+    coefficient = torch.empty_like(score)
+    for at, block in enumerate(blocks):
+        coefficient[place == at] = block.coefficients_of(number[place == at]).to(score.dtype)
     heads = [neuron.head for neuron in neurons if isinstance(neuron, AttnNeuron)]
     sources = [neuron.source_pos for neuron in neurons if isinstance(neuron, AttnNeuron)]
     return RankedNeurons(

@@ -29,15 +29,18 @@ from tl_neuron_attr import (
     attn_decomposition,
     attribute_all,
     capture,
+    capture_sources,
     ffn_decomposition,
     load_model,
     open_host,
     projection_index,
+    query_scores,
     read_out,
     score_intervals,
     tokenize,
 )
 from tl_neuron_attr.knowledge import knowledge_prompts
+from tl_neuron_attr.query import _rows
 from tl_neuron_attr.scores import baselines
 from tl_neuron_attr.topk import exact_scores, score_bounds, top_neurons_of_runs
 
@@ -148,6 +151,29 @@ class Case:
                 self.blocks.items(), (before.ffn, before.attn), strict=True
             )
         }
+    def values(self):
+        """The 30 best value neurons of each kind, and what happened where they are set off."""
+        best = [found.first(30) for found in self.certified()]
+        return best, self.sources(best)
+
+    def sources(self, best):
+        return capture_sources(self.host, self.captured, best[1].source_pos.tolist())
+
+    def query(self, best, sources):
+        """Query scores of every layer, head and FFN neuron."""
+        return query_scores(self.host, self.captured, best, sources)
+
+    def query_by_definition(self, scores, every):
+        """The same for every so many FFN neurons, one by one: its share of each value neuron."""
+        rows = _rows(self.host, scores.sources, scores.values, "exact", None)
+        weight = scores.inputs.weight
+        for layer in range(scores.ffn_depth):
+            earlier = (rows.layer > layer).nonzero()[:, 0].tolist()
+            for index in range(0, self.host.d_mlp, every):
+                subvalue, score = self.host.W_out(layer)[index], 0.0
+                for row in earlier:
+                    m = scores.sources.mlp_post[layer, rows.place[row], index]
+                    score = score + weight[row] * (m * subvalue @ rows.key[row])
 
     def dense(self, every):
         before = baselines(self.captured, self.out, self.target)
@@ -265,6 +291,25 @@ def test_forward_and_exact_scores_of_just_those(case, measure):
         first = blocks[0].layer
         best.append((ranked.layer - first) * blocks[0].n_neurons + ranked.number)
     measure(lambda: case.floor(best))
+
+
+def test_query_scores_of_30_value_neurons_of_each_kind(case, measure):
+    best, sources = case.values()
+    measure(lambda: case.query(best, sources))
+
+
+def test_the_second_forward_pass_for_query_scores(case, measure):
+    best = case.values()[0]
+    measure(lambda: case.sources(best))
+
+
+def test_query_scores_neuron_by_neuron(case, measure, benchmark):
+    if case.tokens.shape[1] > 16:
+        pytest.skip("minutes; measured at 16 tokens")
+    every = max(1, case.host.d_mlp // 24)
+    scores = case.query(*case.values())
+    benchmark.extra_info["extrapolated"] = every
+    measure(lambda: case.query_by_definition(scores, every), rounds=1)
 
 
 def test_dense_exact(case, measure, benchmark):
