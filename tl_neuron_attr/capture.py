@@ -214,9 +214,9 @@ def capture_sources(
         _check_tokens(host, [prompt], cache, "right", len(prompt.tokens))
         for key, name in wanted.items():
             keep(_with_batch_axis(key, cache[name]), None, key=key)
-    dtype = captured.v.dtype
+    like = captured.v  # in its dtype, and where it is
     tensors = {
-        kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(dtype)
+        kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(like)
         for kind in (*_SOURCED, "v")
     }
     error = (tensors.pop("v") - captured.v).abs().max() / captured.v.abs().max().clamp(min=1e-30)
@@ -247,7 +247,7 @@ def capture_pre_activations(
         for key, name in pre_activation_names(host, layer).items()
     ]
     _forward(host, [captured.prompt.tokens], hooks)
-    return {key: torch.stack(layers).to(captured.v.dtype) for key, layers in seen.items()}
+    return {key: torch.stack(layers).to(captured.v) for key, layers in seen.items()}
 
 
 def check_fits(host: Host, mlp_post: Tensor, v: Tensor, resid_pre: Tensor) -> None:

@@ -8,7 +8,7 @@ earlier components q wrote, so each of them has a share::
     share(q, n) = q . K_n / (x . K_n + b_n)        score(q) = sum over n of Imp(n) * share(q, n)
 
 Scores are in nats: the value neurons' own scores, handed down to what feeds them. Source: Yu &
-Ananiadou (2024), section 3.3. Both conventions freeze the norm in front at its scale in the run.
+Ananiadou (2024), query neurons. The norm in front is frozen at the scale it has in the run.
 
 ``exact``: the norm's mean is taken out of ``K_n`` (LayerNorm), and what enters through biases (the
 norm's, and that of the pre-activation) is a source of its own, so that shares sum to 1. A neuron
@@ -155,8 +155,8 @@ def query_scores(
     of their two pre-activations; by default half through each.
 
     Cost: one product of a layer's ``W_out``, and of its ``W_O``, with one vector for each position
-    and input, whatever the number of value neurons. Memory: a float for each FFN neuron, position
-    and input.
+    where value neurons are set off, however many they are. Memory: a float for each FFN neuron and
+    position.
 
     Raises:
         InputError: If there is no value neuron; if ``sources`` lacks a position, or an attention
