@@ -328,13 +328,18 @@ class _Work:
         return sum(self.shapes.n_neurons(self.length))
 
     @property
+    def searched(self) -> int:
+        """Neurons of one kind scored for one prompt, in order of their bounds."""
+        return math.ceil(_SCORED_PER_LISTED * self.top)
+
+    @property
     def certified(self) -> int:
-        """Neurons scored for one prompt, in order of their bounds."""
+        """Neurons scored for one prompt where bounds may exclude the others."""
         if not self.affine:
             return self.dense
         return sum(
             # where half of all are asked for, all are scored
-            kind if 2 * self.top >= kind else min(kind, math.ceil(_SCORED_PER_LISTED * self.top))
+            kind if 2 * self.top >= kind else min(kind, self.searched)
             for kind in self.shapes.n_neurons(self.length)
         )
 
@@ -575,7 +580,7 @@ def _peaks(work: _Work) -> dict[str, int]:
     before = max(survey, verified, heads)
     slopes = 2 * score * together * layers * subvalues
     bounds = slopes + 5 * score * neurons
-    listed = slopes + _block_bytes(work, together * work.top)
+    listed = slopes + _block_bytes(work, together * work.searched)
     scores = score * work.dense
     all_scored = max(3 * scores, scores + _block_bytes(work, neurons))
     # six numbers a subvalue, and ten tokens of each end with their logits

@@ -151,6 +151,7 @@ class Case:
                 self.blocks.items(), (before.ffn, before.attn), strict=True
             )
         }
+
     def values(self):
         """The 30 best value neurons of each kind, and what happened where they are set off."""
         best = [found.first(30) for found in self.certified()]
