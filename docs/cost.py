@@ -40,9 +40,9 @@ SWEEPS = {
     "k": (30, 100, 300, 1000),
 }
 D_MODEL, HEADS = 384, 6
-REPEATS = 5
-DENSE_EVERY = 64
-"""Dense evaluation is measured on every 64th neuron, and multiplied."""
+REPEATS = 3
+DENSE_EVERY = 256
+"""Dense evaluation is measured on every 256th neuron, and multiplied."""
 LINES = {
     "forward": ("plain forward pass", "#777777", ":"),
     "bounds": ("forward, capture and all bounds", "#004488", "--"),

@@ -1,5 +1,6 @@
 """Several prompts at once give what each gives alone; contrasts are linear."""
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from conftest import TOKENS, bridge_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_topk import random_ffns, random_read_out
 
 from tl_neuron_attr import (
     InputError,
@@ -19,6 +21,7 @@ from tl_neuron_attr import (
     open_host,
     projection_index,
     tokenize,
+    top_neurons,
 )
 from tl_neuron_attr.readout import ReadOut
 
@@ -62,7 +65,7 @@ def test_every_convention_and_kind_of_target_goes_in_one_batch(tiny_gpt2, conven
     together = attribute_all(tiny_gpt2, prompts, top=5, convention=convention)
     for prompt, found in zip(prompts, together, strict=True):
         assert_same_result(found, attribute(tiny_gpt2, prompt, top=5, convention=convention))
-    assert [found.captured.prompt.prompt_id for found in together] == ["0", "0", "mine", "0"]
+    assert [found.captured.prompt.prompt_id for found in together] == ["0", "1", "mine", "3"]
 
 
 @given(
@@ -135,6 +138,91 @@ def test_many_targets_of_one_prompt_take_one_forward_pass_and_one_survey(monkeyp
     monkeypatch.undo()
     for target in (0, 11):
         assert_same_result(found[target], attribute(model, TOKENS, target=target, top=5))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64])
+def test_more_targets_than_a_batch_has_prompts_still_take_one_pass(tiny_gpt2, monkeypatch, dtype):
+    attribute(tiny_gpt2, TOKENS, top=2)
+    passes = count_forward_passes(tiny_gpt2, monkeypatch)
+    surveys = []
+    real = ReadOut._survey
+    monkeypatch.setattr(
+        ReadOut, "_survey", lambda *given: surveys.append(len(given[1])) or real(*given)
+    )
+    ids = torch.tensor([TOKENS])
+    found = attribute_all(tiny_gpt2, ids, target=list(range(20)), top=1, batch_size=4, dtype=dtype)
+    assert len(found) == 20 and len(passes) == 1 and len(surveys) == 1
+
+
+def test_tensors_and_arrays_in_a_list_are_prompts_of_their_own(tiny_gpt2):
+    tensors = attribute_all(tiny_gpt2, [torch.tensor([3]), torch.tensor([5, 4])], top=1)
+    assert [found.captured.prompt.tokens for found in tensors] == [(3,), (5, 4)]
+    rows = attribute_all(tiny_gpt2, torch.tensor([[3, 17], [5, 4]]).numpy(), top=1)
+    assert [found.captured.prompt.tokens for found in rows] == [(3, 17), (5, 4)]
+    ids = attribute_all(tiny_gpt2, [torch.tensor(3), 5], top=1)
+    assert [found.captured.prompt.tokens for found in ids] == [(3, 5)]
+
+
+def test_a_prompt_takes_the_targets_it_lacks_and_a_cache_serves_them_all(tiny_gpt2):
+    prompt = Prompt(tokens=TOKENS, position=2)
+    with torch.no_grad():
+        _, cache = tiny_gpt2.run_with_cache(torch.tensor([TOKENS]))
+    for options in ({}, {"cache": cache}):
+        found = attribute_all(tiny_gpt2, prompt, target=[1, 2], top=3, **options)
+        assert [result.captured.prompt.prompt_id for result in found] == ["0", "1"]
+        for target, result in zip([1, 2], found, strict=True):
+            alone = attribute(tiny_gpt2, TOKENS, target=target, position=2, top=3)
+            assert_same_result(result, alone)
+
+
+def test_under_hooks_every_prompt_of_a_batch_is_verified(tiny_gpt2, monkeypatch):
+    verified = []
+    monkeypatch.setattr(
+        sys.modules["tl_neuron_attr.attribute"],
+        "verify",
+        lambda host, captured, **how: verified.append(captured.prompt.tokens),
+    )
+    attribute_all(tiny_gpt2, PROMPTS[:3], top=1)
+    assert len(verified) == 1
+    with tiny_gpt2.hooks(fwd_hooks=[("blocks.0.hook_mlp_out", lambda value, hook: value)]):
+        attribute_all(tiny_gpt2, PROMPTS[:3], top=1)
+    assert sorted(verified[1:]) == sorted(map(tuple, PROMPTS[:3]))
+
+
+def test_a_small_budget_makes_smaller_batches(tiny_gpt2, monkeypatch):
+    passes = count_forward_passes(tiny_gpt2, monkeypatch)
+    attribute_all(tiny_gpt2, PROMPTS[:4], top=1)
+    assert len(passes) == 1
+    attribute_all(tiny_gpt2, PROMPTS[:4], top=1, budget=5_000)
+    assert len(passes) == 1 + 4
+
+
+def test_a_callers_autocast_changes_nothing_that_is_asked_of_a_result(tiny_gpt2, tmp_path):
+    index = projection_index(tiny_gpt2, tmp_path)
+
+    def asked():
+        found = attribute(tiny_gpt2, TOKENS, target=7, top=5, index=index)
+        return (
+            found.positions()["score"],
+            found.suppressing()["score"],
+            found.neurons("attn", by_source=False)["score"],
+            found.shares(3)["share_upper"],
+            neuron_scores(found.ffns[1], found.out, found.target).numpy(),
+            top_neurons(found.ffns, found.out, found.target, 4).score.numpy(),
+        )
+
+    wanted = asked()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = asked()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert (abs(ours - theirs) == 0).all()
+
+
+def test_captures_of_several_precisions_go_in_one_call(tiny_gpt2):
+    host = open_host(tiny_gpt2)
+    captured = capture(host, tokenize(host, Prompt(tokens=TOKENS)))
+    found = attribute_all(tiny_gpt2, [captured, captured.to(torch.float64), TOKENS], top=2)
+    assert [result.out.dtype for result in found] == [torch.float32, torch.float64, torch.float32]
 
 
 def test_targets_of_a_capture_take_no_forward_pass_at_all(tiny_gpt2, monkeypatch):
@@ -211,6 +299,17 @@ def test_under_a_frozen_norm_a_contrast_needs_no_exact_stage(tiny_model, monkeyp
         assert torch.equal(ranked.layer * blocks[0].n_neurons + ranked.number, best.indices[:10])
 
 
+def test_equal_scores_of_a_contrast_come_by_layer_and_number():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 8, 30, scale=1.0, centered=True)
+    (block,) = random_ffns(generator, 1, 8, 1, tail=1.0)
+    same = replace(block, coefficients=torch.ones(40), W_out=block.W_out.expand(40, 8).clone())
+    blocks = [replace(same, layer=layer) for layer in range(2)]
+    found = top_neurons(blocks, out, Target(3, against=Target(5)), 50)
+    assert found.layer.tolist() == [0] * 40 + [1] * 10
+    assert found.number.tolist() == [*range(40), *range(10)]
+
+
 def test_a_contrasts_neurons_add_up_to_their_layer():
     model = bridge_of("gpt2", dtype=torch.float64)
     found = attribute(model, TOKENS, target=3, against=9, top=1)
@@ -230,12 +329,13 @@ def test_an_index_tells_what_lowers_the_target_and_what_share_the_best_hold(tiny
     found = attribute(tiny_model, TOKENS, target=7, top=5, index=index)
     for kind, blocks in (("ffn", found.ffns), ("attn", found.attns)):
         dense = torch.cat([neuron_scores(block, found.out, found.target) for block in blocks])
-        table = found.suppressing(kind, top=6, tokens=2)
-        lowest = dense.sort(stable=True).values[:6]
+        table = found.suppressing(kind, top=5, tokens=2)
+        lowest = dense.sort(stable=True).values[:5]
         assert table["score"].tolist() == pytest.approx(lowest.tolist(), abs=1e-5)
-        assert table["rank"].tolist() == [1, 2, 3, 4, 5, 6]
+        assert table["rank"].tolist() == [1, 2, 3, 4, 5]
         assert set(found.neurons().columns) < set(table.columns)
-        assert found.suppressing_neurons(kind, 6)[kind].certificate.holds
+        assert found.suppressing_neurons[kind].certificate.holds
+        assert found.certificates()[f"suppressing_{kind}"]["lowest"]
         row = found.shares(5).set_index("kind").loc[kind]
         rises = dense.clamp(min=0).sum().item()
         share = dense.topk(5).values.clamp(min=0).sum().item() / rises
@@ -277,6 +377,17 @@ def test_a_contrast_and_a_recomputed_norm_need_no_index_to_suppress(tiny_gpt2):
         )
 
 
+def test_saving_without_an_index_leaves_no_table_of_an_earlier_run(tiny_gpt2, tmp_path):
+    index = projection_index(tiny_gpt2, tmp_path / "index")
+    out = tmp_path / "out"
+    attribute(tiny_gpt2, TOKENS, top=2, index=index).save(out)
+    assert (out / "suppressing.parquet").exists() and (out / "shares.parquet").exists()
+    attribute(tiny_gpt2, TOKENS[:3], top=2).save(out)
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        ["layers.parquet", "heads.parquet", "positions.parquet", "neurons.parquet", "run.json"]
+    )
+
+
 # --- errors -----------------------------------------------------------------------------------
 
 
@@ -284,7 +395,10 @@ def test_a_contrast_and_a_recomputed_norm_need_no_index_to_suppress(tiny_gpt2):
     ("prompts", "options", "message"),
     [
         ([], {}, "there are no prompts"),
-        ([TOKENS, TOKENS], {"target": [1]}, "2 prompts and 1 targets"),
+        ([TOKENS, TOKENS], {"target": [1]}, "1 targets for 2 prompts"),
+        ([TOKENS], {"target": [1, 2], "against": [3]}, "1 tokens to compare with for 2 questions"),
+        ({"input_ids": [TOKENS]}, {}, r"give \['input_ids'\]"),
+        (b"ab", {}, "got a bytes"),
         ([TOKENS], {"against": 1}, "give target beside against"),
         ([TOKENS], {"target": 1, "against": 1}, "the same token"),
         ([TOKENS], {"attention_mask": torch.ones(1, 3)}, "belongs beside token ids of shape"),
@@ -300,7 +414,7 @@ def test_a_contrast_and_a_recomputed_norm_need_no_index_to_suppress(tiny_gpt2):
         ),
         (torch.zeros(1, 3, dtype=torch.long), {"attention_mask": torch.zeros(1, 3)}, "empty"),
         ([TOKENS], {"batch_size": 0}, "batch_size must be at least 1"),
-        ([TOKENS, Prompt(tokens=TOKENS)], {"target": 3}, "belong inside the Prompt"),
+        ([TOKENS, Prompt(tokens=TOKENS, target=1)], {"target": 3}, "belong inside the Prompt"),
     ],
 )
 def test_what_cannot_be_asked_is_said_before_any_forward_pass(

@@ -8,10 +8,18 @@ from conftest import TOKENS, bridge_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_neuron_attr import AttnNeuron, FFNNeuron, Target, attribute, neuron_scores, parse_neuron
+from tl_neuron_attr import (
+    AttnNeuron,
+    FFNNeuron,
+    NonFiniteError,
+    Target,
+    attribute,
+    neuron_scores,
+    parse_neuron,
+)
 from tl_neuron_attr.decompose import AttnDecomposition, FFNDecomposition
 from tl_neuron_attr.readout import ReadOut
-from tl_neuron_attr.topk import score_bounds, top_neurons
+from tl_neuron_attr.topk import Certificate, score_bounds, top_neurons
 
 TARGET = 7
 
@@ -300,3 +308,76 @@ def test_a_bound_holds_where_the_rivals_cancel_out_of_the_gradient(size):
     assert before.log_probs[0, 1:].exp() == pytest.approx([1 / 3] * 3, abs=1e-3)
     bounds, _ = score_bounds([block], out, before)
     assert (bounds >= neuron_scores(block, out, Target(0))).all()
+
+
+@pytest.mark.parametrize(
+    ("lowest", "kth", "next_bound", "holds"),
+    [
+        (False, 0.5, None, True),
+        (False, 0.5, 0.5, True),
+        (False, 0.5, 0.6, False),
+        (True, -0.5, -0.5, True),
+        (True, -0.5, -0.6, False),
+        (True, -0.5, -0.4, True),
+    ],
+)
+def test_a_certificate_holds_where_no_bound_passes_the_last_score(lowest, kth, next_bound, holds):
+    certificate = Certificate(
+        applies=True,
+        linear=False,
+        evaluated=1,
+        total=9,
+        kth_score=kth,
+        next_bound=next_bound,
+        slack=0.0,
+        lowest=lowest,
+    )
+    assert certificate.holds is holds
+
+
+def test_the_certificate_names_the_largest_bound_left_and_the_largest_slack():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=0.3, centered=True)
+    blocks = random_ffns(generator, 3, 16, 300, tail=1.0)
+    before = out.baseline(torch.stack([block.base for block in blocks]), Target(3))
+    bounds, slack = score_bounds(blocks, out, before)
+    found = top_neurons(blocks, out, Target(3), 2)
+    active = torch.cat([block.all_coefficients() != 0 for block in blocks])
+    left = bounds[active].sort(descending=True).values[found.certificate.evaluated :]
+    assert found.certificate.next_bound == pytest.approx(left[0].item())
+    assert found.certificate.slack == pytest.approx(slack)
+
+
+def test_a_contribution_that_overflows_is_an_error_not_a_shorter_list():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=0.3, centered=True)
+    blocks = random_ffns(generator, 2, 16, 200, tail=1.0)
+    blocks[1].coefficients[7] = 3e38
+    with pytest.raises(NonFiniteError, match="too large"):
+        top_neurons(blocks, out, Target(3), 10)
+    with pytest.raises(NonFiniteError, match="too large"):
+        neuron_scores(blocks[1], out, Target(3))
+
+
+def test_reach_and_gradient_do_not_depend_on_the_blocks_of_the_vocabulary(monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=3.0, centered=True, dtype=torch.float64)
+    (block,) = random_ffns(generator, 1, 16, 5, tail=1.0, dtype=torch.float64)
+    probs = out.logits(block.base[None]).softmax(-1)[0]
+    norms = (out.gain[:, None] * out.W_U).norm(dim=0) / out.norm_scale
+    wanted = (norms[3] + probs @ norms).item()
+    for columns in (4, 7, 1024):
+        monkeypatch.setattr("tl_neuron_attr.readout._SURVEY_COLUMNS", columns)
+        tangent = out.baseline(block.base[None], Target(3)).tangent
+        assert tangent.reach.item() == pytest.approx(wanted, rel=1e-12)
+
+
+def test_tokens_that_cannot_come_do_not_spoil_a_survey(monkeypatch):
+    monkeypatch.setattr("tl_neuron_attr.readout._SURVEY_COLUMNS", 4)
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=1.0, centered=True)
+    out.b_U[:6] = -torch.inf
+    base = torch.randn(1, 16, generator=generator)
+    found = out.baseline(base, Target(9))
+    assert found.log_prob.item() == pytest.approx(out.log_prob(base, Target(9)).item(), abs=1e-5)
+    assert found.tangent.gradient.isfinite().all()

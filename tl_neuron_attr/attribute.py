@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_neuron_attr.attribution import Attribution, at_least_one, progress_bar
+from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture_all, check_fits
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import InputError
@@ -36,8 +36,15 @@ from tl_neuron_attr.prompts import (
     TokenizedPrompt,
     as_prompt,
     as_questions,
+    at_least_one,
 )
-from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out, read_out
+from tl_neuron_attr.readout import (
+    DEFAULT_BUDGET,
+    Convention,
+    check_read_out,
+    full_precision,
+    read_out,
+)
 from tl_neuron_attr.scores import baselines_of_runs, head_scores, layer_scores
 from tl_neuron_attr.topk import top_neurons_of_runs
 
@@ -95,7 +102,7 @@ def attribute(
             prompt, target=target, against=against, position=position, prepend_bos=prepend_bos
         )
         target = against = None
-    return attribute_all(
+    (result,) = _results(
         model,
         [question],
         target=target,
@@ -107,7 +114,10 @@ def attribute(
         cache=cache,
         index=index,
         progress=progress,
-    )[0]
+    )
+    for message in result.warnings:
+        warnings.warn(message, stacklevel=2)
+    return result
 
 
 def attribute_all(
@@ -122,7 +132,7 @@ def attribute_all(
     dtype: torch.dtype | None = None,
     budget: SupportsIndex = DEFAULT_BUDGET,
     batch_size: SupportsIndex = 16,
-    attention_mask: Tensor | None = None,
+    attention_mask: Any = None,
     cache: Any = None,
     index: ProjectionIndex | None = None,
     progress: bool = False,
@@ -145,6 +155,44 @@ def attribute_all(
 
     The other arguments, errors and costs are those of ``attribute``.
     """
+    results = _results(
+        model,
+        prompts,
+        target=target,
+        against=against,
+        prepend_bos=prepend_bos,
+        top=top,
+        convention=convention,
+        dtype=dtype,
+        budget=budget,
+        batch_size=batch_size,
+        attention_mask=attention_mask,
+        cache=cache,
+        index=index,
+        progress=progress,
+    )
+    for message in results[0].warnings:
+        warnings.warn(message, stacklevel=2)
+    return results
+
+
+def _results(
+    model: Any,
+    prompts: Any,
+    *,
+    target: Any,
+    against: Any,
+    top: SupportsIndex,
+    convention: Convention,
+    dtype: torch.dtype | None,
+    budget: SupportsIndex,
+    cache: Any,
+    index: ProjectionIndex | None,
+    progress: bool,
+    prepend_bos: bool | None = None,
+    batch_size: SupportsIndex = 1,
+    attention_mask: Any = None,
+) -> list[Attribution]:
     started = time.perf_counter()
     top = at_least_one(top, "top")
     budget = at_least_one(budget, "budget")
@@ -158,49 +206,37 @@ def attribute_all(
     )
     asked = [_tokenized(host, question, prepend_bos) for question in questions]
     # two baselines a layer for each prompt, and what the survey makes of them on the way
-    per_prompt = 4 * host.n_layers * host.d_vocab * torch.finfo(host.dtype).bits // 8
+    scoring = dtype or torch.promote_types(host.dtype, torch.float32)
+    per_prompt = 4 * host.n_layers * host.d_vocab * scoring.itemsize
     batch_size = max(1, min(batch_size, budget // per_prompt))
-    results: list[Attribution | None] = [None] * len(asked)
-    # under a caller's autocast neither activations nor scores would have the precision promised
+    captures: dict[int, Capture] = {}
+    results: dict[int, Attribution] = {}
     with (
         torch.no_grad(),
-        torch.autocast(host.device.type, enabled=False),
+        full_precision(),
         progress_bar(2 * top * len(asked), "neuron", progress) as bar,
     ):
-        # a cache has its prompts in their order, in one batch
-        batches = _batches(asked, batch_size) if cache is None else [list(range(len(asked)))]
-        for batch in batches:
-            captures = _captured(host, [asked[place] for place in batch], cache, padding_side)
-            targets = [
-                captured.prompt.target or _own_top_prediction(host, captured)
-                for captured in captures
-            ]
-            for contrast in (False, True):
-                some = [
-                    number
-                    for number, wanted in enumerate(targets)
-                    if (wanted.against is not None) == contrast
-                ]
-                if not some:
-                    continue
+        if cache is not None:  # it has its prompts in their order, in one batch
+            rows = [question.row for question in questions]
+            captures = dict(enumerate(_cached(host, asked, rows, cache, padding_side)))
+        for batch in _batches(asked, batch_size):
+            if cache is None:
+                ran = _captured(host, [asked[place] for place in batch])
+                captures = dict(zip(batch, ran, strict=True))
+            for some in _alike([captures[place] for place in batch]):
+                places = [batch[number] for number in some]
                 found = _scored(
                     host,
-                    [captures[number] for number in some],
-                    [targets[number] for number in some],
+                    [captures[place] for place in places],
                     convention=convention,
                     dtype=dtype,
                     budget=budget,
                     top=top,
                     bar=bar,
                 )
-                for number, result in zip(some, found, strict=True):
-                    results[batch[number]] = result
+                results |= dict(zip(places, found, strict=True))
     seconds = (time.perf_counter() - started) / len(asked)
-    for message in _warnings(host):
-        warnings.warn(message, stacklevel=2)
-    return [
-        replace(result, seconds=seconds, index=index) for result in results if result is not None
-    ]
+    return [replace(results[place], seconds=seconds, index=index) for place in range(len(asked))]
 
 
 # --- the pipeline, for one batch --------------------------------------------------------------
@@ -211,14 +247,7 @@ def _tokenized(
 ) -> TokenizedPrompt | Capture:
     """What is asked, as the model sees it; a capture with the target it is asked about now."""
     if not isinstance(question.prompt, Capture):
-        prompt = as_prompt(
-            question.prompt,
-            target=question.target,
-            against=question.against,
-            prepend_bos=prepend_bos,
-            prompt_id=question.prompt_id,
-        )
-        return tokenize(host, prompt)
+        return tokenize(host, question.as_prompt(prepend_bos))
     captured = question.prompt
     check_fits(host, captured.mlp_post, captured.v, captured.resid_pre)
     if question.target is None and question.against is None:
@@ -228,11 +257,30 @@ def _tokenized(
 
 
 def _batches(asked: Sequence[TokenizedPrompt | Capture], batch_size: int) -> Iterator[list[int]]:
-    """Places of prompts to run together: of about the same length, so that little is padding."""
-    prompts = [each.prompt if isinstance(each, Capture) else each for each in asked]
-    order = sorted(range(len(asked)), key=lambda place: len(prompts[place].tokens))
-    for first in range(0, len(order), batch_size):
-        yield order[first : first + batch_size]
+    """Places of what is asked together: so many prompts of about the same length, all targets."""
+    same: dict[Any, list[int]] = {}
+    for place, each in enumerate(asked):
+        captured = isinstance(each, Capture)
+        key = id(each.resid_pre) if captured else (each.tokens, each.read_pos)
+        same.setdefault(key, []).append(place)
+
+    def length(places: list[int]) -> int:
+        first = asked[places[0]]
+        return len((first.prompt if isinstance(first, Capture) else first).tokens)
+
+    groups = sorted(same.values(), key=length)
+    for first in range(0, len(groups), batch_size):
+        yield [place for places in groups[first : first + batch_size] for place in places]
+
+
+def _alike(captures: Sequence[Capture]) -> list[list[int]]:
+    """Those that can be scored together: tokens or contrasts, in one precision."""
+    alike: dict[Any, list[int]] = {}
+    for number, captured in enumerate(captures):
+        target = captured.prompt.target
+        contrast = target is not None and target.against is not None
+        alike.setdefault((contrast, captured.resid_pre.dtype), []).append(number)
+    return [*alike.values()]
 
 
 def _in_dtype(captures: Sequence[Capture], dtype: torch.dtype) -> list[Capture]:
@@ -246,35 +294,45 @@ def _in_dtype(captures: Sequence[Capture], dtype: torch.dtype) -> list[Capture]:
     return results
 
 
-def _captured(
+def _captured(host: Host, asked: Sequence[TokenizedPrompt | Capture]) -> list[Capture]:
+    """What happened in each prompt, run now or given, and verified."""
+    tokens = [prompt for prompt in asked if isinstance(prompt, TokenizedPrompt)]
+    own_run = not has_hooks(host.model)
+    # scores do not depend on where padding is; on the right it needs no care
+    ran = capture_all(host, tokens) if tokens else []
+    _verify_all(host, ran[:1] if own_run else ran, own_run=own_run)
+    given = [prompt for prompt in asked if isinstance(prompt, Capture)]
+    _verify_all(host, given, own_run=False)
+    runs = iter(ran)
+    return [prompt if isinstance(prompt, Capture) else next(runs) for prompt in asked]
+
+
+def _cached(
     host: Host,
     asked: Sequence[TokenizedPrompt | Capture],
+    rows: Sequence[int],
     cache: Any,
     padding_side: PaddingSide,
 ) -> list[Capture]:
-    """What happened in each prompt: run now, or read from what was given, and verified."""
-    tokens = [prompt for prompt in asked if isinstance(prompt, TokenizedPrompt)]
-    own_run = cache is None and not has_hooks(host.model)
-    if cache is None:
-        # scores do not depend on where padding is; on the right it needs no care
-        ran = capture_all(host, tokens) if tokens else []
-    else:
-        ran = capture_all(host, tokens, cache, padding_side=padding_side)
-    for number, captured in enumerate(ran):
-        if number == 0 or not own_run:
-            verify(host, captured, own_run=own_run)
-    runs = iter(ran)
-    captures = [prompt if isinstance(prompt, Capture) else next(runs) for prompt in asked]
-    for captured, prompt in zip(captures, asked, strict=True):
-        if captured is prompt:
-            verify(host, captured)
-    return captures
+    """The same from a cache: its row i is the i-th prompt, whatever targets that is asked about."""
+    prompts = [prompt for prompt in asked if isinstance(prompt, TokenizedPrompt)]
+    if len(prompts) < len(asked):
+        raise InputError("a Capture carries its own tokens: leave the cache out")
+    firsts = [prompts[rows.index(row)] for row in sorted(set(rows))]
+    captures = capture_all(host, firsts, cache, padding_side=padding_side)
+    _verify_all(host, captures, own_run=False)
+    return [replace(captures[row], prompt=each) for row, each in zip(rows, prompts, strict=True)]
+
+
+def _verify_all(host: Host, captures: Sequence[Capture], *, own_run: bool) -> None:
+    """Every identity of each run, once however many targets it is asked about."""
+    for captured in {id(captured.resid_pre): captured for captured in captures}.values():
+        verify(host, captured, own_run=own_run)
 
 
 def _scored(
     host: Host,
     captures: Sequence[Capture],
-    targets: Sequence[Target],
     *,
     convention: Convention,
     dtype: torch.dtype | None,
@@ -283,6 +341,7 @@ def _scored(
     bar: tqdm,
 ) -> list[Attribution]:
     """Scores of layers, heads and the best neurons for each capture and its target."""
+    targets = [each.prompt.target or _own_top_prediction(host, each) for each in captures]
     if dtype is not None:
         captures = _in_dtype(captures, dtype)
     outs = [read_out(host, run.resid_final, convention, budget=budget) for run in captures]

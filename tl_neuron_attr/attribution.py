@@ -30,14 +30,14 @@ from tl_neuron_attr.intervals import (
     suppressing_neurons,
 )
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
-from tl_neuron_attr.prompts import Target, integer
+from tl_neuron_attr.prompts import Target, at_least_one, integer
 from tl_neuron_attr.query import (
     QueryScores,
     query_scores,
     top_query_neurons,
     value_neurons,
 )
-from tl_neuron_attr.readout import Convention, ReadOut, project
+from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (
     head_table,
@@ -136,7 +136,11 @@ class Attribution:
         blocks = [self.attns[place] for place in layers]
         rows = sum(block.pattern[heads].numel() for block in blocks)
         tables = []
-        with torch.no_grad(), progress_bar(rows, "position", progress) as bar:
+        with (
+            torch.no_grad(),
+            full_precision(),
+            progress_bar(rows, "position", progress) as bar,
+        ):
             for block in blocks:
                 scores = position_scores(
                     [block], self.out, self.target, heads=heads, progress=bar.update
@@ -187,51 +191,41 @@ class Attribution:
         return pd.concat(tables, ignore_index=True)
 
     def suppressing(
-        self,
-        kind: Kind | None = None,
-        top: int = 10,
-        *,
-        tokens: int = 0,
-        progress: bool = False,
+        self, kind: Kind | None = None, top: int | None = None, *, tokens: int = 0
     ) -> pd.DataFrame:
         """The neurons that lower log p(target) most, lowest score first, each kind for itself.
 
         Proven like the best ones, but it takes the projection index: ``attribute(..., index=)``.
-        The columns are those of ``neurons``. Cost: searched at each call.
+        Arguments and columns are those of ``neurons``. Cost: a search as that for the best, once.
 
         Raises:
-            InputError: If ``kind`` is unknown, or there is no index and one is needed (a contrast,
-                and a recomputed norm, need none).
+            InputError: If ``kind`` is unknown, more neurons are asked for than were ranked, or
+                there is no index and one is needed (a contrast, and a recomputed norm, need none).
         """
         tables = []
-        for name, ranked in self.suppressing_neurons(kind, top, progress=progress).items():
-            tables.append(self._table(ranked, self._blocks(name), tokens))
+        for name in _kinds(kind):
+            blocks = self._blocks(name)
+            neurons = self.suppressing_neurons[name]
+            if top is not None:
+                neurons = _first(neurons, blocks, at_least_one(top, "top"))
+            tables.append(self._table(neurons, blocks, tokens))
         return pd.concat(tables, ignore_index=True)
 
-    def suppressing_neurons(
-        self, kind: Kind | None = None, top: int = 10, *, progress: bool = False
-    ) -> dict[Kind, RankedNeurons]:
-        """What ``suppressing`` tabulates, with certificates."""
-        top = at_least_one(top, "top")
+    @cached_property
+    def suppressing_neurons(self) -> dict[Kind, RankedNeurons]:
+        """What ``suppressing`` tabulates, by kind, with certificates: as many as were ranked."""
         if self.out.affine and self.target.against is None:
             self._need_index()
-        names = _kinds(kind)
-        with torch.no_grad(), progress_bar(top * len(names), "neuron", progress) as bar:
+        ranked = {"ffn": self.ffn_neurons, "attn": self.attn_neurons}
+        with torch.no_grad():
             return {
                 name: suppressing_neurons(
-                    self._blocks(name),
-                    self.out,
-                    self.target,
-                    self.index,
-                    top,
-                    progress=bar.update,
+                    self._blocks(name), self.out, self.target, self.index, len(ranked[name])
                 )
-                for name in names
+                for name in _kinds(None)
             }
 
-    def intervals(
-        self, kind: Kind, *, tolerance: float = DEFAULT_TOLERANCE, progress: bool = False
-    ) -> Intervals:
+    def intervals(self, kind: Kind, *, tolerance: float = DEFAULT_TOLERANCE) -> Intervals:
         """Between what the score of every neuron of a kind lies, at most ``tolerance`` nats apart.
 
         Cost: a small part of what scoring every neuron takes; computed anew at each call.
@@ -239,17 +233,15 @@ class Attribution:
         Raises:
             InputError: If ``kind`` is unknown, the norm is recomputed, or there is no index.
         """
-        (name,) = _kinds(kind)
+        if kind not in ("ffn", "attn"):
+            raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
+        if not self.out.affine:
+            raise InputError("a recomputed norm has no intervals; use exact or published")
         if self.target.against is None:
             self._need_index()
-        with torch.no_grad(), progress_bar(0, "neuron", progress) as bar:
+        with torch.no_grad():
             return score_intervals(
-                self._blocks(name),
-                self.out,
-                self.target,
-                self.index,
-                tolerance=tolerance,
-                progress=bar.update,
+                self._blocks(kind), self.out, self.target, self.index, tolerance=tolerance
             )
 
     def shares(
@@ -257,7 +249,6 @@ class Attribution:
         top: int = 300,
         *,
         tolerance: float = DEFAULT_TOLERANCE,
-        progress: bool = False,
     ) -> pd.DataFrame:
         """How much of all that raises the target the best neurons hold, between proven ends.
 
@@ -268,7 +259,7 @@ class Attribution:
         top = at_least_one(top, "top")
         rows = []
         for name in _kinds(None):
-            found = self.intervals(name, tolerance=tolerance, progress=progress)
+            found = self.intervals(name, tolerance=tolerance)
             rows.append((name, top, *found.positive_total(), *found.share(top)))
         return share_table(rows)
 
@@ -341,7 +332,7 @@ class Attribution:
         """What the query tables are made from, as tensors."""
         values = self._values(of, top_values)
         convention = "published" if self.convention == "published" else "exact"
-        with torch.no_grad(), torch.autocast(self.host.device.type, enabled=False):
+        with torch.no_grad(), full_precision():
             verify_subkeys(self.host, self.captured)
             sources = self._sources_of(values)
             scores = query_scores(self.host, self.captured, values, sources, convention)
@@ -424,11 +415,14 @@ class Attribution:
         }
 
     def certificates(self) -> dict[str, dict[str, Any]]:
-        """Why the neurons listed are the best, for each kind: the fields of its ``Certificate``."""
-        return {
-            ranked.kind: asdict(ranked.certificate)
-            for ranked in (self.ffn_neurons, self.attn_neurons)
-        }
+        """Why the neurons listed are the best, for each kind: the fields of its ``Certificate``.
+
+        With a projection index also why those that lower the target most are these.
+        """
+        lists = {"ffn": self.ffn_neurons, "attn": self.attn_neurons}
+        if self.index is not None and self.out.affine:
+            lists |= {f"suppressing_{name}": r for name, r in self.suppressing_neurons.items()}
+        return {name: asdict(ranked.certificate) for name, ranked in lists.items()}
 
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
@@ -450,10 +444,12 @@ class Attribution:
         }
         if self.index is not None and self.out.affine:
             top = max(len(self.ffn_neurons), len(self.attn_neurons))
-            tables["suppressing"] = self.suppressing(top=top, progress=progress)
-            tables["shares"] = self.shares(top, progress=progress)
+            tables["suppressing"] = self.suppressing()
+            tables["shares"] = self.shares(top)
         facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
-        write_tables(path, tables, {"run.json": facts + "\n"})
+        # those of another run would not be this one's
+        stale = [name for name in ("suppressing", "shares") if name not in tables]
+        write_tables(path, tables, {"run.json": facts + "\n"}, stale)
 
     @cached_property
     def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
@@ -552,15 +548,3 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:  # run from a source tree that was not installed
         return "not installed"
-
-
-def at_least_one(value: Any, what: str) -> int:
-    """``value`` as a plain integer that counts something.
-
-    Raises:
-        InputError: If it is no integer, or below 1.
-    """
-    count = integer(value, what)
-    if count < 1:
-        raise InputError(f"{what} must be at least 1, got {count}")
-    return count

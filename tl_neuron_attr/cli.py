@@ -83,6 +83,9 @@ def attribute(
         str | None,
         typer.Option(help="A second token: explain why the target rather than this one."),
     ] = None,
+    against_id: Annotated[
+        int | None, typer.Option(help="The same as a token id, in place of --against.")
+    ] = None,
     position: Annotated[
         int, typer.Option(help="Where the answer is read: a token's place, or from the end.")
     ] = -1,
@@ -144,8 +147,11 @@ def attribute(
     with _errors_in_one_sentence():
         if target is not None and target_id is not None:
             raise InputError("give the answer either as --target or as --target-id")
+        if against is not None and against_id is not None:
+            raise InputError("give the other token either as --against or as --against-id")
         answer = target if target_id is None else target_id
-        prompt = _prompt(text, tokens, answer, against, position, bos)
+        other = against if against_id is None else against_id
+        prompt = _prompt(text, tokens, answer, other, position, bos)
         if convention not in CONVENTIONS:
             raise InputError(
                 f"--convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}"
@@ -164,8 +170,14 @@ def attribute(
             )
             print(json.dumps({"model": model, **_plan_as_json(found)}) if as_json else found)
             return
-        if out is not None:
-            check_writable(out)
+        for directory in (out, index_dir):
+            if directory is not None:
+                check_writable(directory)
+        if index_dir is not None and convention == "recomputed":
+            raise InputError(
+                "an index is of no use with --convention recomputed, whose scores have no bounds; "
+                "leave out --index"
+            )
         started = time.perf_counter()
         loaded = _load(model, device, dtype)
         with warnings.catch_warnings():
@@ -230,7 +242,7 @@ def _prompt(
     text: str | None,
     tokens: str | None,
     target: str | int | None,
-    against: str | None,
+    against: str | int | None,
     position: int,
     bos: bool | None,
 ) -> Prompt:
@@ -324,7 +336,7 @@ def _from_index(result: Attribution) -> dict[str, Any]:
         return {}
     top = max(len(result.ffn_neurons), len(result.attn_neurons))
     return {
-        "suppressing": _records(result.suppressing(top=top, tokens=5)),
+        "suppressing": _records(result.suppressing(tokens=5)),
         "shares": _records(result.shares(top)),
     }
 

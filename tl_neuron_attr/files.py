@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tl_neuron_attr.errors import InputError, OutputError
@@ -25,12 +25,14 @@ def check_writable(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
-def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+def write_files(
+    directory: Path, writers: Mapping[str, Callable[[Path], object]], stale: Sequence[str] = ()
+) -> None:
     """Let each writer write its file, all under temporary names, and rename them at the end.
 
     ``directory`` is made where absent. If any writer fails, nothing there has changed; a reader
     never sees half a file. The last name is renamed last: a file that vouches for the others
-    belongs there.
+    belongs there. Files of the names ``stale`` are removed once all others are written.
 
     Raises:
         OutputError: If the disk is full, or the directory cannot be written to.
@@ -49,6 +51,8 @@ def write_files(directory: Path, writers: Mapping[str, Callable[[Path], object]]
                 os.fsync(file.fileno())
         umask = os.umask(0)
         os.umask(umask)
+        for name in stale:
+            (directory / name).unlink(missing_ok=True)
         for temporary_path, final in staged:
             # mkstemp makes private files; results should carry the permissions of any other file
             temporary_path.chmod(0o666 & ~umask)

@@ -368,7 +368,7 @@ def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
             f"(0 to {len(tokens) - 1}, or -{len(tokens)} to -1 from the end)"
         )
     return TokenizedPrompt(
-        prompt_id=prompt.prompt_id,
+        prompt_id=prompt.prompt_id or "0",
         text=prompt.text,
         tokens=tokens,
         token_texts=tuple(host.token_text(token) for token in tokens),

@@ -43,7 +43,7 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.index import ProjectionIndex, rounding_unit
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import Baseline, ReadOut
+from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
     Bounds,
@@ -128,6 +128,7 @@ class Intervals:
         return lowest, best_high / (best_high + rest_low)
 
 
+@full_precision()
 def score_intervals(
     blocks: Sequence[Decomposition],
     out: ReadOut,
@@ -208,6 +209,7 @@ def score_intervals(
     )
 
 
+@full_precision()
 def suppressing_neurons(
     blocks: Sequence[Decomposition],
     out: ReadOut,

@@ -15,11 +15,10 @@ from typing import Any, SupportsIndex
 
 import torch
 
-from tl_neuron_attr.attribution import at_least_one
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.host import open_host
 from tl_neuron_attr.models import load_config, weight_dtype
-from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import (
     _COLUMNS,
     _SURVEY_COLUMNS,

@@ -4,8 +4,8 @@ These are plain values. Turning text into token ids needs the model's tokenizer:
 """
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -35,7 +35,7 @@ class Prompt:
     against: Any = None
     position: Any = -1
     prepend_bos: bool | None = None
-    prompt_id: str = "0"
+    prompt_id: str | None = None
 
     def __post_init__(self) -> None:
         if (self.text is None) == (self.tokens is None):
@@ -99,7 +99,7 @@ def as_prompt(
     against: str | SupportsIndex | None = None,
     position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
-    prompt_id: str = "0",
+    prompt_id: str | None = None,
 ) -> Prompt:
     """A ``Prompt`` from text, from token ids (a sequence or a tensor), or from a ``Prompt``.
 
@@ -109,7 +109,7 @@ def as_prompt(
         InputError: For an empty prompt, a batch of several prompts, or doubly given arguments.
     """
     if isinstance(prompt, Prompt):
-        if (target, against, position, prepend_bos) != (None, None, None, None):
+        if any(each is not None for each in (target, against, position, prepend_bos)):
             raise InputError(
                 "target, against, position and prepend_bos belong inside the Prompt given"
             )
@@ -142,9 +142,26 @@ class Question:
     """One of several things asked at once: a prompt in any form, and what it is asked about."""
 
     prompt: Any
+    row: int
+    """Which of the prompts given it is."""
     prompt_id: str
     target: Any
     against: Any
+
+    def as_prompt(self, prepend_bos: bool | None) -> Prompt:
+        """As a ``Prompt``; one that was given as such takes the target it lacks.
+
+        Raises:
+            InputError: As ``as_prompt``.
+        """
+        asked = {"target": self.target, "against": self.against}
+        prompt = self.prompt
+        if isinstance(prompt, Prompt):
+            if prompt.target is None and self.target is not None:
+                prompt, asked = replace(prompt, **asked), {}
+            if prompt.prompt_id is None:
+                prompt = replace(prompt, prompt_id=self.prompt_id)
+        return as_prompt(prompt, **asked, prepend_bos=prepend_bos, prompt_id=self.prompt_id)
 
 
 def as_questions(
@@ -152,7 +169,7 @@ def as_questions(
     *,
     target: Any = None,
     against: Any = None,
-    attention_mask: torch.Tensor | None = None,
+    attention_mask: Any = None,
 ) -> tuple[list[Question], PaddingSide]:
     """One question for each prompt, or for each target of one prompt, and the side of padding.
 
@@ -161,52 +178,74 @@ def as_questions(
             mask does not fit the ids, or leaves gaps.
     """
     padding_side: PaddingSide = "right"
+    if isinstance(prompts, (Mapping, bytes, bytearray, Set)):
+        raise InputError(
+            f"prompts must be text, token ids or Prompts in a row, got a "
+            f"{type(prompts).__name__}; of a tokenizer's output give ['input_ids'], and its "
+            "attention_mask beside it"
+        )
+    if not isinstance(prompts, (str, torch.Tensor)) and hasattr(prompts, "ndim"):
+        prompts = torch.as_tensor(prompts)
     if isinstance(prompts, torch.Tensor) and prompts.ndim == 2:
         prompts, padding_side = _without_padding(prompts, attention_mask)
     elif attention_mask is not None:
         raise InputError("an attention_mask belongs beside token ids of shape [batch, pos]")
     # text, a row of ids, and what cannot be walked through are one prompt
     if isinstance(prompts, (str, Prompt, torch.Tensor)) or not isinstance(prompts, Iterable):
-        one, listed = True, [prompts]
+        listed = [prompts]
     else:
         listed = list(prompts)
-        one = bool(listed) and all(isinstance(each, SupportsIndex) for each in listed)
-        listed = [listed] if one else listed
-    several = [len(each) for each in (target, against) if isinstance(each, (list, tuple))]
-    count = max([1, *several]) if one else len(listed)
-    if count == 0:
+        ids = [isinstance(each, SupportsIndex) and not getattr(each, "ndim", 0) for each in listed]
+        listed = [listed] if listed and all(ids) else listed
+    if not listed:
         raise InputError("there are no prompts; give at least one")
-    if any(length != count for length in several):
-        raise InputError(
-            f"give one target for all prompts, or one for each: there are {count} prompts and "
-            f"{several[0]} targets"
-        )
+    given = {"targets": target, "tokens to compare with": against}
+    several = {name: len(each) for name, each in given.items() if isinstance(each, (list, tuple))}
+    count = max([1, *several.values()]) if len(listed) == 1 else len(listed)
+    for name, length in several.items():
+        if length != count:
+            raise InputError(
+                f"give one for all prompts, or one for each: there are {length} {name} for "
+                f"{count} {'questions' if len(listed) == 1 else 'prompts'}"
+            )
 
     def each(value: Any) -> list[Any]:
         return list(value) if isinstance(value, (list, tuple)) else [value] * count
 
     questions = [
-        Question(prompt=prompt, prompt_id=str(number), target=token, against=other)
+        Question(
+            prompt=prompt,
+            row=0 if len(listed) == 1 else number,
+            prompt_id=str(number),
+            target=token,
+            against=other,
+        )
         for number, (prompt, token, other) in enumerate(
-            zip(listed * count if one else listed, each(target), each(against), strict=True)
+            zip(
+                listed * count if len(listed) == 1 else listed,
+                each(target),
+                each(against),
+                strict=True,
+            )
         )
     ]
     return questions, padding_side
 
 
 def _without_padding(
-    tokens: torch.Tensor, attention_mask: torch.Tensor | None
+    tokens: torch.Tensor, attention_mask: Any
 ) -> tuple[list[tuple[int, ...]], PaddingSide]:
     if tokens.is_floating_point():
         raise InputError(f"token ids must be integers, got {tokens.dtype}")
     if attention_mask is None:
         return [tuple(row) for row in tokens.tolist()], "right"
+    attention_mask = torch.as_tensor(attention_mask)
     if attention_mask.shape != tokens.shape:
         raise InputError(
             f"the attention_mask is of shape {list(attention_mask.shape)}, the token ids of "
             f"{list(tokens.shape)}; they must be the same"
         )
-    kept = attention_mask.bool()
+    kept = attention_mask.bool().to(tokens.device)
     lengths = kept.sum(1, keepdim=True)
     place = torch.arange(tokens.shape[1], device=tokens.device)
     if torch.equal(kept, place < lengths):
@@ -233,6 +272,18 @@ def integer(value: Any, what: str) -> int:
         return operator.index(value)
     except (TypeError, ValueError):
         raise InputError(f"{what} must be an integer, got {value!r}") from None
+
+
+def at_least_one(value: Any, what: str) -> int:
+    """``value`` as a plain integer that counts something.
+
+    Raises:
+        InputError: If it is no integer, or below 1.
+    """
+    count = integer(value, what)
+    if count < 1:
+        raise InputError(f"{what} must be at least 1, got {count}")
+    return count
 
 
 def _check_text(text: str, what: str) -> None:

@@ -38,7 +38,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import ReadOut
+from tl_neuron_attr.readout import ReadOut, full_precision
 from tl_neuron_attr.topk import Certificate, Kind, RankedNeurons, exact_scores, largest
 
 QueryConvention = Literal["exact", "published"]
@@ -137,6 +137,7 @@ class QueryNeurons:
     """Where the neuron feeds the value neurons; if positions were summed, where it does most."""
 
 
+@full_precision()
 def query_scores(
     host: Host,
     captured: Capture,
@@ -436,6 +437,7 @@ def _values_by_head(host: Host, captured: Capture, layer: int) -> Float[Tensor, 
 # --- the best query neurons -------------------------------------------------------------------
 
 
+@full_precision()
 def top_query_neurons(
     host: Host,
     captured: Capture,
@@ -548,6 +550,7 @@ def _by_definition(total: int, score: Float[Tensor, " best"]) -> Certificate:
 # --- chosen value neurons ---------------------------------------------------------------------
 
 
+@full_precision()
 def value_neurons(
     host: Host,
     captured: Capture,

@@ -14,11 +14,12 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
@@ -44,6 +45,24 @@ _ROWS, _COLUMNS = 512, 4096
 _SURVEY_COLUMNS = 1024
 
 _PUBLISHED_RMS_EPS = 1e-6
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Products in the dtype of their factors, whatever the caller chose for his own.
+
+    Under autocast, or with TensorFloat-32 in place of float32, scores would not be what they say,
+    and no bound would hold. The caller's choice is back afterwards.
+    """
+    chosen = torch.get_float32_matmul_precision()
+    with ExitStack() as stack:
+        if chosen != "highest":
+            stack.callback(torch.set_float32_matmul_precision, chosen)
+            torch.set_float32_matmul_precision("highest")
+        for device in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,12 +115,14 @@ class ReadOut:
         normalized = self._weighted(resid / scale)
         return normalized if self.bias is None else normalized + self.bias.to(self.dtype)
 
+    @full_precision()
     def logits(self, resid: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
         """All logits of each residual vector. Cost: batch x d_vocab floats of memory."""
         normalized = self.normalize(resid)
         blocks = [self._logit_block(normalized, columns) for columns in self._vocabulary()]
         return torch.cat(blocks, dim=-1)
 
+    @full_precision()
     def log_prob(
         self, resid: Float[Tensor, "*batch d_model"], target: Target
     ) -> Float[Tensor, "*batch"]:
@@ -129,6 +150,7 @@ class ReadOut:
         """
         return baseline_of_runs([self], [resid], [0], [target], tangent=tangent)
 
+    @full_precision()
     def increase(
         self,
         baseline: "Baseline",
@@ -184,17 +206,24 @@ class ReadOut:
             parts.append(token_logit - torch.stack(partial).logsumexp(0))
         return torch.cat(parts)
 
-    def _survey(self, normalized: Float[Tensor, "row d_model"], tangent: bool) -> "_Survey":
+    def _survey(
+        self, normalized: Float[Tensor, "row d_model"], leaning: Bool[Tensor, " row"]
+    ) -> "_Survey":
         """One pass over the unembedding: predictions, and what they expect of a contribution.
 
         The expectations are taken with weights that are rescaled whenever a larger logit turns
-        up, so that the unembedding need not be read a second time for their normaliser.
+        up, so that the unembedding need not be read a second time for their normaliser. They are
+        of the ``leaning`` rows only (0 for the others).
         """
         n_rows, d_model = normalized.shape
         log_probs = normalized.new_empty(n_rows, self.W_U.shape[1])
-        expected = normalized.new_zeros(n_rows, d_model)
-        expected_norm, total = normalized.new_zeros(2, n_rows)
-        largest = normalized.new_full((n_rows,), -torch.inf)
+        some = leaning.nonzero()[:, 0]
+        leans = len(some) > 0
+        # d_model first: the product below is then 1.3 x faster (24 rows, 2 cores)
+        expected = normalized.new_zeros(d_model, len(some))
+        expected_norm = normalized.new_zeros(len(some))
+        total = normalized.new_zeros(n_rows)
+        largest = normalized.new_full((n_rows,), torch.finfo(self.dtype).min)
         for columns in self._vocabulary(_SURVEY_COLUMNS):
             directions = self.W_U[:, columns].to(self.dtype)
             logits = normalized @ directions
@@ -205,13 +234,19 @@ class ReadOut:
             shrink = (seen - largest).exp()
             weights = (logits - largest[:, None]).exp_()
             total = total * shrink + weights.sum(-1)
-            if tangent:
-                expected = torch.addmm(expected * shrink[:, None], weights, directions.T)
-                expected_norm = expected_norm * shrink + weights @ self._norms(directions)
+            if leans:
+                weights, shrink = weights[some].T.contiguous(), shrink[some]
+                expected = (expected * shrink).addmm_(directions, weights)
+                expected_norm = expected_norm * shrink + self._norms(directions) @ weights
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
-        return _Survey(log_probs, expected / total[:, None], expected_norm / total)
+        found = _Survey(
+            log_probs, normalized.new_zeros(n_rows, d_model), normalized.new_zeros(n_rows)
+        )
+        found.expected[some] = (expected / total[some]).T
+        found.expected_norm[some] = expected_norm / total[some]
+        return found
 
     def _norms(self, directions: Float[Tensor, "d_model token"]) -> Float[Tensor, " token"]:
         """Norms of the directions, each entry weighted by the final norm's gain."""
@@ -349,6 +384,7 @@ class Tangent:
         return Tangent(gradient=self.gradient[bases], reach=self.reach[bases])
 
 
+@full_precision()
 def baseline_of_runs(
     outs: Sequence[ReadOut],
     resids: Sequence[Float[Tensor, "_ d_model"]],
@@ -356,12 +392,14 @@ def baseline_of_runs(
     targets: Sequence[Target],
     *,
     tangent: bool = True,
+    plain: Sequence[int] = (),
 ) -> Baseline:
     """The baselines of several runs of one model, asked about one or several targets.
 
     Run i has the read-out ``outs[i]`` (they differ in the scale of the norm only) and the bases
     ``resids[i]``. Request j asks about ``targets[j]`` in run ``run_of[j]``; its bases follow those
-    of request j - 1.
+    of request j - 1. ``plain`` are places among each run's bases that need no tangent: theirs
+    means nothing.
 
     Cost: one pass over the unembedding for all of them; d_vocab floats for each base of a run.
 
@@ -384,7 +422,10 @@ def baseline_of_runs(
     normalized = torch.cat([each.normalize(r) for each, r in zip(outs, resids, strict=True)])
     log_probs = picture = None
     if aims.against is None:
-        survey = out._survey(normalized, tangent and norm_scale is not None)
+        leaning = torch.full_like(normalized[:, 0], tangent and out.affine, dtype=torch.bool)
+        for start in starts:
+            leaning[[start + place for place in plain]] = False
+        survey = out._survey(normalized, leaning)
         log_probs = survey.log_probs
         log_prob = log_probs[source, aims.token]
         expected, expected_norm = survey.expected[source], survey.expected_norm[source]

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
+from tl_neuron_attr.errors import NonFiniteError
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import Baseline, ReadOut, baseline_of_runs
+from tl_neuron_attr.readout import Baseline, ReadOut, baseline_of_runs, full_precision
 
 Progress = Callable[[int], object]
 """Called with the number of vectors scored since the last call."""
@@ -62,16 +63,22 @@ def baselines_of_runs(
     Raises:
         InputError: If some targets are contrasts and others are not.
     """
-    runs: dict[int, int] = {}
-    run_of = [runs.setdefault(id(captured.resid_pre), len(runs)) for captured in captures]
+    runs: dict[tuple[int, int, int], int] = {}
+    run_of = [
+        runs.setdefault((id(run.resid_pre), id(run.resid_final), id(run.resid_mid)), len(runs))
+        for run in captures
+    ]
     firsts = [run_of.index(run) for run in range(len(runs))]
     resids = []
     for captured in (captures[first] for first in firsts):
         # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
         mid = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
         resids.append(torch.cat([captured.resid_pre, mid, captured.resid_final[None]]))
-    all_bases = baseline_of_runs([outs[first] for first in firsts], resids, run_of, targets)
     n_layers = captures[0].resid_pre.shape[0]
+    final = 2 * n_layers
+    all_bases = baseline_of_runs(
+        [outs[first] for first in firsts], resids, run_of, targets, plain=[final]
+    )
     number = torch.arange(len(all_bases), device=resids[0].device) % (2 * n_layers + 1)
     return Baselines(
         attn=all_bases[number < n_layers],
@@ -95,6 +102,7 @@ def layer_scores(captures: Sequence[Capture], out: ReadOut, before: Baselines) -
     ]
 
 
+@full_precision()
 def head_scores(
     runs: Sequence[Sequence[AttnDecomposition]], out: ReadOut, before: Baseline
 ) -> list[Float[Tensor, "layer head"]]:
@@ -102,13 +110,19 @@ def head_scores(
 
     ``before`` has one base a block: a run's layers in order, run after run.
     """
-    vectors = torch.stack([attn.head_vectors() for attns in runs for attn in attns])
-    n_blocks, n_heads, _ = vectors.shape
-    which = torch.arange(n_blocks, device=vectors.device).repeat_interleave(n_heads)
-    scores = out.increase(before, which, vectors.flatten(0, 1)).reshape(n_blocks, n_heads)
-    return list(scores.chunk(len(runs)))
+    blocks = [attn for attns in runs for attn in attns]
+    n_heads = blocks[0].shape[0]
+    step = max(1, out.rows_per_block // n_heads)
+    parts = []
+    for first in range(0, len(blocks), step):
+        vectors = torch.stack([attn.head_vectors() for attn in blocks[first : first + step]])
+        which = torch.arange(first, first + len(vectors), device=vectors.device)
+        rows = vectors.flatten(0, 1)
+        parts.append(out.increase(before, which.repeat_interleave(n_heads), rows))
+    return list(torch.cat(parts).reshape(len(blocks), n_heads).chunk(len(runs)))
 
 
+@full_precision()
 def position_scores(
     attns: Sequence[AttnDecomposition],
     out: ReadOut,
@@ -152,6 +166,7 @@ def neuron_scores(
     return neuron_scores_from(decomposition, out, before, progress=progress)
 
 
+@full_precision()
 def neuron_scores_from(
     decomposition: Decomposition,
     out: ReadOut,
@@ -169,4 +184,18 @@ def neuron_scores_from(
         scores[active] = out.increase(before, which, decomposition.vectors(active))
         if progress is not None:
             progress(len(numbers))
+    return finite(scores)
+
+
+def finite(scores: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+    """The scores, if all are numbers: NaN has no place in an order.
+
+    Raises:
+        NonFiniteError: If a contribution is so large that its logits overflow.
+    """
+    if not scores.isfinite().all():
+        raise NonFiniteError(
+            "a neuron's contribution is too large: its logits overflow the scores' dtype; "
+            "check the weights, or score in float64 (dtype=torch.float64)"
+        )
     return scores

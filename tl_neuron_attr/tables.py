@@ -211,12 +211,18 @@ def share_table(rows: Sequence[tuple[str, int, float, float, float, float]]) -> 
 
 
 def write_tables(
-    directory: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]
+    directory: Path,
+    tables: Mapping[str, pd.DataFrame],
+    texts: Mapping[str, str],
+    stale: Sequence[str] = (),
 ) -> None:
-    """Write each table as ``<name>.parquet`` and each text under its name: all of them, or none."""
+    """Write each table as ``<name>.parquet`` and each text under its name: all of them, or none.
+
+    ``stale`` names tables of an earlier run that this one does not have; they are removed.
+    """
     parquet = {f"{name}.parquet": _parquet_writer(table) for name, table in tables.items()}
     plain = {name: _text_writer(text) for name, text in texts.items()}
-    write_files(directory, {**parquet, **plain})
+    write_files(directory, {**parquet, **plain}, [f"{name}.parquet" for name in stale])
 
 
 def _parquet_writer(table: pd.DataFrame):

@@ -27,8 +27,8 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import Baseline, ReadOut
-from tl_neuron_attr.scores import Progress, neuron_scores_from
+from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
+from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
 Kind = Literal["ffn", "attn"]
 
@@ -111,6 +111,7 @@ class RankedNeurons:
         return [AttnNeuron(*place) for place in zip(layers, heads, indices, sources, strict=True)]
 
 
+@full_precision()
 def top_neurons(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
@@ -131,6 +132,7 @@ def top_neurons(
     return top_neurons_of_runs([decompositions], out, before, top, progress=progress)[0]
 
 
+@full_precision()
 def top_neurons_of_runs(
     runs: Sequence[Sequence[Decomposition]],
     out: ReadOut,
@@ -193,6 +195,7 @@ class TangentBound:
         return self.block.all_coefficients() * self.block.of_each(self.slope)
 
 
+@full_precision()
 def tangent_bounds(
     runs: Sequence[Sequence[Decomposition]], out: ReadOut, before: Baseline
 ) -> list[list[TangentBound]] | None:
@@ -248,6 +251,7 @@ def score_bounds(
 # --- search -----------------------------------------------------------------------------------
 
 
+@full_precision()
 def best_by_bound(
     runs: Sequence[Sequence[Decomposition]],
     bounds: Sequence[Sequence[Bounds]],
@@ -370,6 +374,7 @@ class _Race:
                 off.append(here.isneginf().nonzero()[: self.top, 0] + place * per_block)
             done = self.flat[self.flat // per_block == place] % per_block
             here[done] = -torch.inf
+            here = here.nan_to_num(torch.inf, torch.inf, -torch.inf)  # no bound excludes nothing
             largest = here.topk(min(self.size + 1, len(here)))
             numbers.append(largest.indices + place * per_block)
             bounds.append(largest.values)
@@ -402,13 +407,18 @@ def _best_of_all(
     certificate = Certificate(
         applies=out.affine,
         linear=False,
-        evaluated=len(scores),
+        evaluated=_active(blocks),
         total=len(scores),
         kth_score=float(scores[best[-1]]),
         next_bound=None,
         slack=0.0,
     )
     return _ranked(blocks, best, scores[best], certificate)
+
+
+def _active(blocks: Sequence[Decomposition]) -> int:
+    """How many neurons have a coefficient other than 0."""
+    return sum(int(block.all_coefficients().count_nonzero()) for block in blocks)
 
 
 def _best_linear(
@@ -427,7 +437,7 @@ def _best_linear(
     certificate = Certificate(
         applies=True,
         linear=True,
-        evaluated=total,
+        evaluated=_active(blocks),
         total=total,
         kth_score=float(merged[best[-1]]),
         next_bound=None,
@@ -436,6 +446,7 @@ def _best_linear(
     return _ranked(blocks, torch.cat(numbers)[best], merged[best], certificate)
 
 
+@full_precision()
 def exact_scores(
     decompositions: Sequence[Decomposition],
     out: ReadOut,
@@ -470,7 +481,7 @@ def _exact(
         vectors = blocks[0].base.new_empty(len(bases), before.resid.shape[1])
         for here, block in _by_block(bases, blocks):
             vectors[here] = block.vectors(numbers[here])
-        parts.append(out.increase(before, bases, vectors))
+        parts.append(finite(out.increase(before, bases, vectors)))
     return torch.cat(parts)
 
 
