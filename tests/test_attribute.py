@@ -414,6 +414,7 @@ def test_saving_without_an_index_leaves_no_table_of_an_earlier_run(tiny_gpt2, tm
         ),
         (torch.zeros(1, 3, dtype=torch.long), {"attention_mask": torch.zeros(1, 3)}, "empty"),
         ([TOKENS], {"batch_size": 0}, "batch_size must be at least 1"),
+        ([TOKENS], {"attention_mask": [[1, 1]]}, "belongs beside token ids of shape"),
         ([TOKENS, Prompt(tokens=TOKENS, target=1)], {"target": 3}, "belong inside the Prompt"),
     ],
 )
@@ -424,3 +425,20 @@ def test_what_cannot_be_asked_is_said_before_any_forward_pass(
     with pytest.raises(InputError, match=message):
         attribute_all(tiny_gpt2, prompts, **options)
     assert not passes
+
+
+def test_what_cannot_be_asked_of_a_result_or_an_index_is_said(tiny_gpt2, tmp_path):
+    index = projection_index(tiny_gpt2, tmp_path)
+    found = attribute(tiny_gpt2, TOKENS, target=7, top=2, index=index)
+    one = torch.tensor([0])
+    for ask, message in (
+        (lambda: found.intervals("ffn", tolerance=-1.0), "tolerance must be a number"),
+        (lambda: found.intervals("ffn").share(0), "top must be at least 1"),
+        (lambda: found.suppressing("ffn", top=3), "only the best 2"),
+        (lambda: top_neurons(found.ffns, found.out, found.target, 0), "top must be at least 1"),
+        (lambda: top_neurons([], found.out, found.target, 1), "no decompositions"),
+        (lambda: index.tokens("ffn", one + 99, one), "a layer is out of range"),
+        (lambda: index.tokens("attn", one, one + 999), "a row is out of range"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask()

@@ -39,7 +39,14 @@ from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons, value_neurons
 from tl_neuron_attr.readout import ReadOut, project, read_out
-from tl_neuron_attr.scores import head_scores, layer_scores, neuron_scores, position_scores
+from tl_neuron_attr.scores import (
+    Baselines,
+    baselines,
+    head_scores,
+    layer_scores,
+    neuron_scores,
+    position_scores,
+)
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"
@@ -48,6 +55,7 @@ __all__ = [
     "AttnDecomposition",
     "AttnNeuron",
     "Attribution",
+    "Baselines",
     "Capture",
     "FFNDecomposition",
     "FFNNeuron",
@@ -70,6 +78,7 @@ __all__ = [
     "attn_decomposition",
     "attribute",
     "attribute_all",
+    "baselines",
     "capture",
     "capture_all",
     "capture_sources",

@@ -148,7 +148,8 @@ def attribute_all(
             or token ids of shape [batch, pos], padded or not.
         target: One for all prompts, or one for each; as in ``attribute``.
         against: Likewise.
-        attention_mask: 1 for tokens and 0 for padding, beside ids of shape [batch, pos].
+        attention_mask: 1 for tokens and 0 for padding, beside ids of shape [batch, pos]; without
+            it every id counts as a token.
         cache: The ``ActivationCache`` of exactly those padded ids, in place of forward passes.
         batch_size: At most so many prompts in a forward pass; fewer where their predictions would
             not fit into ``budget``.
@@ -187,7 +188,7 @@ def _results(
     dtype: torch.dtype | None,
     budget: SupportsIndex,
     cache: Any,
-    index: ProjectionIndex | None,
+    index: Any,
     progress: bool,
     prepend_bos: bool | None = None,
     batch_size: SupportsIndex = 1,
@@ -200,6 +201,11 @@ def _results(
     host = open_host(model)
     check_read_out(host, convention, budget, dtype)
     if index is not None:
+        if not isinstance(index, ProjectionIndex):
+            raise InputError(
+                f"index must be a ProjectionIndex, got a {type(index).__name__}; "
+                "make one with projection_index(model, directory)"
+            )
         check_index(host, index)
     questions, padding_side = as_questions(
         prompts, target=target, against=against, attention_mask=attention_mask

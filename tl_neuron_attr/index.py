@@ -110,7 +110,13 @@ class ProjectionIndex:
                 f"the projection index holds {self.k} tokens of each end, {k} were asked for; "
                 "ask for at most as many, or make one with a larger k in another directory"
             )
+        if kind not in _KINDS:
+            raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
         projections = self.ffn if kind == "ffn" else self.attn
+        n_layers, n_rows = projections.low.shape
+        for name, places, count in (("layer", layer, n_layers), ("row", row, n_rows)):
+            if len(places) and not 0 <= int(places.min()) <= int(places.max()) < count:
+                raise InputError(f"a {name} is out of range: there are {count} {name}s")
         place = (layer.cpu(), row.cpu())
         top, bottom = [
             (ids[place][:, :k].long(), logits[place][:, :k] / norm_scale)

@@ -42,7 +42,7 @@ from torch import Tensor
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.index import ProjectionIndex, rounding_unit
-from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
@@ -118,8 +118,7 @@ class Intervals:
         Both the sum of the best and that of the others rise with every score, so the ends of the
         intervals give the ends of both. (0, 0) if no score is positive.
         """
-        if top < 1:
-            raise InputError(f"top must be at least 1, got {top}")
+        top = at_least_one(top, "top")
         best_low, rest_low = _best_and_rest(self.lower, top)
         best_high, rest_high = _best_and_rest(self.upper, top)
         if best_high == 0:
@@ -162,7 +161,7 @@ def score_intervals(
     Raises:
         InputError: If the norm is recomputed, or the index is not of a model of this shape.
     """
-    if not tolerance >= 0:
+    if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise InputError(f"the tolerance must be a number of nats, 0 or more; got {tolerance!r}")
     if not out.affine:
         raise InputError("a recomputed norm has no intervals; use exact or published")

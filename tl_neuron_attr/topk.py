@@ -26,7 +26,7 @@ from torch import Tensor
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
-from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
@@ -128,6 +128,9 @@ def top_neurons(
     Cost: a gradient and a matrix-vector product per layer, then about one read-out per neuron
     listed; dense, one read-out per neuron there is. For a contrast, the product alone.
     """
+    top = at_least_one(top, "top")
+    if not decompositions:
+        raise InputError("there are no decompositions to find the best neurons of")
     before = out.baseline(torch.stack([block.base for block in decompositions]), target)
     return top_neurons_of_runs([decompositions], out, before, top, progress=progress)[0]
 

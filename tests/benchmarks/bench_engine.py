@@ -1,7 +1,9 @@
 """How long attribution takes, beside a plain forward pass and beside what else there is.
 
-    pytest tests/benchmarks/bench_engine.py --benchmark-json=engine.json
-    pytest tests/benchmarks/bench_engine.py -k "small and 16"        # one model, one length
+    pytest -o addopts= tests/benchmarks/bench_engine.py --benchmark-json=engine.json
+    pytest -o addopts= tests/benchmarks/bench_engine.py -k "small and 16"    # one model, one length
+
+(``addopts`` are the tests' runtime type checks, which users do not pay for.)
 
 Every row of a group is measured in the same process on the same model and prompt, so quote the
 ratios, not the seconds. GPT-2-small's shape has seeded random weights, scaled so that predictions

@@ -1,6 +1,6 @@
 """Memory attribution takes, beside a forward pass and beside a full cache (Linux).
 
-    pytest tests/benchmarks/bench_memory.py -s --benchmark-json=memory.json
+    pytest -o addopts= tests/benchmarks/bench_memory.py -s --benchmark-json=memory.json
 
 Each job runs in a fresh process on GPT-2-small's shape, and reports the highest resident memory
 while it ran, above what the loaded model took before. ``extra_info`` has it in MiB.
