@@ -353,7 +353,7 @@ def _costs(work: _Work, rates: "_Rates") -> dict[str, Cost]:
         + 4 * shapes.n_layers * shapes.n_heads * shapes.d_head * work.length**2
     )
     # the bases of all layers: their logits, and where there are bounds their gradients
-    survey = work.many * (2 * shapes.n_layers + 1) * one_readout * (2 if work.affine else 1)
+    survey = work.many * one_readout * (2 * shapes.n_layers * (2 if work.affine else 1) + 1)
     slopes = work.many * 2 * shapes.n_subvalues * shapes.d_model if work.affine else 0
 
     def cost(name: str, readouts: int, before: int, seconds: float) -> Cost:

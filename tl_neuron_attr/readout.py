@@ -236,7 +236,7 @@ class ReadOut:
             total = total * shrink + weights.sum(-1)
             if leans:
                 weights, shrink = weights[some].T.contiguous(), shrink[some]
-                expected = (expected * shrink).addmm_(directions, weights)
+                expected = torch.addmm(expected * shrink, directions, weights)
                 expected_norm = expected_norm * shrink + self._norms(directions) @ weights
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
