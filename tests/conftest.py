@@ -229,3 +229,16 @@ def _state_of(model):
     }
     weights = tuple((p.data_ptr(), p._version, p.requires_grad) for p in model.parameters())
     return hooks, [module.training for module in model.modules()], weights
+
+
+def count_forward_passes(model, monkeypatch):
+    """A list that grows by one with each forward pass from now on."""
+    passes = []
+    real = model.run_with_hooks
+
+    def counted(*arguments, **options):
+        passes.append(1)
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(model, "run_with_hooks", counted)
+    return passes

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of
+from conftest import TOKENS, bridge_of, count_forward_passes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_topk import random_ffns, random_read_out
@@ -105,18 +105,6 @@ def test_the_number_of_threads_changes_no_score(tiny_gpt2):
         torch.set_num_threads(before)
     for ours, theirs in zip(found, wanted, strict=True):
         assert_same_result(ours, theirs)
-
-
-def count_forward_passes(model, monkeypatch):
-    passes = []
-    real = model.run_with_hooks
-
-    def counted(*arguments, **options):
-        passes.append(1)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(model, "run_with_hooks", counted)
-    return passes
 
 
 def test_many_targets_of_one_prompt_take_one_forward_pass_and_one_survey(monkeypatch):

@@ -190,7 +190,7 @@ def rewritten(path, change):
     """The file with its tensors and facts changed, and a checksum that is right for them."""
     with safe_open(path, framework="pt") as file:
         facts = dict(file.metadata())
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     facts.pop("content_sha256")
     change(facts, tensors)
     facts["content_sha256"] = index_module._content_hash(facts, tensors)

@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -275,9 +276,7 @@ def test_blocks_are_the_engines_own():
 def test_peak_bytes_of_a_tiny_model_are_within_a_quarter(family):
     for convention in ("exact", "recomputed"):
         model = bridge_of(family)
-        peak = measured_peak(
-            lambda: attribute(model, TOKENS, top=20, convention=convention)  # noqa: B023
-        )
+        peak = measured_peak(partial(attribute, model, TOKENS, top=20, convention=convention))
         found = quick(config_of(family), n_tokens=N_TOKENS, top=20, convention=convention)
         assert found.certified.peak_bytes == pytest.approx(peak, rel=0.25), convention
         other = quick(config_of(family), n_tokens=3, top=2)

@@ -11,6 +11,7 @@ from conftest import (
     SHARED,
     TOKENS,
     bridge_of,
+    count_forward_passes,
     hooked_of,
     hugging_face_model,
     leaving_the_random_state,
@@ -691,18 +692,6 @@ def test_in_published_they_stay_and_dominate(with_ill_conditioned):
 
 
 # --- what is run, and what is left behind -----------------------------------------------------
-
-
-def count_forward_passes(model, monkeypatch):
-    passes = []
-    real = model.run_with_hooks
-
-    def counted(*arguments, **options):
-        passes.append(1)
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(model, "run_with_hooks", counted)
-    return passes
 
 
 def test_the_prompt_is_run_again_once_and_only_for_attention(monkeypatch):

@@ -135,25 +135,20 @@ class Attribution:
         heads = slice(None) if head is None else slice(head, head + 1)
         blocks = [self.attns[place] for place in layers]
         rows = sum(block.pattern[heads].numel() for block in blocks)
-        tables = []
-        with (
-            torch.no_grad(),
-            full_precision(),
-            progress_bar(rows, "position", progress) as bar,
-        ):
-            for block in blocks:
-                scores = position_scores(
-                    [block], self.out, self.target, heads=heads, progress=bar.update
-                )[0]
-                tables.append(
-                    position_table(
-                        block.layer,
-                        range(self.host.n_heads)[heads],
-                        self.captured.prompt.token_texts,
-                        block.pattern[heads],
-                        scores,
-                    )
-                )
+        with torch.no_grad(), progress_bar(rows, "position", progress) as bar:
+            scores = position_scores(
+                blocks, self.out, self.target, heads=heads, progress=bar.update
+            )
+        tables = [
+            position_table(
+                block.layer,
+                range(self.host.n_heads)[heads],
+                self.captured.prompt.token_texts,
+                block.pattern[heads],
+                of_layer,
+            )
+            for block, of_layer in zip(blocks, scores, strict=True)
+        ]
         return pd.concat(tables, ignore_index=True)
 
     def neurons(

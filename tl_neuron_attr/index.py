@@ -385,7 +385,7 @@ def _read(path: Path, host: Host, sha256: str, layer: int, k: int) -> dict[str, 
     try:
         with safe_open(path, framework="pt") as file:
             facts = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError, ValueError) as error:
         raise _refused(path, f"it cannot be read: {error}") from error
     content = facts.pop("content_sha256", "")

@@ -133,11 +133,12 @@ def position_scores(
 ) -> Float[Tensor, "layer head pos"]:
     """The score of what each of these heads brings from each source position.
 
-    Peak memory: the vectors of one head, or of as many as one block of the read-out takes.
+    Cost: one pass over the unembedding for all layers, and a read-out for each score. Peak
+    memory: the vectors of one head, or of as many as one block of the read-out takes.
     """
+    before = out.baseline(torch.stack([attn.base for attn in attns]), target, tangent=False)
     layers = []
-    for attn in attns:
-        before = out.baseline(attn.base[None], target, tangent=False)
+    for base, attn in enumerate(attns):
         n_heads, n_pos, _ = attn.shape
         start, stop, _ = heads.indices(n_heads)
         step = max(1, out.rows_per_block // n_pos)
@@ -146,7 +147,7 @@ def position_scores(
             vectors = attn.position_vectors(slice(first, min(first + step, stop)))
             rows = vectors.flatten(0, 1)
             which = torch.zeros(len(rows), dtype=torch.long, device=rows.device)
-            scores = out.increase(before, which, rows)
+            scores = out.increase(before[base : base + 1], which, rows)
             parts.append(scores.reshape(vectors.shape[:2]))
             if progress is not None:
                 progress(scores.numel())
