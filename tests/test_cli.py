@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 import tl_neuron_attr
 from tl_neuron_attr import cli
+from tl_neuron_attr.cli import options
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 PROMPT = "The capital of France is"
@@ -139,8 +140,8 @@ def test_convention_position_and_target_reach_the_scores(run):
         return json.loads(shown.stdout)
 
     plain = scores()
-    for options in (("--convention", "published"), ("--position", "2"), ("--target", " Rome")):
-        assert scores(*options)["layers"] != plain["layers"], options
+    for more in (("--convention", "published"), ("--position", "2"), ("--target", " Rome")):
+        assert scores(*more)["layers"] != plain["layers"], more
     assert scores("--position", "-1")["layers"] == plain["layers"]
     rome = scores("--target", " Rome")
     assert rome["target"]["text"] == " Rome"
@@ -234,7 +235,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
     run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr(
-        cli, "load_model", lambda name, **options: pytest.fail("the model was loaded")
+        options, "load_model", lambda name, **options: pytest.fail("the model was loaded")
     )
     (tmp_path / "file").write_text("")
     shown = run("attribute", PROMPT, "--out", str(tmp_path / "file"))
@@ -246,12 +247,12 @@ def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_
     broken = bridge_of("gpt2")
     with torch.no_grad():
         broken.blocks[2].mlp.b_in[0] = float("nan")
-    monkeypatch.setattr(cli, "load_model", lambda name, **options: broken)
+    monkeypatch.setattr(options, "load_model", lambda name, **options: broken)
     shown = run("attribute", "--tokens", "3,4", "--out", str(tmp_path))
     assert shown.exit_code == 2
     assert "layer 2" in shown.stderr
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(cli, "load_model", lambda name, **options: bridge_of("gpt2").train())
+    monkeypatch.setattr(options, "load_model", lambda name, **options: bridge_of("gpt2").train())
     shown = run("attribute", "--tokens", "3,4")
     assert (shown.exit_code, "training mode" in shown.stderr) == (2, True)
 
@@ -259,7 +260,7 @@ def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_
 def test_the_plan_of_a_run_is_told_without_the_model(run, monkeypatch, tmp_path):
     tokens = len(json.loads(run("attribute", PROMPT, "--json", "--top", "1").stdout)["tokens"])
     monkeypatch.setattr(
-        cli, "load_model", lambda name, **options: pytest.fail("the model was loaded")
+        options, "load_model", lambda name, **options: pytest.fail("the model was loaded")
     )
     shown = run("attribute", PROMPT, "--plan", "--target", "no one token", "--top", "20")
     assert (shown.exit_code, shown.stderr) == (0, "")

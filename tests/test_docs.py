@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import tl_neuron_attr
 from tl_neuron_attr import cli
+from tl_neuron_attr.cli import options
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -117,7 +118,7 @@ def reader(tmp_path, monkeypatch):
         return loaded[name]
 
     monkeypatch.setattr(tl_neuron_attr, "load_model", load)
-    monkeypatch.setattr(cli, "load_model", load)
+    monkeypatch.setattr(options, "load_model", load)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine many threads for tiny matrices wait, and wait
     with torch.random.fork_rng():  # loading a model draws random numbers

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from tl_neuron_attr import (
     AttnNeuron,
     FFNNeuron,
+    Head,
     NonFiniteError,
     Target,
     attribute,
@@ -263,6 +264,11 @@ def test_ranked_neurons_are_values_with_labels_that_read_back(tiny_model):
     for label in ("L9", "L9.N", "L1.H2", "9_1234", "L1.H2.D3@", ""):
         with pytest.raises(ValueError, match="must look like"):
             parse_neuron(label)
+    assert Head.parse(str(Head(9, 3))) == Head(9, 3)
+    assert str(Head(9, 3)) == "L9.H3"
+    for label in ("L9", "L9.H3.D1", "L9.H", ""):
+        with pytest.raises(ValueError, match="must look like"):
+            Head.parse(label)
 
 
 def test_bfloat16_weights_are_bounded_in_float32():

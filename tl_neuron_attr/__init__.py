@@ -34,7 +34,7 @@ from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
 from tl_neuron_attr.models import load_model
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons, value_neurons
@@ -59,6 +59,7 @@ __all__ = [
     "Capture",
     "FFNDecomposition",
     "FFNNeuron",
+    "Head",
     "Host",
     "IdentityError",
     "InputError",

@@ -1,4 +1,4 @@
-"""What we talk about: FFN neurons and attention neurons, and their labels. No tensors."""
+"""What we talk about: FFN neurons, attention neurons, heads, and their labels. No tensors."""
 
 import re
 from dataclasses import dataclass
@@ -60,6 +60,29 @@ class AttnNeuron:
         return cls(
             layer=int(match[1]), head=int(match[2]), index=int(match[3]), source_pos=source_pos
         )
+
+
+@dataclass(frozen=True, order=True)
+class Head:
+    """One attention head: all its attention neurons, over all source positions."""
+
+    layer: int
+    head: int
+
+    def __str__(self) -> str:
+        return f"L{self.layer}.H{self.head}"
+
+    @classmethod
+    def parse(cls, label: str) -> "Head":
+        """Read back what ``str`` wrote, e.g. ``"L9.H3"``.
+
+        Raises:
+            ValueError: If ``label`` has another form.
+        """
+        match = re.fullmatch(r"L(\d+)\.H(\d+)", label)
+        if match is None:
+            raise ValueError(f"head label must look like 'L9.H3', got {label!r}")
+        return cls(layer=int(match[1]), head=int(match[2]))
 
 
 def parse_neuron(label: str) -> FFNNeuron | AttnNeuron:

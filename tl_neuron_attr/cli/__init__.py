@@ -1,0 +1,41 @@
+"""For the shell: arguments -> the same calls a notebook makes -> text, JSON or files."""
+
+import io
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from tl_neuron_attr.cli.attribute import attribute
+from tl_neuron_attr.cli.index import index
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Which neurons gave the answer? Attribute a language model's prediction to its neurons.",
+    epilog="Start with:  tl-neuron-attr attribute 'The capital of France is'",
+)
+
+
+def _show_version(wanted: bool) -> bool:
+    if wanted:
+        print(f"tl_neuron_attr {version('tl_neuron_attr')}")
+        raise typer.Exit
+    return wanted
+
+
+@app.callback()
+def main(
+    show_version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Which neurons gave the answer? Attribute a language model's prediction to its neurons."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
+
+
+for command in (attribute, index):
+    app.command()(command)

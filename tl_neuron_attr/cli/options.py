@@ -1,0 +1,145 @@
+"""What commands are asked: the options they share, and prompts and models made of them."""
+
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from tl_neuron_attr.errors import InputError, NeuronAttrError
+from tl_neuron_attr.index import ProjectionIndex, projection_index
+from tl_neuron_attr.models import count_tokens, load_model
+from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.readout import CONVENTIONS, Convention
+
+ModelName = Annotated[
+    str,
+    typer.Option("--model", help="tiny-facts (bundled), a Hugging Face directory, or a hub name."),
+]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, mps. Default: what TransformerLens chooses.")
+]
+WeightDtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Weights as float32, bfloat16 or float16; scores are float32."),
+]
+PromptText = Annotated[str | None, typer.Argument(help="The prompt.", show_default=False)]
+TokenIds = Annotated[
+    str | None,
+    typer.Option("--tokens", help="Token ids in place of the text, used as they are: 1,403,261."),
+]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Put a BOS token in front. Default: as TransformerLens does for the model.",
+        show_default=False,
+    ),
+]
+TargetText = Annotated[
+    str | None,
+    typer.Option(
+        "--target", help="The answer, one token (mind its leading space). Default: the model's."
+    ),
+]
+TargetId = Annotated[
+    int | None, typer.Option(help="The answer as a token id, in place of --target.")
+]
+Against = Annotated[
+    str | None,
+    typer.Option(help="A second token: explain why the target rather than this one."),
+]
+AgainstId = Annotated[
+    int | None, typer.Option(help="The same as a token id, in place of --against.")
+]
+Position = Annotated[
+    int, typer.Option(help="Where the answer is read: a token's place, or from the end.")
+]
+ConventionName = Annotated[
+    str, typer.Option("--convention", help="exact, published (as the paper's code) or recomputed.")
+]
+OutDirectory = Annotated[
+    Path | None, typer.Option("--out", help="Directory for the Parquet tables and run.json.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
+
+
+def prompt_of(
+    text: str | None,
+    tokens: str | None,
+    bos: bool | None,
+    position: int,
+    target: str | int | None,
+    against: str | int | None,
+) -> Prompt:
+    """The prompt that was asked about, as text or as ids."""
+    asked: dict[str, Any] = {"target": target, "against": against, "position": position}
+    if (text is None) == (tokens is None):
+        raise InputError(
+            "give a prompt, either as text or as --tokens; "
+            'for example: tl-neuron-attr attribute "The capital of France is"'
+        )
+    if tokens is None:
+        return Prompt(text=text, prepend_bos=bos, **asked)
+    if bos is not None:
+        raise InputError("--tokens are used as they are: leave out --bos and --no-bos")
+    try:
+        ids = tuple(int(token) for token in tokens.split(","))
+    except ValueError:
+        raise InputError(
+            f"--tokens must be ids separated by commas, like 1,403,261; got {tokens!r}"
+        ) from None
+    return Prompt(tokens=ids, **asked)
+
+
+def load(name: str, device: str | None, dtype: str) -> Any:
+    """The model, without the progress bars and warnings of the libraries that load it."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_model(name, device=device, dtype=dtype)
+
+
+def length_of(prompt: Prompt, model: str) -> int:
+    """How many tokens the prompt is."""
+    if prompt.tokens is not None:
+        return len(prompt.tokens)
+    return count_tokens(model, prompt.text or "", bos=prompt.prepend_bos)
+
+
+def either(option: str, text: str | None, token: int | None) -> str | int | None:
+    """A token given as text under ``option``, or as an id under ``option-id``; not as both."""
+    if text is not None and token is not None:
+        raise InputError(f"give the token either as {option} or as {option}-id")
+    return text if token is None else token
+
+
+def convention_of(name: str) -> Convention:
+    """The convention of this name, known before the model is loaded."""
+    for convention in CONVENTIONS:
+        if convention == name:
+            return convention
+    raise InputError(f"--convention must be one of {', '.join(CONVENTIONS)}; got {name!r}")
+
+
+@contextmanager
+def errors_in_one_sentence() -> Iterator[None]:
+    """An expected error becomes one sentence on standard error and exit code 2."""
+    try:
+        yield
+    except NeuronAttrError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]Error:[/] {escape(str(error))}")
+        raise typer.Exit(2) from None
+
+
+def index_of(model: Any, directory: Path) -> ProjectionIndex:
+    """The model's projection index in ``directory``, made there if need be."""
+    return projection_index(model, directory, progress=sys.stderr.isatty())

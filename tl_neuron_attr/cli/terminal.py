@@ -1,0 +1,119 @@
+"""How commands answer: plain rows for JSON, tables and lines for a terminal."""
+
+import math
+import os
+import sys
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.prompts import visible
+
+WIDTH = 100
+
+
+def model_line(host: Host, model: str) -> str:
+    """Which model this is, and how its weights are held."""
+    dtype = str(host.dtype).removeprefix("torch.")
+    return (
+        f"[bold]{escape(model)}[/]  {host.architecture}, {host.n_layers} layers, {dtype}, "
+        f"{host.processing} weights ({host.class_name})"
+    )
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values, ``None`` where a cell is empty."""
+    columns = {name: table[name].tolist() for name in table.columns}
+    return [
+        {name: None if values[row] is pd.NA else values[row] for name, values in columns.items()}
+        for row in range(len(table))
+    ]
+
+
+def token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
+    """The prompt's tokens with their positions, the read position marked."""
+    line = Text.assemble(("Tokens", "bold"), "  ")
+    for pos, text in enumerate(token_texts):
+        style = "reverse" if pos == read_pos else ""
+        line.append(f"{pos}:", style="dim").append(visible(text), style=style)
+        line.append("  ")
+    return line.append(f"read at {read_pos}", style="dim")
+
+
+def target_line(result: Attribution) -> str:
+    """What is explained, and how probable it is."""
+    target, before = result.target, result.embedding_log_prob
+    line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
+    if target.against is None:
+        return (
+            f"{line}   log p = {result.log_prob:.3f} nats, p = {math.exp(result.log_prob):.3f}; "
+            f"before the first layer p = {math.exp(before):.2g}"
+        )
+    other = target.against
+    return (
+        f"{line} against {escape(visible(other.text))} (id {other.id})   difference of log p = "
+        f"{result.log_prob:+.3f} nats; before the first layer {before:+.3f}"
+    )
+
+
+def neuron_lines(neurons: pd.DataFrame, width: int) -> Table:
+    """Value neurons, one a line, with the tokens they raise and lower."""
+    # plain ints, not numpy's: these become neurons
+    rows = records(neurons)
+    attention = any(row["head"] is not None for row in rows)
+    labels = [str(neuron_of(row)) for row in rows]
+    sources = [visible(row["source_token"] or "")[:14] for row in rows]
+    # fixed widths: rich would rather drop a narrow column than cut the token lists
+    widths = {"neuron": max(map(len, labels))}
+    if attention:
+        widths["source"] = max(6, *map(len, sources))
+    widths |= {"score": 7, "coef.": 7}
+    tokens = max(12, (width - sum(widths.values()) - 2 * len(widths) - 2) // 2)
+    widths |= {"raises": tokens, "lowers": tokens}
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for name, columns in widths.items():
+        number = name in ("score", "coef.")
+        table.add_column(
+            name,
+            width=columns,
+            no_wrap=True,
+            overflow="ellipsis",
+            justify="right" if number else "left",
+        )
+    for label, source, row in zip(labels, sources, rows, strict=True):
+        table.add_row(
+            label,
+            *([Text(source)] if attention else []),
+            f"{row['score']:+.3f}",
+            f"{row['coefficient']:+.2f}",
+            Text(" ".join(visible(token) for token in row["raises"])),
+            Text(" ".join(visible(token) for token in row["lowers"])),
+        )
+    return table
+
+
+def neuron_of(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
+    """The neuron that a row of a neuron table is about."""
+    if row["kind"] == "ffn":
+        return FFNNeuron(row["layer"], row["index"])
+    return AttnNeuron(row["layer"], row["head"], row["index"], row["source_pos"])
+
+
+def peak_memory() -> str:
+    """The most memory this process held, and on a GPU the most it allocated there."""
+    parts = []
+    if os.name == "posix":
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        parts.append(f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB")
+    if torch.cuda.is_available():
+        parts.append(f"{torch.cuda.max_memory_allocated() / 2**20:.0f} MiB on the GPU")
+    return ", ".join(parts) or "unknown"
