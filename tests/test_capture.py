@@ -509,3 +509,26 @@ def test_a_damaged_capture_is_refused(tiny_gpt2, tmp_path):
         load_capture(tmp_path)
     with pytest.raises(InputError, match="cannot read"):
         load_capture(tmp_path / "absent")
+
+
+def test_only_what_is_read_is_unembedded_unless_the_callers_hooks_look(tiny_model):
+    host = open_host(tiny_model)
+    prompts = [tokenize(host, Prompt(tokens=tokens)) for tokens in ((5, 6, 7, 8), (9, 10))]
+    lengths = []
+    seen = tiny_model.unembed.register_forward_hook(
+        lambda module, args, output: lengths.append(output.shape[1])
+    )
+    hooked = []
+    try:
+        alone = capture_all(host, prompts)
+        tiny_model.add_hook(
+            "unembed.hook_out", lambda logits, hook: hooked.append(logits.shape[1]) or logits
+        )
+        beside = capture_all(host, prompts)
+    finally:
+        seen.remove()
+        tiny_model.reset_hooks()
+    assert lengths == [2, 4]  # the last positions of both rows; all four
+    assert hooked == [4]
+    for one, other in zip(alone, beside, strict=True):
+        assert torch.allclose(one.logits, other.logits, rtol=0, atol=1e-6)

@@ -292,14 +292,16 @@ def test_peak_bytes_of_a_larger_model_are_within_a_quarter(name, n_tokens, dtype
     found = quick(config, n_tokens=n_tokens, top=100, dtype=dtype)
     model = larger(name, dtype)
     captured = []
-    prompt = tokenize(open_host(model), Prompt(tokens=tokens))
-    forward = measured_peak(lambda: captured.append(capture(open_host(model), prompt)) or captured)
+    host = open_host(model)
+    prompt = tokenize(host, Prompt(tokens=tokens))
+    forward = measured_peak(lambda: captured.append(capture(host, prompt)) or captured)
     assert found.forward.peak_bytes == pytest.approx(forward, rel=0.25)
     model = larger(name, dtype)
     certified = measured_peak(lambda: attribute(model, tokens, top=100))
     assert found.certified.peak_bytes == pytest.approx(certified, rel=0.25)
-    # the shorter prompt's peak is in the read-out, the longer one's in the forward pass
-    assert (found.certified.peak_bytes > found.forward.peak_bytes) == (n_tokens == 20)
+    # the shorter prompt's peak is in the read-out; the longer one's forward pass takes as much
+    share = found.forward.peak_bytes / found.certified.peak_bytes
+    assert share < 0.5 if n_tokens == 20 else share > 0.9
 
 
 def test_peak_bytes_of_prompts_run_together_are_within_a_quarter():

@@ -23,6 +23,7 @@ from tl_neuron_attr.host import (
     final_resid_name,
     hook_names,
     pre_activation_names,
+    reads_out_some,
     rotary_regime,
 )
 from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
@@ -207,7 +208,7 @@ def capture_sources(
 
     if cache is None:
         hooks = [(name, partial(keep, key=key)) for key, name in wanted.items()]
-        _forward(host, [prompt.tokens], hooks)
+        _forward(host, [prompt.tokens], hooks, [prompt.read_pos])
     else:
         if _cache_size(host, cache) != (1, len(prompt.tokens)):
             raise _wrong_length(_cache_size(host, cache)[1], [prompt])
@@ -246,7 +247,7 @@ def capture_pre_activations(
         for layer in range(host.n_layers)
         for key, name in pre_activation_names(host, layer).items()
     ]
-    _forward(host, [captured.prompt.tokens], hooks)
+    _forward(host, [captured.prompt.tokens], hooks, [captured.prompt.read_pos])
     return {key: torch.stack(layers).to(captured.v) for key, layers in seen.items()}
 
 
@@ -301,8 +302,9 @@ def _run(
         seen[key] = _copies(key, activation, places)
 
     hooks = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
-    logits = _forward(host, rows, hooks, padding_side)
-    seen["logits"] = _copies("logits", logits, places)
+    reads = sorted({place.read for place in places})
+    logits = _forward(host, rows, hooks, reads, padding_side)
+    seen["logits"] = [_scoring_copy(logits[place.row, reads.index(place.read)]) for place in places]
     return _captures(host, prompts, places, seen)
 
 
@@ -310,9 +312,13 @@ def _forward(
     host: Host,
     rows: Sequence[tuple[int, ...]],
     hooks: Sequence[tuple[str, Any]],
+    reads: Sequence[int],
     padding_side: PaddingSide = "right",
-) -> Float[Tensor, "row pos d_vocab"]:
-    """One forward pass of these rows of tokens, padded to one length, with ``hooks`` in force."""
+) -> Float[Tensor, "row read d_vocab"]:
+    """The logits at the positions ``reads`` from one forward pass with ``hooks`` in force.
+
+    The rows of tokens are padded to one length, with which positions are counted.
+    """
     length = max(map(len, rows))
     padded = any(len(row) < length for row in rows)
     if padded and padding_side == "left":
@@ -321,13 +327,17 @@ def _forward(
     # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
     # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
     masked = padded or host.class_name == "HookedTransformer"
+    kept = torch.tensor(reads, device=host.device)
+    some = reads_out_some(host)
     with torch.no_grad():
-        return host.model.run_with_hooks(
+        logits = host.model.run_with_hooks(
             tokens,
             return_type="logits",
             fwd_hooks=list(hooks),
             attention_mask=attention_mask if masked else None,
+            **({"logits_to_keep": kept} if some else {}),
         )
+        return logits if some else logits[:, kept]
 
 
 def _padded(

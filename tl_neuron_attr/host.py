@@ -8,6 +8,7 @@ against the model's own activations in ``identities.py``.
 
 import hashlib
 from dataclasses import dataclass, replace
+from inspect import signature
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -269,6 +270,18 @@ def final_resid_name(host: Host) -> str:
     return f"blocks.{host.n_layers - 1}.hook_resid_post"
 
 
+def reads_out_some(host: Host) -> bool:
+    """Whether a forward pass can be asked for the logits of some positions only.
+
+    The models that a bridge wraps can, as ``logits_to_keep``. Hooks of the caller's may expect
+    all positions, and get them.
+    """
+    if host.class_name == "HookedTransformer" or has_hooks(host.model):
+        return False
+    wrapped = getattr(host.model, "original_model", None)
+    return wrapped is not None and "logits_to_keep" in signature(wrapped.forward).parameters
+
+
 def cache_is_of(
     host: Host, cache: Any, tokens: tuple[int, ...], *, row: int = 0, start: int = 0
 ) -> bool:
@@ -488,7 +501,8 @@ def _centred(weight: Tensor) -> bool:
     """Whether the mean was taken out of a weight's rows (which changes no score); a few tell."""
     rows = weight.detach()[:8]
     rounding = 1e-3 * torch.finfo(weight.dtype).eps ** 0.5
-    return bool(rows.mean(-1).abs().amax() < rounding * rows.abs().amax())
+    largest = torch.maximum(rows.amax(), -rows.amin())  # not abs(), which copies
+    return bool(rows.mean(-1).abs().amax() < rounding * largest)
 
 
 def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
