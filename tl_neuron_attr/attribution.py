@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from tl_neuron_attr.capture import Capture, Sources, capture_sources
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
-from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.identities import verify_subkeys
@@ -32,6 +32,7 @@ from tl_neuron_attr.intervals import (
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Target, at_least_one, integer
 from tl_neuron_attr.query import (
+    QueryNeurons,
     QueryScores,
     query_scores,
     top_query_neurons,
@@ -53,9 +54,18 @@ from tl_neuron_attr.tables import (
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
 
-ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron]
+ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron] | QueryScores
 """Value neurons to find query neurons of: ``"attn"``, ``"ffn"`` or ``"both"`` for the top ones of a
-kind; one neuron, as a value or a label like ``"L9.N1234"``; or several."""
+kind; one neuron, as a value or a label like ``"L9.N1234"``; several; or query scores had before."""
+
+TOP_VALUES = 30
+"""How many value neurons query neurons are found of, unless asked otherwise: as published."""
+
+ALL_LEFT_OUT = (
+    "every value neuron asked about is ill-conditioned: what feeds it nearly cancels, so it has no "
+    "useful shares and all query scores are 0"
+)
+"""What to say where no value neuron is in the sums."""
 
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
@@ -258,7 +268,9 @@ class Attribution:
             rows.append((name, top, *found.positive_total(), *found.share(top)))
         return share_table(rows)
 
-    def query_layers(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> pd.DataFrame:
+    def query_layers(
+        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+    ) -> pd.DataFrame:
         """What feeds value neurons: ``layer, kind, score``, kind embed, attn, ffn or bias.
 
         Scores are in nats: the value neurons' own, handed down by share (see ``query.py``), in the
@@ -266,22 +278,24 @@ class Attribution:
 
         Args:
             of: The value neurons: the ``top_values`` best of a kind (``"attn"`` as published,
-                ``"ffn"``, ``"both"``), one neuron or its label, or several.
-            top_values: How many of each kind. The notebooks take 30, but for query layers of
-                GPT-2 100.
+                ``"ffn"``, ``"both"``), one neuron or its label, or several; or what
+                ``query_scores`` gave for them, which saves doing it again.
+            top_values: How many of each kind (all, if there are fewer); ranked now where
+                ``attribute`` ranked fewer. The notebooks take 30; for query layers of GPT-2, 100.
 
-        Cost: besides matrix products, one forward pass of the same prompt, at the first query
-        that has attention neurons; kept with the result. One more checks a model's first query.
+        Cost: besides matrix products, one forward pass of the same prompt where there are
+        attention neurons; for the 30 best of them it is kept with the result. One more checks a
+        model's first query.
 
         Raises:
-            InputError: If a neuron does not exist, or fewer were ranked than ``top_values``; if
-                the model no longer gives the activations it was attributed by.
+            InputError: If a neuron does not exist; if the model no longer gives the activations
+                it was attributed by.
             IdentityError: If neurons' pre-activations are not what this package recomputes.
         """
         return query_layer_table(self.query_scores(of, top_values=top_values))
 
     def query_heads(
-        self, of: ValueNeurons = "attn", *, top_values: int = 30, top: int | None = None
+        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES, top: int | None = None
     ) -> pd.DataFrame:
         """The same for heads: ``layer, head, score``; in order, or the ``top`` best first."""
         table = head_table(self.query_scores(of, top_values=top_values).heads)
@@ -290,64 +304,85 @@ class Attribution:
     def query_neurons(
         self,
         top: int = 300,
-        kind: Kind = "ffn",
+        kind: Kind | None = "ffn",
         of: ValueNeurons = "attn",
         *,
-        top_values: int = 30,
+        top_values: int = TOP_VALUES,
         by_position: bool = False,
         tokens: int = 0,
     ) -> pd.DataFrame:
-        """The best query neurons, FFN or attention: rows as of ``neurons``, with role ``query``.
+        """The best query neurons, FFN, attention, or (``None``) both: rows as of ``neurons``, with
+        role ``query``.
 
         A neuron is summed over the positions where it feeds value neurons; its coefficient is that
         at the position where it does most. With ``by_position`` each position has a row, and a
         column ``position``. Empty if nothing of the kind comes before the value neurons. ``tokens``
-        as in ``neurons``; the other arguments, costs and errors are those of ``query_layers``.
+        as in ``neurons``, with ``position`` beside them: where the neuron does most. The other
+        arguments, costs and errors are those of ``query_layers``.
         """
-        if kind not in ("ffn", "attn"):
-            raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
+        kinds = _kinds(kind)
         top = at_least_one(top, "top")
         scores = self.query_scores(of, top_values=top_values)
-        with torch.no_grad():
-            found = top_query_neurons(
-                self.host, self.captured, scores, top, kind, by_position=by_position
-            )
-        prompt_id = self.captured.prompt.prompt_id
-        table = query_neuron_table(found, prompt_id, by_position=by_position)
-        if tokens > 0 and len(table):
-            blocks = self.ffns if kind == "ffn" else self.attns
-            table = table.join(self._token_columns(found.neurons, blocks, tokens))
-        return table
+        tables = []
+        for name in kinds:
+            with torch.no_grad():
+                found = top_query_neurons(
+                    self.host, self.captured, scores, top, name, by_position=by_position
+                )
+            tables.append(self._query_table(found, by_position=by_position, tokens=tokens))
+        return pd.concat(tables, ignore_index=True)
 
-    def query_values(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> pd.DataFrame:
+    def query_neurons_or_why_not(
+        self, top: int = 300, *, tokens: int = 0
+    ) -> tuple[pd.DataFrame, tuple[str, ...]]:
+        """``query_neurons(top)`` for a report that must not fail, and what to say beside it.
+
+        Value neurons come from one run, which may be a cache or a capture; query neurons take the
+        prompt to be run again as it was. Where the model or its hooks are no longer the same, or
+        every value neuron is ill-conditioned, the table is empty and the message says why.
+        """
+        try:
+            scores = self._query
+        except NeuronAttrError as error:
+            return self._no_query_neurons(tokens), (f"no query neurons: {error}",)
+        if bool(scores.left_out.all()):
+            return self._no_query_neurons(tokens), (f"no query neurons: {ALL_LEFT_OUT}",)
+        return self.query_neurons(top, of=scores, tokens=tokens), ()
+
+    def query_values(
+        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+    ) -> pd.DataFrame:
         """The value neurons' pre-activations, and which of them were left out: ill-conditioned."""
         return query_value_table(self.query_scores(of, top_values=top_values))
 
-    def query_scores(self, of: ValueNeurons = "attn", *, top_values: int = 30) -> QueryScores:
+    def query_scores(
+        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+    ) -> QueryScores:
         """What the query tables are made from, as tensors."""
-        values = self._values(of, top_values)
+        if isinstance(of, QueryScores):
+            return of
+        scores = self._query_scores(self._values(of, top_values))
+        if bool(scores.left_out.all()):
+            warn(f"{ALL_LEFT_OUT}; query_values() shows them", stacklevel=3)
+        return scores
+
+    @cached_property
+    def _query(self) -> QueryScores:
+        """What ``query_neurons()`` is made from by default."""
+        return self._query_scores(self._values("attn", TOP_VALUES))
+
+    def _query_scores(self, values: Sequence[RankedNeurons]) -> QueryScores:
         convention = "published" if self.convention == "published" else "exact"
         with torch.no_grad(), full_precision():
             verify_subkeys(self.host, self.captured)
             sources = self._sources_of(values)
-            scores = query_scores(self.host, self.captured, values, sources, convention)
-        if bool(scores.left_out.all()):
-            warn(
-                "every value neuron asked about is ill-conditioned: what feeds it nearly cancels, "
-                "so it has no useful shares and all query scores are 0; query_values() shows them",
-                stacklevel=3,
-            )
-        return scores
+            return query_scores(self.host, self.captured, values, sources, convention)
 
-    def _values(self, of: ValueNeurons, top_values: int) -> tuple[RankedNeurons, ...]:
-        ranked = {
-            "ffn": [(self.ffn_neurons, self.ffns)],
-            "attn": [(self.attn_neurons, self.attns)],
-            "both": [(self.ffn_neurons, self.ffns), (self.attn_neurons, self.attns)],
-        }
-        if isinstance(of, str) and of in ranked:
-            top_values = at_least_one(top_values, "top_values")
-            return tuple(_first(neurons, blocks, top_values) for neurons, blocks in ranked[of])
+    def _values(self, of: Any, top_values: int) -> tuple[RankedNeurons, ...]:
+        if isinstance(of, str) and of in ("ffn", "attn", "both"):
+            count = at_least_one(top_values, "top_values")
+            kinds = ("ffn", "attn") if of == "both" else _kinds(of)
+            return tuple(self._best_values(kind, count) for kind in kinds)
         given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else list(of)
         try:
             neurons = [parse_neuron(each) if isinstance(each, str) else each for each in given]
@@ -422,26 +457,34 @@ class Attribution:
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
 
-        With a projection index ``suppressing`` and ``shares`` too, of as many neurons as were
-        ranked. All files appear together at the end, or none. Cost: scores every head at every
-        source position, with a progress bar on request where it takes longer than two seconds.
+        ``neurons`` holds the value neurons, then (role ``query``) as many of ``query_neurons()``
+        as were ranked of a kind; where those cannot be had, ``run.json`` warns of it. With a
+        projection index ``suppressing`` and ``shares`` too, of as many neurons as were ranked. All
+        files appear together at the end, or none. Cost: scores every head at every source
+        position, with a progress bar on request where it takes longer than two seconds; and that
+        of ``query_layers``.
 
         Raises:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
         path = check_writable(directory)
+        top = max(len(self.ffn_neurons), len(self.attn_neurons))
+        query_neurons, problems = self.query_neurons_or_why_not(top)
         tables = {
             "layers": self.layers(),
             "heads": self.heads(),
             "positions": self.positions(progress=progress),
-            "neurons": self.neurons(),
+            "neurons": pd.concat([self.neurons(), query_neurons], ignore_index=True),
         }
         if self.index is not None and self.out.affine:
-            top = max(len(self.ffn_neurons), len(self.attn_neurons))
             tables["suppressing"] = self.suppressing()
             tables["shares"] = self.shares(top)
-        facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
+        found = self.facts()
+        found["warnings"] += problems
+        if not problems:
+            found["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
+        facts = json.dumps(found, indent=2, ensure_ascii=False)
         # those of another run would not be this one's
         stale = [name for name in ("suppressing", "shares") if name not in tables]
         write_tables(path, tables, {"run.json": facts + "\n"}, stale)
@@ -469,6 +512,20 @@ class Attribution:
         table = neuron_table(neurons, self.captured.prompt.prompt_id)
         return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
 
+    def _query_table(self, found: QueryNeurons, *, by_position: bool, tokens: int) -> pd.DataFrame:
+        prompt_id = self.captured.prompt.prompt_id
+        table = query_neuron_table(found, prompt_id, position=by_position or tokens > 0)
+        if tokens > 0:
+            blocks = self._blocks(found.neurons.kind)
+            table = table.join(self._token_columns(found.neurons, blocks, tokens))
+        return table
+
+    def _no_query_neurons(self, tokens: int) -> pd.DataFrame:
+        nothing = QueryNeurons(
+            neurons=self.ffn_neurons.first(0), position=self.ffn_neurons.layer[:0]
+        )
+        return self._query_table(nothing, by_position=False, tokens=tokens)
+
     def _sources_of(self, values: Sequence[RankedNeurons]) -> Sources | None:
         """What happened where these neurons are set off, if not at the read position."""
         positions = {
@@ -485,10 +542,30 @@ class Attribution:
 
     @cached_property
     def _sources(self) -> Sources:
-        """What happened where the ranked attention neurons are set off: a second forward pass."""
-        positions = self.attn_neurons.source_pos
+        """What happened where the best attention neurons are set off: a second forward pass.
+
+        Of no more than are asked about by default: of hundreds it would be a long prompt's whole.
+        """
+        positions = self._attn_values.first(TOP_VALUES).source_pos
         assert positions is not None
         return capture_sources(self.host, self.captured, positions.tolist())
+
+    def _best_values(self, kind: Kind, count: int) -> RankedNeurons:
+        """So many of the best, ranked now where ``attribute`` was asked for fewer."""
+        ranked = self.ffn_neurons if kind == "ffn" else self._attn_values
+        if len(ranked) < count:
+            ranked = self._ranked(kind, count)
+        return ranked.first(count)
+
+    @cached_property
+    def _attn_values(self) -> RankedNeurons:
+        """The best attention neurons: as many as query neurons are found of, or more."""
+        ranked = self.attn_neurons
+        return ranked if len(ranked) >= TOP_VALUES else self._ranked("attn", TOP_VALUES)
+
+    def _ranked(self, kind: Kind, count: int) -> RankedNeurons:
+        with torch.no_grad():
+            return top_neurons(self._blocks(kind), self.out, self.target, count)
 
     def _token_columns(
         self,
@@ -531,6 +608,16 @@ def _first(neurons: RankedNeurons, blocks: Sequence[Decomposition], top: int) ->
 def _best(table: pd.DataFrame, top: int) -> pd.DataFrame:
     ordered = table.sort_values("score", ascending=False, kind="stable")
     return ordered.head(at_least_one(top, "top")).reset_index(drop=True)
+
+
+def query_facts(scores: QueryScores) -> dict[str, Any]:
+    """How many value neurons query scores are of, and how many are in no sum, ready for JSON."""
+    return {
+        "convention": scores.convention,
+        "value_neurons": len(scores.left_out),
+        "ill_conditioned": int(scores.ill_conditioned.sum()),
+        "left_out": int(scores.left_out.sum()),
+    }
 
 
 def progress_bar(total: int, unit: str, show: bool) -> Any:

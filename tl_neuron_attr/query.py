@@ -123,8 +123,16 @@ class QueryScores:
     @property
     def left_out(self) -> Bool[Tensor, " value"]:
         """Which value neurons are in no sum: in ``exact`` the ill-conditioned ones."""
+        return self._any_row(self.inputs.left_out)
+
+    @property
+    def ill_conditioned(self) -> Bool[Tensor, " value"]:
+        """Which value neurons have an ill-conditioned pre-activation, left out or not."""
+        return self._any_row(self.inputs.ill_conditioned)
+
+    def _any_row(self, rows: Bool[Tensor, " row"]) -> Bool[Tensor, " value"]:
         found = torch.zeros_like(torch.cat([ranked.layer for ranked in self.values]))
-        return found.index_add(0, self.inputs.value, self.inputs.left_out.long()) > 0
+        return found.index_add(0, self.inputs.value, rows.long()) > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -566,7 +574,7 @@ def value_neurons(
         InputError: If the model has no such neuron, or an attention neuron has no source position.
     """
     for neuron in neurons:
-        _check_exists(host, captured, neuron)
+        check_exists(host, neuron, captured.prompt.read_pos)
     distinct = list(dict.fromkeys(neurons))
     ffn = [neuron for neuron in distinct if isinstance(neuron, FFNNeuron)]
     attn = [neuron for neuron in distinct if isinstance(neuron, AttnNeuron)]
@@ -621,8 +629,12 @@ def _scored(
     )
 
 
-def _check_exists(host: Host, captured: Capture, neuron: FFNNeuron | AttnNeuron) -> None:
-    read_pos = captured.prompt.read_pos
+def check_exists(host: Host, neuron: FFNNeuron | AttnNeuron, read_pos: int) -> None:
+    """Stop where the model has no such neuron in a prompt read at ``read_pos``.
+
+    Raises:
+        InputError: If it has not, or an attention neuron has no source position.
+    """
     if isinstance(neuron, FFNNeuron):
         exists = 0 <= neuron.layer < host.n_layers and 0 <= neuron.index < host.d_mlp
         there_are = f"{host.n_layers} layers of {host.d_mlp} FFN neurons"

@@ -142,11 +142,11 @@ def query_layer_table(scores: QueryScores) -> pd.DataFrame:
 
 
 def query_neuron_table(
-    found: QueryNeurons, prompt_id: str, *, by_position: bool = False
+    found: QueryNeurons, prompt_id: str, *, position: bool = False
 ) -> pd.DataFrame:
-    """``neuron_table`` of query neurons; with ``by_position`` where each of them fires, too."""
+    """``neuron_table`` of query neurons; with ``position`` where each of them fires, too."""
     table = neuron_table(found.neurons, prompt_id, role="query")
-    return table.assign(position=found.position.cpu().numpy()) if by_position else table
+    return table.assign(position=found.position.cpu().numpy()) if position else table
 
 
 def query_value_table(scores: QueryScores) -> pd.DataFrame:

@@ -9,6 +9,7 @@ import typer
 
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.index import index
+from tl_neuron_attr.cli.query import query
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,5 +38,5 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, index):
+for command in (attribute, query, index):
     app.command()(command)

@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_neuron_attr.attribute import attribute as attribute_prompt
-from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.attribution import TOP_VALUES, Attribution
 from tl_neuron_attr.cli.options import (
     Against,
     AgainstId,
@@ -42,6 +42,8 @@ from tl_neuron_attr.cli.options import (
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
+    asked_as_json,
+    bar,
     model_line,
     neuron_lines,
     peak_memory,
@@ -156,31 +158,17 @@ def attribute(
 
 
 def _as_json(result: Attribution, model: str) -> dict[str, Any]:
-    prompt = result.captured.prompt
-    predictions = result.predictions(10).rename(columns={"token": "text"})
-    neurons = result.neurons(tokens=5)
+    top = max(len(result.ffn_neurons), len(result.attn_neurons))
+    query_neurons, problems = result.query_neurons_or_why_not(top, tokens=5)
     return {
-        "model": model,
-        "prompt": prompt.text,
-        "tokens": [
-            {"pos": pos, "id": token, "text": token_text}
-            for pos, (token, token_text) in enumerate(
-                zip(prompt.tokens, prompt.token_texts, strict=True)
-            )
-        ],
-        "read_pos": prompt.read_pos,
-        "top_predictions": records(predictions),
-        "target": {
-            **asdict(result.target),
-            "log_prob": result.log_prob,
-        },
-        "convention": result.convention,
+        **asked_as_json(result, model),
         "layers": records(result.layers()),
         "heads": records(result.heads()),
-        "neurons": records(neurons),
+        "neurons": records(result.neurons(tokens=5)),
+        "query_neurons": records(query_neurons),
         "certificates": result.certificates(),
         **_from_index(result),
-        "warnings": list(result.warnings),
+        "warnings": [*result.warnings, *problems],
         "seconds": result.seconds,
     }
 
@@ -219,6 +207,16 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
             f"\n[bold]{name} value neurons[/], the best {len(table)} {_proof(certificate)}"
         )
         console.print(neuron_lines(table, console.width))
+    found, problems = result.query_neurons_or_why_not(top, tokens=5)
+    if not problems:
+        console.print(
+            f"\n[bold]FFN query neurons[/], which set off the {TOP_VALUES} best attention value "
+            "neurons"
+        )
+        if found.empty:
+            console.print("[dim]none: no FFN comes before those neurons[/]")
+        else:
+            console.print(neuron_lines(found, console.width, prompt.token_texts))
     if result.index is not None and result.out.affine:
         for kind, name in kinds:
             table = result.suppressing(kind, top, tokens=5)
@@ -230,7 +228,7 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
         "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
         "coefficient has here[/]"
     )
-    for message in result.warnings:
+    for message in (*result.warnings, *problems):
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     console.print(
         f"\n[dim]{seconds:.1f} s with loading, {result.seconds:.2f} s attributing, "
@@ -263,18 +261,13 @@ def _layer_table(result: Attribution) -> Table:
         zip(scores.attn.tolist(), scores.ffn.tolist(), strict=True)
     ):
         table.add_row(
-            str(layer), f"{attn:+.3f}", _bar(attn / largest), f"{ffn:+.3f}", _bar(ffn / largest)
+            str(layer), f"{attn:+.3f}", bar(attn / largest), f"{ffn:+.3f}", bar(ffn / largest)
         )
     if not result.host.parallel:  # only there does the sum mean something
         total = float(scores.attn.sum() + scores.ffn.sum())
         label = Text(f"together {total:+.3f}", style="dim")
         table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", label)
     return table
-
-
-def _bar(share: float, width: int = 24) -> Text:
-    """A bar as long as the score is large; the colour tells the sign, as the number does."""
-    return Text("█" * round(abs(share) * width), style="blue" if share >= 0 else "red")
 
 
 def _head_table(result: Attribution, top: int) -> Table:

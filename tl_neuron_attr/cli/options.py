@@ -81,8 +81,7 @@ def prompt_of(
     asked: dict[str, Any] = {"target": target, "against": against, "position": position}
     if (text is None) == (tokens is None):
         raise InputError(
-            "give a prompt, either as text or as --tokens; "
-            'for example: tl-neuron-attr attribute "The capital of France is"'
+            'give a prompt, either as text or as --tokens; for example "The capital of France is"'
         )
     if tokens is None:
         return Prompt(text=text, prepend_bos=bos, **asked)

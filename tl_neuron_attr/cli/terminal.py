@@ -3,6 +3,8 @@
 import math
 import os
 import sys
+from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import pandas as pd
@@ -63,17 +65,53 @@ def target_line(result: Attribution) -> str:
     )
 
 
-def neuron_lines(neurons: pd.DataFrame, width: int) -> Table:
-    """Value neurons, one a line, with the tokens they raise and lower."""
+def asked_as_json(result: Attribution, model: str) -> dict[str, Any]:
+    """What was asked of which model, and what it predicts."""
+    prompt = result.captured.prompt
+    return {
+        "model": model,
+        "prompt": prompt.text,
+        "tokens": [
+            {"pos": pos, "id": token, "text": token_text}
+            for pos, (token, token_text) in enumerate(
+                zip(prompt.tokens, prompt.token_texts, strict=True)
+            )
+        ],
+        "read_pos": prompt.read_pos,
+        "top_predictions": records(result.predictions(10).rename(columns={"token": "text"})),
+        "target": {
+            **asdict(result.target),
+            "log_prob": result.log_prob,
+        },
+        "convention": result.convention,
+    }
+
+
+def bar(share: float, width: int = 24) -> Text:
+    """A bar as long as the score is large; the colour tells the sign, as the number does."""
+    return Text("█" * round(abs(share) * width), style="blue" if share >= 0 else "red")
+
+
+def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] = ()) -> Table:
+    """Neurons, one a line, with the tokens they raise and lower.
+
+    Query neurons (a column ``position``) with the position where they do most: ``token_texts`` are
+    those of the prompt.
+    """
     # plain ints, not numpy's: these become neurons
     rows = records(neurons)
     attention = any(row["head"] is not None for row in rows)
+    query = "position" in neurons.columns
     labels = [str(neuron_of(row)) for row in rows]
-    sources = [visible(row["source_token"] or "")[:14] for row in rows]
+    longest = 9 if attention and query else 14
+    sources = [visible(row["source_token"] or "")[:longest] for row in rows]
     # fixed widths: rich would rather drop a narrow column than cut the token lists
-    widths = {"neuron": max(map(len, labels))}
+    widths = {"neuron": max(6, *map(len, labels))}
     if attention:
         widths["source"] = max(6, *map(len, sources))
+    at = [f"{row['position']}:{visible(token_texts[int(row['position'])])}" for row in rows * query]
+    if query:
+        widths["at"] = max(len(place[:longest]) for place in at)
     widths |= {"score": 7, "coef.": 7}
     tokens = max(12, (width - sum(widths.values()) - 2 * len(widths) - 2) // 2)
     widths |= {"raises": tokens, "lowers": tokens}
@@ -87,10 +125,11 @@ def neuron_lines(neurons: pd.DataFrame, width: int) -> Table:
             overflow="ellipsis",
             justify="right" if number else "left",
         )
-    for label, source, row in zip(labels, sources, rows, strict=True):
+    for number, (label, source, row) in enumerate(zip(labels, sources, rows, strict=True)):
         table.add_row(
             label,
             *([Text(source)] if attention else []),
+            *([Text(at[number][:longest])] if query else []),
             f"{row['score']:+.3f}",
             f"{row['coefficient']:+.2f}",
             Text(" ".join(visible(token) for token in row["raises"])),
