@@ -150,7 +150,8 @@ class Plan:
     """``attribute`` with bounds: about 1.1 exact scores for each neuron listed. Where no bound
     holds (``recomputed``), or half of all neurons are asked for, the same as dense."""
     dense: Cost
-    """The same with every neuron scored, at every source position."""
+    """The same with every neuron scored, at every source position. Neither has query neurons, which
+    are found when asked for: they take at most two forward passes more, and few products."""
     index: Cost
     """The projection index: every subvalue of the model projected on the vocabulary, once."""
 
@@ -179,6 +180,7 @@ class Plan:
             f"{self.columns_per_block:,} tokens ({self.certified.blocks:,} certified, "
             f"{self.dense.blocks:,} dense)",
             "memory beyond the loaded model; certified and dense include the forward pass",
+            "query neurons, which tables and the command line add: at most two forward passes more",
         ]
         return "\n".join(lines)
 

@@ -1,9 +1,9 @@
-"""Where the model knows it: what is left of an answer without its value neurons."""
+"""Where the model knows it: what is left of an answer without its value or query neurons."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from jaxtyping import Bool, Float
@@ -13,6 +13,7 @@ from transformers import GPT2LMHeadModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from tl_neuron_attr.attribute import attribute
+from tl_neuron_attr.attribution import TOP_VALUES
 from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES, KnowledgePrompt, knowledge_prompts
 from tl_neuron_attr.neurons import FFNNeuron
 from tl_neuron_attr.tiny_facts.accuracy import PromptGroup, last_logits, prompt_groups
@@ -31,11 +32,38 @@ class Zeroing:
     original: float
     """With nothing zeroed."""
     top: dict[int, float]
-    """By number of neurons: those that raise the answer's log probability most."""
+    """By number of neurons: the best of those chosen for the answer."""
     random: dict[int, float]
     """By number of neurons: as many others, drawn from the same layers."""
     foreign: dict[int, float]
-    """By number of neurons: those that raise the answer of a prompt of another type most."""
+    """By number of neurons: those chosen for the answer of a prompt of another type."""
+
+
+class Choice(Protocol):
+    """Which FFN neurons to zero in a prompt, best first; fewer where there are no more."""
+
+    def __call__(
+        self, bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
+    ) -> list[FFNNeuron]: ...
+
+
+def value_neurons(
+    bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
+) -> list[FFNNeuron]:
+    """The FFN neurons that raise the log probability of the token ``answer`` most, best first."""
+    ranked = attribute(bridge, tokens, target=answer, top=top).ffn_neurons
+    return list(map(FFNNeuron, ranked.layer.tolist(), ranked.index.tolist()))
+
+
+def query_neurons(
+    bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
+) -> list[FFNNeuron]:
+    """The FFN neurons that set off the 30 attention neurons that raise it most, best first.
+
+    None, where those all are in the first layer.
+    """
+    found = attribute(bridge, tokens, target=answer, top=TOP_VALUES).query_neurons(top)
+    return list(map(FFNNeuron, found["layer"].tolist(), found["index"].tolist()))
 
 
 def zeroing_effects(
@@ -43,15 +71,18 @@ def zeroing_effects(
     bridge: TransformerBridge,
     tokenizer: Tokenizer,
     *,
+    choose: Choice = value_neurons,
+    zeroed: Sequence[int] = ZEROED,
     prompts_per_type: int = 60,
     seed: int = 0,
 ) -> list[Zeroing]:
-    """What zeroing the value neurons of an answer does to it, beside two controls.
+    """What zeroing the neurons behind an answer does to it, beside two controls.
 
     ``model`` and ``bridge`` are the same weights as Hugging Face and as TransformerLens have
-    them. Looks at ``prompts_per_type`` prompts in trained wordings, drawn with ``seed``; the
-    neurons are chosen for each prompt apart, by ``attribute``. Random neurons show whether the
-    ranking matters, another type's whether the neurons matter for this answer alone.
+    them. Looks at ``prompts_per_type`` prompts in trained wordings, drawn with ``seed``; for each
+    prompt apart ``choose`` names its neurons, by default the value neurons, of which the first of
+    each number in ``zeroed`` are zeroed together. Random neurons show whether the ranking matters,
+    another type's whether the neurons matter for this answer alone.
 
     Raises:
         ValueError: If a knowledge type has fewer prompts than asked for.
@@ -61,8 +92,8 @@ def zeroing_effects(
     for knowledge_type in KNOWLEDGE_TYPES:
         prompts += _drawn(knowledge_type, prompts_per_type, generator)
     groups = list(prompt_groups(tokenizer, prompts))
-    masks = _top_masks(model, bridge, groups, len(prompts))
-    conditions = {"original": torch.zeros_like(masks[ZEROED[0]])}
+    masks = _top_masks(model, bridge, groups, len(prompts), choose, zeroed)
+    conditions = {"original": torch.zeros_like(masks[zeroed[0]])}
     for n, top in masks.items():
         conditions[f"top {n}"] = top
         conditions[f"random {n}"] = _random_beside(top, generator)
@@ -84,20 +115,12 @@ def zeroing_effects(
                 knowledge_type=name,
                 prompts=int(chosen.sum()),
                 original=mean["original"],
-                top={n: mean[f"top {n}"] for n in ZEROED},
-                random={n: mean[f"random {n}"] for n in ZEROED},
-                foreign={n: mean[f"foreign {n}"] for n in ZEROED},
+                top={n: mean[f"top {n}"] for n in zeroed},
+                random={n: mean[f"random {n}"] for n in zeroed},
+                foreign={n: mean[f"foreign {n}"] for n in zeroed},
             )
         )
     return rows
-
-
-def value_neurons(
-    bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
-) -> list[FFNNeuron]:
-    """The FFN neurons that raise the log probability of the token ``answer`` most, best first."""
-    ranked = attribute(bridge, tokens, target=answer, top=top).ffn_neurons
-    return list(map(FFNNeuron, ranked.layer.tolist(), ranked.index.tolist()))
 
 
 def _answer_probability(model: GPT2LMHeadModel, group: PromptGroup) -> Float[Tensor, " batch"]:
@@ -120,16 +143,18 @@ def _top_masks(
     bridge: TransformerBridge,
     groups: Sequence[PromptGroup],
     n_prompts: int,
+    choose: Choice,
+    zeroed: Sequence[int],
 ) -> dict[int, Bool[Tensor, "prompt layer neuron"]]:
-    """For each number in ``ZEROED``: which neurons are so many best ones of each prompt."""
+    """For each number in ``zeroed``: which neurons are so many best ones of each prompt."""
     blocks: Any = model.transformer.h
     shape = (n_prompts, len(blocks), blocks[0].mlp.c_fc.nf)
-    masks = {n: torch.zeros(shape, dtype=torch.bool) for n in ZEROED}
+    masks = {n: torch.zeros(shape, dtype=torch.bool) for n in zeroed}
     for group in groups:
         for row, tokens, answer in zip(
             group.rows.tolist(), group.tokens.tolist(), group.answers.tolist(), strict=True
         ):
-            ranked = value_neurons(bridge, tokens, answer, top=max(ZEROED))
+            ranked = choose(bridge, tokens, answer, top=max(zeroed))
             for n, mask in masks.items():
                 for neuron in ranked[:n]:
                     mask[row, neuron.layer, neuron.index] = True
