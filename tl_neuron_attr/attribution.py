@@ -374,8 +374,8 @@ class Attribution:
     def _query_scores(self, values: Sequence[RankedNeurons]) -> QueryScores:
         convention = "published" if self.convention == "published" else "exact"
         with torch.no_grad(), full_precision():
-            verify_subkeys(self.host, self.captured)
             sources = self._sources_of(values)
+            verify_subkeys(self.host, self.captured)
             return query_scores(self.host, self.captured, values, sources, convention)
 
     def _values(self, of: Any, top_values: int) -> tuple[RankedNeurons, ...]:

@@ -1,9 +1,9 @@
 """Where the model knows it: what is left of an answer without its value or query neurons."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -39,12 +39,9 @@ class Zeroing:
     """By number of neurons: those chosen for the answer of a prompt of another type."""
 
 
-class Choice(Protocol):
-    """Which FFN neurons to zero in a prompt, best first; fewer where there are no more."""
-
-    def __call__(
-        self, bridge: TransformerBridge, tokens: list[int], answer: int, *, top: int
-    ) -> list[FFNNeuron]: ...
+Choice = Callable[..., list[FFNNeuron]]
+"""``choice(bridge, tokens, answer, top=...)``: which FFN neurons to zero in a prompt, best first;
+fewer where there are no more."""
 
 
 def value_neurons(
