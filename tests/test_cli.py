@@ -103,6 +103,8 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
     ]
     assert list(tables["neurons"]) == NEURON_COLUMNS
     neurons = tables["neurons"]
+    assert neurons["role"].tolist() == ["value"] * 40 + ["query"] * 20
+    neurons = neurons[neurons["role"] == "value"]
     assert neurons.groupby("kind").size().to_dict() == {"ffn": 20, "attn": 20}
     assert neurons[neurons["kind"] == "ffn"]["head"].isna().all()
     assert str(neurons["source_pos"].dtype) == "Int64"

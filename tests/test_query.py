@@ -691,6 +691,22 @@ def test_in_published_they_stay_and_dominate(with_ill_conditioned):
     assert scores.inputs.shares.abs().max() > 3
 
 
+@pytest.mark.parametrize("convention", ["exact", "published"])
+def test_a_neuron_that_reads_nothing_has_no_shares_in_any_convention(convention):
+    model = bridge_of("gpt2")
+    with torch.no_grad():  # its pre-activation is 0, of parts that are 0
+        model.blocks[1].mlp.W_in[:, 7] = 0.0
+        model.blocks[1].mlp.b_in[7] = 0.0
+    result = attributed(model, convention=convention)
+    sound = result.ffn_neurons.neurons()[0]
+    scores = result.query_scores(["L1.N7", sound])
+    assert scores.left_out.tolist() == [True, False]
+    assert scores.inputs.total[0] == 0
+    assert torch.equal(scores.ffn_neurons, result.query_scores(sound).ffn_neurons)
+    with pytest.warns(UserWarning, match="ill-conditioned"):
+        assert (result.query_layers("L1.N7")["score"] == 0).all()
+
+
 # --- what is run, and what is left behind -----------------------------------------------------
 
 
@@ -709,6 +725,52 @@ def test_the_prompt_is_run_again_once_and_only_for_attention(monkeypatch):
     result.query_heads("both")
     result.query_layers(result.attn_neurons.neurons()[3])
     assert len(passes) == 3
+
+
+@pytest.mark.parametrize("convention", ["exact", "recomputed"])
+def test_value_neurons_beyond_those_ranked_are_ranked_when_asked_for(tiny_model, convention):
+    few = attributed(tiny_model, top=4, convention=convention)
+    many = attributed(tiny_model, top=60, convention=convention)
+    for of in ("ffn", "attn", "both"):
+        for top_values in (3, 30, 60):
+            found = few.query_layers(of, top_values=top_values)["score"]
+            wanted = many.query_layers(of, top_values=top_values)["score"]
+            assert found.tolist() == pytest.approx(wanted.tolist(), abs=1e-4)
+    assert len(few.attn_neurons) == len(few.neurons("attn")) == 4  # the result lists as before
+    everything = few.query_scores("both", top_values=10**6)
+    assert len(everything.left_out) == sum(
+        block.n_neurons for block in (*few.ffns, *few.attns)
+    )  # all there are
+
+
+def test_scores_had_before_are_not_computed_again(tiny_model, monkeypatch):
+    result = attributed(tiny_model)
+    scores = result.query_scores("both", top_values=60)
+    wanted = (
+        result.query_layers("both", top_values=60),
+        result.query_heads("both", top_values=60, top=3),
+        result.query_neurons(7, None, "both", top_values=60, tokens=2),
+        result.query_values("both", top_values=60),
+    )
+    passes = count_forward_passes(tiny_model, monkeypatch)
+    found = (
+        result.query_layers(scores),
+        result.query_heads(scores, top=3),
+        result.query_neurons(7, None, scores, tokens=2),
+        result.query_values(scores),
+    )
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.equals(theirs)
+    assert not passes
+    assert found[2]["kind"].tolist() == ["ffn"] * 7 + ["attn"] * 7
+
+
+def test_of_a_long_prompt_only_the_default_value_neurons_positions_are_kept(tiny_gpt2):
+    result = attribute(tiny_gpt2, range(2, 32), target=TARGET, top=300)
+    result.query_layers("attn", top_values=300)
+    kept = set(result._sources.positions.tolist())
+    assert kept == set(result.attn_neurons.first(30).source_pos.tolist())
+    assert len(kept) < len(set(result.attn_neurons.source_pos.tolist()))
 
 
 def test_sources_are_what_a_capture_at_their_position_holds(tiny_model):
@@ -796,6 +858,8 @@ def test_numbers_that_make_no_sense_are_refused(tiny_gpt2):
     result = attributed(tiny_gpt2, top=4)
     with pytest.raises(InputError, match="top must be at least 1"):
         result.query_neurons(0, top_values=4)
+    with pytest.raises(InputError, match="top_values must be at least 1"):
+        result.query_layers(top_values=0)
     host, captured = result.host, result.captured
     with pytest.raises(InputError, match="it is not known what happened at source position"):
         (value,) = value_neurons(

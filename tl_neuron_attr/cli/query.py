@@ -316,10 +316,11 @@ def _value_lines(scores: QueryScores, asked: _Asked) -> Text:
         )
     together = "together " if len(neurons) > 1 else ""
     line = Text.assemble(("Value neurons", "bold"), f"  {what}, {together}{total:+.3f} nats")
-    ill = [neuron for neuron, bad in zip(neurons, scores.ill_conditioned, strict=True) if bad]
-    if ill:
-        done = "left out" if bool(scores.left_out.any()) else "kept, as published"
-        line.append(f"\n{len(ill)} ill-conditioned, {done}: {_listed(ill)}", style="yellow")
+    kept = scores.ill_conditioned & ~scores.left_out
+    for done, which in (("left out", scores.left_out), ("kept, as published", kept)):
+        bad = [neuron for neuron, one in zip(neurons, which, strict=True) if one]
+        if bad:
+            line.append(f"\n{len(bad)} ill-conditioned, {done}: {_listed(bad)}", style="yellow")
     return line
 
 
