@@ -30,6 +30,7 @@ ORDER = (
     "tables",
     "attribution",
     "attribute",
+    "cards",
     "plan",
     "knowledge",
     "views",
@@ -80,7 +81,7 @@ def test_modules_import_only_from_earlier_stages():
 def test_each_foreign_library_stays_behind_its_wall():
     walls = {
         "plotly": {"views"},
-        "pandas": {"tables", "attribution", "attribute", "views", "cli"},
+        "pandas": {"tables", "attribution", "attribute", "cards", "views", "cli"},
         "transformer_lens": {"models"},
         "transformers": {"models", "cli"},
         "typer": {"cli"},

@@ -15,6 +15,7 @@ from tl_neuron_attr.capture import (
     load_capture,
     save_capture,
 )
+from tl_neuron_attr.cards import NeuronCard, neuron_card
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
@@ -65,6 +66,7 @@ __all__ = [
     "InputError",
     "Intervals",
     "NeuronAttrError",
+    "NeuronCard",
     "NonFiniteError",
     "OutputError",
     "Plan",
@@ -88,6 +90,7 @@ __all__ = [
     "layer_scores",
     "load_capture",
     "load_model",
+    "neuron_card",
     "neuron_scores",
     "open_host",
     "parse_neuron",

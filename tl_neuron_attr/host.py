@@ -405,40 +405,45 @@ def resolve_target(
     """
     if target is None:
         raise InputError("a contrast needs both tokens: give target beside against")
-    token = _one_token(host, target)
+    token = one_token(host, target)
     if against is None:
         return token
-    other = _one_token(host, against)
+    other = one_token(host, against)
     if other.id == token.id:
         raise InputError(f"target and against are the same token, {token.text!r}")
     return replace(token, against=other)
 
 
-def _one_token(host: Host, target: str | SupportsIndex) -> Target:
-    if not isinstance(target, str):
-        token = integer(target, "a token id")
+def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> Target:
+    """The one token that ``given`` names, called ``what`` in errors.
+
+    Raises:
+        InputError: For an id outside the vocabulary, or a text that is not exactly one token.
+    """
+    if not isinstance(given, str):
+        token = integer(given, "a token id")
         if not 0 <= token < host.d_vocab:
             raise InputError(
-                f"target id {token} is outside the model's vocabulary of {host.d_vocab}"
+                f"{what} id {token} is outside the model's vocabulary of {host.d_vocab}"
             )
         return Target(id=token, text=host.token_text(token))
-    _need_tokenizer(host, "target")
-    if not target:
-        raise InputError("the target is empty; give a single-token target or a token id")
-    ids = _encode(host, target)
+    _need_tokenizer(host, what)
+    if not given:
+        raise InputError(f"the {what} is empty; give a single-token {what} or a token id")
+    ids = _encode(host, given)
     if len(ids) == 1:
-        return _one_token(host, ids[0])
+        return one_token(host, ids[0], what)
     # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
     # is the one token that reads " Paris"
-    bare = _encode(host, target.strip(" ")) if target.startswith(" ") else []
-    if len(bare) == 1 and host.token_text(bare[0]) == target:
-        return Target(id=bare[0], text=target)
+    bare = _encode(host, given.strip(" ")) if given.startswith(" ") else []
+    if len(bare) == 1 and host.token_text(bare[0]) == given:
+        return Target(id=bare[0], text=given)
     pieces = ", ".join(repr(host.token_text(token)) for token in ids)
-    spaced = [] if target.startswith(" ") else _encode(host, " " + target)
-    hint = f" (did you mean {' ' + target!r}?)" if len(spaced) == 1 else ""
+    spaced = [] if given.startswith(" ") else _encode(host, " " + given)
+    hint = f" (did you mean {' ' + given!r}?)" if len(spaced) == 1 else ""
     raise InputError(
-        f"target {target!r} is {len(ids)} tokens ({pieces}){hint}; "
-        "give a single-token target or a token id"
+        f"{what} {given!r} is {len(ids)} tokens ({pieces}){hint}; "
+        f"give a single-token {what} or a token id"
     )
 
 

@@ -125,8 +125,10 @@ class ProjectionIndex:
                 (projections.bottom_ids, projections.bottom_logits),
             )
         ]
+        mean, spread = projections.mean[place], projections.spread[place]
         if sign is not None:
             flip = (sign < 0).cpu()[:, None]
+            mean = (-mean).where(flip[:, 0], mean)
             top, bottom = (
                 (bottom[0].where(flip, top[0]), (-bottom[1]).where(flip, top[1])),
                 (top[0].where(flip, bottom[0]), (-top[1]).where(flip, bottom[1])),
@@ -136,6 +138,8 @@ class ProjectionIndex:
             top_logits=top[1].to(layer.device),
             bottom_ids=bottom[0].to(layer.device),
             bottom_logits=bottom[1].to(layer.device),
+            mean=(mean / norm_scale).to(layer.device),
+            spread=(spread / norm_scale).to(layer.device),
         )
 
 

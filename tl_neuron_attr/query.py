@@ -262,7 +262,7 @@ def _rows(
             x = sources.resid_pre[layer, place]
             if after_attn:
                 x = x + sources.attn_out[layer, place]
-            for name, subkey, bias in _subkeys(host, ranked, here, layer, convention):
+            for name, subkey, bias in subkeys(host, ranked, here, layer, convention):
                 if through is not None and name in ("gate", "up") and name != through:
                     continue
                 key, added = _through_norm(host, norm_of(layer), x, subkey.to(x.dtype), convention)
@@ -286,7 +286,7 @@ def _rows(
     return _Rows(input=tuple(name for rows in found for name in rows.input), **stacked)
 
 
-def _subkeys(
+def subkeys(
     host: Host,
     ranked: RankedNeurons,
     here: Int[Tensor, " some"],
@@ -313,6 +313,23 @@ def _subkeys(
         host.W_in(layer)[:, index].T,
         None if b_in is None else b_in[index],
     )
+
+
+def through_norm(
+    host: Host,
+    norm: Norm,
+    x: Float[Tensor, "*#batch d_model"],
+    vectors: Float[Tensor, "*#batch d_model"],
+) -> Float[Tensor, "*batch d_model"]:
+    """What each vector adds to what a sub-layer reads, its norm frozen at the scale it has for x.
+
+    The norm's linear part: mean taken out (LayerNorm), scale and gain put in, no bias. What the
+    sub-layer reads of ``x`` is this of ``x`` itself, and the norm's bias.
+    """
+    if host.norm == "layer_norm":
+        x, vectors = (each - each.mean(-1, keepdim=True) for each in (x, vectors))
+    read = vectors / (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
+    return read if norm.gain is None else read * norm.gain.to(read.dtype)
 
 
 def _through_norm(
@@ -630,25 +647,34 @@ def _scored(
 
 
 def check_exists(host: Host, neuron: FFNNeuron | AttnNeuron, read_pos: int) -> None:
-    """Stop where the model has no such neuron in a prompt read at ``read_pos``.
+    """Stop where the model has no such value neuron in a prompt read at ``read_pos``.
 
     Raises:
         InputError: If it has not, or an attention neuron has no source position.
+    """
+    if isinstance(neuron, AttnNeuron) and neuron.source_pos is None:
+        raise InputError(
+            f"{neuron} has no source position, which is where it is set off; "
+            f"give one, as in {neuron}@{read_pos}"
+        )
+    check_neuron(host, neuron, read_pos)
+
+
+def check_neuron(host: Host, neuron: FFNNeuron | AttnNeuron, read_pos: int) -> None:
+    """Stop where the model has no such neuron, or a prompt read there no such source position.
+
+    Raises:
+        InputError: Saying what there is.
     """
     if isinstance(neuron, FFNNeuron):
         exists = 0 <= neuron.layer < host.n_layers and 0 <= neuron.index < host.d_mlp
         there_are = f"{host.n_layers} layers of {host.d_mlp} FFN neurons"
     else:
-        if neuron.source_pos is None:
-            raise InputError(
-                f"{neuron} has no source position, which is where it is set off; "
-                f"give one, as in {neuron}@{read_pos}"
-            )
         exists = (
             0 <= neuron.layer < host.n_layers
             and 0 <= neuron.head < host.n_heads
             and 0 <= neuron.index < host.d_head
-            and 0 <= neuron.source_pos <= read_pos
+            and (neuron.source_pos is None or 0 <= neuron.source_pos <= read_pos)
         )
         there_are = (
             f"{host.n_layers} layers of {host.n_heads} heads of {host.d_head} dimensions, and "

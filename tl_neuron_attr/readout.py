@@ -547,6 +547,22 @@ class TokenEnds:
     """Logit change the vector brings to each of these tokens."""
     bottom_ids: Int[Tensor, "*batch k"]
     bottom_logits: Float[Tensor, "*batch k"]
+    mean: Float[Tensor, "*batch"]
+    """Mean logit over the vocabulary, all tokens alike."""
+    spread: Float[Tensor, "*batch"]
+    """Standard deviation of the logits over the vocabulary."""
+
+    @property
+    def readability(self) -> Float[Tensor, "*batch"]:
+        """How far the stronger end stands out: its distance from the mean, in standard deviations.
+
+        Neither the size nor the sign of a vector changes it. Logits spread like a Gaussian give
+        about ``sqrt(2 log d_vocab)``: 4 at 2,000 tokens, 4.6 at 50,000; one token alone gives
+        ``sqrt(d_vocab - 1)``. 0 for a vector that moves all tokens alike.
+        """
+        ends = self.top_logits[..., 0] - self.mean, self.mean - self.bottom_logits[..., 0]
+        stronger = torch.maximum(*ends)
+        return torch.where(self.spread > 0, stronger / self.spread, 0.0)
 
 
 def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10) -> TokenEnds:
@@ -563,7 +579,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
     linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device))
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
-    top_logits, top_ids, bottom_logits, bottom_ids = [], [], [], []
+    top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []
     per_block = max(1, linear.rows_per_block * _COLUMNS // max(out.W_U.shape[1], _COLUMNS))
     for block in rows.split(per_block):
         logits = linear.logits(block)
@@ -573,10 +589,14 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
         values, ids = logits.topk(k, dim=-1, largest=False)
         bottom_logits.append(values)
         bottom_ids.append(ids)
+        mean.append(logits.mean(-1))
+        spread.append(logits.std(-1, correction=0))
     shape = (*vectors.shape[:-1], k)
     return TokenEnds(
         top_ids=torch.cat(top_ids).reshape(shape),
         top_logits=torch.cat(top_logits).reshape(shape),
         bottom_ids=torch.cat(bottom_ids).reshape(shape),
         bottom_logits=torch.cat(bottom_logits).reshape(shape),
+        mean=torch.cat(mean).reshape(shape[:-1]),
+        spread=torch.cat(spread).reshape(shape[:-1]),
     )

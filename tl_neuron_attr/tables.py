@@ -6,6 +6,7 @@ everywhere, so frames of several prompts concatenate. Scores are in nats.
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import torch
@@ -208,6 +209,18 @@ def token_columns(
 def share_table(rows: Sequence[tuple[str, int, float, float, float, float]]) -> pd.DataFrame:
     """One row a kind: what all its raising neurons add (nats), and the share of the best."""
     return pd.DataFrame(rows, columns=list(SHARE_COLUMNS))
+
+
+def records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    """Rows as plain Python values, ``None`` where a cell is empty."""
+    columns = {name: table[name].tolist() for name in table.columns}
+    return [
+        {name: _cell(values[row]) for name, values in columns.items()} for row in range(len(table))
+    ]
+
+
+def _cell(value: Any) -> Any:
+    return None if value is pd.NA or (isinstance(value, float) and value != value) else value
 
 
 def write_tables(

@@ -17,6 +17,7 @@ from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
+from tl_neuron_attr.tables import records
 
 WIDTH = 100
 
@@ -28,15 +29,6 @@ def model_line(host: Host, model: str) -> str:
         f"[bold]{escape(model)}[/]  {host.architecture}, {host.n_layers} layers, {dtype}, "
         f"{host.processing} weights ({host.class_name})"
     )
-
-
-def records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain Python values, ``None`` where a cell is empty."""
-    columns = {name: table[name].tolist() for name in table.columns}
-    return [
-        {name: None if values[row] is pd.NA else values[row] for name, values in columns.items()}
-        for row in range(len(table))
-    ]
 
 
 def token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
