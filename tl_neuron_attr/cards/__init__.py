@@ -23,6 +23,6 @@ its coefficient times its subvalue.
 """
 
 from tl_neuron_attr.cards.card import NeuronCard
-from tl_neuron_attr.cards.request import as_head, as_neuron, check_head, check_reads, neuron_card
+from tl_neuron_attr.cards.request import as_head, as_neuron, check_head, check_request, neuron_card
 
-__all__ = ["NeuronCard", "as_head", "as_neuron", "check_head", "check_reads", "neuron_card"]
+__all__ = ["NeuronCard", "as_head", "as_neuron", "check_head", "check_request", "neuron_card"]

@@ -166,7 +166,7 @@ def stream(captured: Capture, kind: Kind) -> Float[Tensor, "layer d_model"]:
 
 
 def plain(values: Tensor) -> list[float]:
-    return values.double().tolist()
+    return values.cpu().double().tolist()
 
 
 # --- what set it off --------------------------------------------------------------------------

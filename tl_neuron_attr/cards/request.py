@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture, capture
+from tl_neuron_attr.capture import capture
 from tl_neuron_attr.cards.card import PROMPT_COLUMNS, NeuronCard
 from tl_neuron_attr.cards.looked_at import (
     LookedAt,
@@ -26,7 +26,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
-from tl_neuron_attr.prompts import at_least_one, integer
+from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one, integer
 from tl_neuron_attr.query import check_neuron
 from tl_neuron_attr.readout import baseline_of_runs, full_precision
 
@@ -67,10 +67,7 @@ def neuron_card(
     chosen = as_neuron(neuron)
     through = None if head is None else as_head(head)
     tokens, top = at_least_one(tokens, "tokens"), at_least_one(top, "top")
-    place = read_pos if position is None else _position(result.captured, position)
-    check_neuron(host, chosen, place)
-    if through is not None:
-        check_reads(host, chosen, through)
+    place = check_request(host, result.captured.prompt, chosen, position, through)
     _check_alike(result, prompts)
     with torch.no_grad(), full_precision():
         verify_subkeys(host, result.captured)
@@ -78,6 +75,33 @@ def neuron_card(
         if place != read_pos:
             at = capture(host, replace(at.prompt, read_pos=place)).to(at.v.dtype)
         return _card(result, looked_at(result, at, chosen), through, prompts, tokens, top)
+
+
+def check_request(
+    host: Host,
+    prompt: TokenizedPrompt,
+    neuron: FFNNeuron | AttnNeuron,
+    position: SupportsIndex | None = None,
+    head: Head | None = None,
+) -> int:
+    """Where the neuron is to be looked at, once it is known that there can be a card.
+
+    Raises:
+        InputError: If there is no such neuron, position or head, or the head comes too early.
+    """
+    read_pos, n_tokens = prompt.read_pos, len(prompt.tokens)
+    place = asked = read_pos if position is None else integer(position, "position")
+    if asked < 0:
+        place = asked + n_tokens
+    if not 0 <= place <= read_pos:
+        raise InputError(
+            f"position {asked} is out of range: the answer is read at {read_pos}, "
+            f"so a neuron can be looked at from 0 to {read_pos}"
+        )
+    check_neuron(host, neuron, place)
+    if head is not None:
+        _check_reads(host, neuron, head)
+    return place
 
 
 def as_neuron(neuron: str | FFNNeuron | AttnNeuron) -> FFNNeuron | AttnNeuron:
@@ -116,12 +140,8 @@ def check_head(host: Host, head: Head) -> None:
         )
 
 
-def check_reads(host: Host, neuron: FFNNeuron | AttnNeuron, head: Head) -> None:
-    """Stop where a head cannot read what a neuron writes: only those of later layers do.
-
-    Raises:
-        InputError: Also if there is no such head.
-    """
+def _check_reads(host: Host, neuron: FFNNeuron | AttnNeuron, head: Head) -> None:
+    """Stop where a head cannot read what a neuron writes: only those of later layers do."""
     check_head(host, head)
     if head.layer <= neuron.layer:
         last = host.n_layers - 1
@@ -277,18 +297,6 @@ def _in_prompt(
 
 
 # --- requests ---------------------------------------------------------------------------------
-
-
-def _position(captured: Capture, position: SupportsIndex) -> int:
-    asked, n_tokens = integer(position, "position"), len(captured.prompt.tokens)
-    place = asked + n_tokens if asked < 0 else asked
-    read_pos = captured.prompt.read_pos
-    if not 0 <= place <= read_pos:
-        raise InputError(
-            f"position {asked} is out of range: the answer is read at {read_pos}, "
-            f"so a neuron can be looked at from 0 to {read_pos}"
-        )
-    return place
 
 
 def _check_alike(result: Attribution, prompts: Sequence[Attribution]) -> None:

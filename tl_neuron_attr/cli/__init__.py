@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tl_neuron_attr.cli.attribute import attribute
+from tl_neuron_attr.cli.card import card
 from tl_neuron_attr.cli.index import index
 from tl_neuron_attr.cli.query import query
 
@@ -38,5 +39,5 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, query, index):
+for command in (attribute, query, card, index):
     app.command()(command)

@@ -1,5 +1,6 @@
 """What commands are asked: the options they share, and prompts and models made of them."""
 
+import json
 import sys
 import warnings
 from collections.abc import Iterator
@@ -94,6 +95,47 @@ def prompt_of(
             f"--tokens must be ids separated by commas, like 1,403,261; got {tokens!r}"
         ) from None
     return Prompt(tokens=ids, **asked)
+
+
+def prompts_in(path: Path, bos: bool | None = None) -> list[Prompt]:
+    """The prompts of a JSON Lines file: each line a text, or an object that holds one.
+
+    Such an object has ``text``, and may have ``target``, ``against``, ``position`` and
+    ``prompt_id`` (by default the number of its line, from 1).
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8"
+        raise InputError(f"cannot read prompts from {str(path)!r}: {reason}") from error
+    prompts = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            given = json.loads(line)
+        except ValueError:
+            given = None
+        fields = {"text": given} if isinstance(given, str) else given
+        if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):
+            raise InputError(
+                f"line {number} of {str(path)!r} must be a JSON string, or an object with a "
+                f"'text' (and perhaps target, against, position, prompt_id); got {line[:60]!r}"
+            )
+        unknown = sorted(fields.keys() - {"text", "target", "against", "position", "prompt_id"})
+        if unknown:
+            raise InputError(
+                f"line {number} of {str(path)!r} has an unknown field {unknown[0]!r}; known are "
+                "text, target, against, position and prompt_id"
+            )
+        name = str(fields.get("prompt_id", number))
+        try:
+            prompts.append(Prompt(**{**fields, "prompt_id": name}, prepend_bos=bos))
+        except InputError as error:
+            raise InputError(f"line {number} of {str(path)!r}: {error}") from error
+    if not prompts:
+        raise InputError(f"there are no prompts in {str(path)!r}")
+    return prompts
 
 
 def load(name: str, device: str | None, dtype: str) -> Any:
