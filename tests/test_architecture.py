@@ -23,6 +23,7 @@ ORDER = (
     "decompose",
     "index",
     "identities",
+    "interventions",
     "scores",
     "topk",
     "intervals",

@@ -34,8 +34,14 @@ from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
+from tl_neuron_attr.interventions import (
+    Zeroed,
+    capture_zeroed,
+    head_scan,
+    zeroed_residuals,
+)
 from tl_neuron_attr.models import load_model
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons, value_neurons
@@ -78,6 +84,7 @@ __all__ = [
     "Sources",
     "Target",
     "UnsupportedModelError",
+    "Zeroed",
     "attn_decomposition",
     "attribute",
     "attribute_all",
@@ -85,7 +92,9 @@ __all__ = [
     "capture",
     "capture_all",
     "capture_sources",
+    "capture_zeroed",
     "ffn_decomposition",
+    "head_scan",
     "head_scores",
     "layer_scores",
     "load_capture",
@@ -94,6 +103,7 @@ __all__ = [
     "neuron_scores",
     "open_host",
     "parse_neuron",
+    "parse_part",
     "plan",
     "position_scores",
     "project",
@@ -108,4 +118,5 @@ __all__ = [
     "top_query_neurons",
     "value_neurons",
     "verify",
+    "zeroed_residuals",
 ]

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -18,15 +18,22 @@ from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import (
     Host,
+    block_outputs,
     cache_is_of,
     check_left_padding,
     final_resid_name,
+    has_hooks,
     hook_names,
+    last_ffn_input_name,
     pre_activation_names,
-    reads_out_some,
     rotary_regime,
+    starting_at,
+    unembedding_input_name,
 )
 from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
+
+Hook = tuple[str, Callable[..., Any]]
+"""The name of a hook, and what is called there with the activation and the hook point."""
 
 CAPTURE_FORMAT = 1
 """Version of the two files ``save_capture`` writes."""
@@ -171,6 +178,86 @@ def capture_all(
     return [replace(ran[prompt.tokens, prompt.read_pos], prompt=prompt) for prompt in prompts]
 
 
+def capture_rows(
+    host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]
+) -> list[Capture]:
+    """What happened in each row of one forward pass with ``hooks`` in force: row i is prompt i.
+
+    Every prompt has a row of its own, for hooks may edit each row in another way; shorter ones are
+    padded on the right. What hooks edit is captured as edited. The prompts must be of one
+    ``rotary_regime``.
+
+    Raises:
+        NonFiniteError: If an activation is NaN or infinite, naming the prompt and the first layer.
+
+    Cost: one forward pass of that many rows; memory for the captures.
+    """
+    rows = [prompt.tokens for prompt in prompts]
+    places = [_Place(row, 0, prompt.read_pos) for row, prompt in enumerate(prompts)]
+    captures = _pass(host, rows, prompts, places, "right", hooks)
+    _refuse_non_finite(captures)
+    return captures
+
+
+def capture_blocks(host: Host, prompt: TokenizedPrompt) -> list[Any]:
+    """What each block returned in a run of ``prompt``, for ``final_residuals`` to start from.
+
+    Cost: one forward pass; a residual vector for each layer and position.
+    """
+    with block_outputs(host) as outputs:
+        _forward(host, [prompt.tokens], _last_ffn_hooks(host, [prompt]), [])
+    return [*outputs]
+
+
+def final_residuals(
+    host: Host,
+    prompts: Sequence[TokenizedPrompt],
+    hooks: Sequence[Hook] = (),
+    *,
+    start: tuple[int, Sequence[Any]] | None = None,
+) -> Float[Tensor, "row d_model"]:
+    """The residual stream after the last block, at each prompt's read position; rows as above.
+
+    ``start`` is a layer and the outputs of ``capture_blocks``: all rows are then runs of that
+    prompt, and what comes before the layer is taken from there.
+
+    Raises:
+        NonFiniteError: If one is NaN or infinite.
+
+    Cost: one forward pass of that many rows, from that layer on, without the unembedding, and
+    without the last FFN's other positions (with the caller's own hooks on the model, with both).
+    """
+    seen: list[Tensor] = []
+    rows = torch.arange(len(prompts))
+    reads = torch.tensor([prompt.read_pos for prompt in prompts])
+
+    def keep(activation: Tensor, hook: Any) -> None:
+        seen.append(_scoring_copy(activation[rows, reads]))
+
+    every = [*hooks, *_last_ffn_hooks(host, prompts), (final_resid_name(host), keep)]
+    layer, outputs = (0, []) if start is None else start
+    with starting_at(host, layer, outputs, len(prompts)):
+        _forward(host, [prompt.tokens for prompt in prompts], every, [])
+    for row, resid in enumerate(seen[0]):
+        if not resid.isfinite().all():
+            raise NonFiniteError(
+                f"the model's activations are not finite: in {_name(prompts[row])}, edited, what "
+                "comes out of the last block holds NaN or infinity"
+            )
+    return seen[0]
+
+
+def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
+    """Stop where a new run of a captured prompt is not the one captured.
+
+    Raises:
+        InputError: If its last residual differs by more than rounding.
+    """
+    error = _relative(resid_final.to(captured.resid_final), captured.resid_final)
+    if not error <= _SAME_RUN[host.dtype]:
+        raise _other_run(captured.prompt, "last residuals", error)
+
+
 def capture_sources(
     host: Host, captured: Capture, positions: Iterable[int], cache: Any = None
 ) -> Sources:
@@ -220,13 +307,9 @@ def capture_sources(
         kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(like)
         for kind in (*_SOURCED, "v")
     }
-    error = (tensors.pop("v") - captured.v).abs().max() / captured.v.abs().max().clamp(min=1e-30)
+    error = _relative(tensors.pop("v"), captured.v)
     if not error <= _SAME_RUN[host.dtype]:
-        raise InputError(
-            f"{_name(prompt)} no longer gives the activations captured from it (value vectors "
-            f"differ by {float(error):.2g} of the largest): the model's weights or hooks have "
-            "changed; attribute the prompt again"
-        )
+        raise _other_run(prompt, "value vectors", error)
     return Sources(positions=rows, **tensors)
 
 
@@ -296,28 +379,55 @@ def _run(
     length = max(map(len, rows))
     row_of = {tokens: row for row, tokens in enumerate(rows)}
     places = [_place(row_of[prompt.tokens], prompt, length, padding_side) for prompt in prompts]
+    return _pass(host, rows, prompts, places, padding_side)
+
+
+def _pass(
+    host: Host,
+    rows: Sequence[tuple[int, ...]],
+    prompts: Sequence[TokenizedPrompt],
+    places: Sequence[_Place],
+    padding_side: PaddingSide,
+    hooks: Sequence[Hook] = (),
+) -> list[Capture]:
     seen: dict[str, list[Tensor]] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
         seen[key] = _copies(key, activation, places)
 
-    hooks = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
+    # last, so that what the others edit is seen as edited
+    keeping = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
     reads = sorted({place.read for place in places})
-    logits = _forward(host, rows, hooks, reads, padding_side)
+    logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
     seen["logits"] = [_scoring_copy(logits[place.row, reads.index(place.read)]) for place in places]
     return _captures(host, prompts, places, seen)
+
+
+def _last_ffn_hooks(host: Host, prompts: Sequence[TokenizedPrompt]) -> list[Hook]:
+    """A hook that spares the last FFN at positions nobody looks at."""
+    name = last_ffn_input_name(host)
+    if name is None or has_hooks(host.model):  # the caller's may look at it
+        return []
+    rows = torch.arange(len(prompts))
+    reads = torch.tensor([prompt.read_pos for prompt in prompts])
+
+    def at_read_positions(activation: Tensor, hook: Any) -> Tensor:
+        return activation[rows, reads][:, None]
+
+    return [(name, at_read_positions)]
 
 
 def _forward(
     host: Host,
     rows: Sequence[tuple[int, ...]],
-    hooks: Sequence[tuple[str, Any]],
+    hooks: Sequence[Hook],
     reads: Sequence[int],
     padding_side: PaddingSide = "right",
 ) -> Float[Tensor, "row read d_vocab"]:
     """The logits at the positions ``reads`` from one forward pass with ``hooks`` in force.
 
-    The rows of tokens are padded to one length, with which positions are counted.
+    The rows of tokens are padded to one length, with which positions are counted. Nothing else is
+    unembedded, unless the caller has hooks on the model.
     """
     length = max(map(len, rows))
     padded = any(len(row) < length for row in rows)
@@ -327,17 +437,22 @@ def _forward(
     # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
     # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
     masked = padded or host.class_name == "HookedTransformer"
-    kept = torch.tensor(reads, device=host.device)
-    some = reads_out_some(host)
+    kept = torch.tensor(reads, dtype=torch.long, device=host.device)
+
+    def narrow(activation: Tensor, hook: Any) -> Tensor:
+        return activation[:, kept.to(activation.device)]
+
+    narrowed = not has_hooks(host.model)  # the caller's may look at all of them
+    if narrowed:
+        hooks = [*hooks, (unembedding_input_name(host), narrow)]
     with torch.no_grad():
         logits = host.model.run_with_hooks(
             tokens,
             return_type="logits",
             fwd_hooks=list(hooks),
             attention_mask=attention_mask if masked else None,
-            **({"logits_to_keep": kept} if some else {}),
         )
-        return logits if some else logits[:, kept]
+        return logits if narrowed else logits[:, kept]
 
 
 def _padded(
@@ -530,6 +645,19 @@ def _captures(
             Capture(prompt=prompt, model_name=host.model_name, **{"resid_mid": None, **tensors})
         )
     return captures
+
+
+def _relative(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference, of the largest number."""
+    return float((ours - theirs).abs().max() / theirs.abs().max().clamp(min=1e-30))
+
+
+def _other_run(prompt: TokenizedPrompt, what: str, error: float) -> InputError:
+    return InputError(
+        f"{_name(prompt)} no longer gives the activations captured from it ({what} differ by "
+        f"{error:.2g} of the largest): the model's weights or hooks have changed; attribute the "
+        "prompt again"
+    )
 
 
 def _name(prompt: TokenizedPrompt) -> str:

@@ -7,8 +7,9 @@ against the model's own activations in ``identities.py``.
 """
 
 import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from inspect import signature
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -270,16 +271,67 @@ def final_resid_name(host: Host) -> str:
     return f"blocks.{host.n_layers - 1}.hook_resid_post"
 
 
-def reads_out_some(host: Host) -> bool:
-    """Whether a forward pass can be asked for the logits of some positions only.
+def last_ffn_input_name(host: Host) -> str | None:
+    """The hook of what the last FFN reads, if what it writes may be of fewer positions.
 
-    The models that a bridge wraps can, as ``logits_to_keep``. Hooks of the caller's may expect
-    all positions, and get them.
+    One position's then meets the others by broadcasting; only where it belongs is the sum right.
     """
-    if host.class_name == "HookedTransformer" or has_hooks(host.model):
-        return False
-    wrapped = getattr(host.model, "original_model", None)
-    return wrapped is not None and "logits_to_keep" in signature(wrapped.forward).parameters
+    if host.architecture.startswith("OPT"):
+        return None  # some versions of it flatten positions, and restore their number
+    name = "ln2.hook_normalized" if host.class_name == "HookedTransformer" else "mlp.hook_in"
+    return f"blocks.{host.n_layers - 1}.{name}"
+
+
+def unembedding_input_name(host: Host) -> str:
+    """The hook of what is unembedded; what it lets through is all that logits are computed of."""
+    return "unembed.hook_in"
+
+
+@contextmanager
+def block_outputs(host: Host) -> Iterator[list[Any]]:
+    """What the blocks return in a run inside, in whatever form they do: one entry a block."""
+    outputs: list[Any] = []
+
+    def keep(block: Any, went_in: Any, output: Any) -> None:
+        outputs.append(output)
+
+    handles = [block.register_forward_hook(keep) for block in host.model.blocks]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def residual_of(output: Any) -> Float[Tensor, "row pos d_model"]:
+    """The residual stream in what a block returned."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@contextmanager
+def starting_at(host: Host, layer: int, outputs: Sequence[Any], n_rows: int) -> Iterator[None]:
+    """Runs inside start at ``layer``, all rows from the residual stream that entered it before.
+
+    ``outputs`` are those of ``block_outputs`` in a run of one row. Blocks before ``layer`` are not
+    run, so their hooks see nothing; everything else (masks, positions) the model makes as always.
+    """
+    if layer == 0:
+        yield
+        return
+    before = outputs[layer - 1]
+    rows = residual_of(before).repeat(n_rows, 1, 1)
+    returned = (rows, *before[1:]) if isinstance(before, tuple) else rows
+    skipped = [vars(block) for block in host.model.blocks[:layer]]
+    own = [attributes.get("forward") for attributes in skipped]
+    try:
+        for attributes in skipped:
+            attributes["forward"] = lambda *_, **__: returned
+        yield
+    finally:
+        for attributes, forward in zip(skipped, own, strict=True):
+            attributes.pop("forward", None)
+            if forward is not None:  # others may have put one there
+                attributes["forward"] = forward
 
 
 def cache_is_of(

@@ -92,3 +92,20 @@ def parse_neuron(label: str) -> FFNNeuron | AttnNeuron:
         ValueError: If ``label`` is neither ``"L9.N1234"`` nor ``"L9.H3.D17[@5]"``.
     """
     return AttnNeuron.parse(label) if ".H" in label else FFNNeuron.parse(label)
+
+
+def parse_part(label: str) -> Head | FFNNeuron | AttnNeuron:
+    """The head or neuron a label names.
+
+    Raises:
+        ValueError: If ``label`` is none of ``"L9.H3"``, ``"L9.N1234"``, ``"L9.H3.D17[@5]"``.
+    """
+    for kind in (Head, FFNNeuron, AttnNeuron):
+        try:
+            return kind.parse(label)
+        except ValueError:
+            continue
+    raise ValueError(
+        "a head or neuron label must look like 'L9.H3', 'L9.N1234', 'L9.H3.D17' or 'L9.H3.D17@5', "
+        f"got {label!r}"
+    )
