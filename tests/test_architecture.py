@@ -32,6 +32,7 @@ ORDER = (
     "attribution",
     "attribute",
     "cards",
+    "in_context",
     "plan",
     "knowledge",
     "views",
@@ -82,7 +83,7 @@ def test_modules_import_only_from_earlier_stages():
 def test_each_foreign_library_stays_behind_its_wall():
     walls = {
         "plotly": {"views"},
-        "pandas": {"tables", "attribution", "attribute", "cards", "views", "cli"},
+        "pandas": {"tables", "attribution", "attribute", "cards", "in_context", "views", "cli"},
         "transformer_lens": {"models"},
         "transformers": {"models", "cli"},
         "typer": {"cli"},

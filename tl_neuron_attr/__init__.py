@@ -32,6 +32,7 @@ from tl_neuron_attr.errors import (
 )
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
+from tl_neuron_attr.in_context import InContextHeads, head_inputs, in_context_heads
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
 from tl_neuron_attr.interventions import (
@@ -69,6 +70,7 @@ __all__ = [
     "Head",
     "Host",
     "IdentityError",
+    "InContextHeads",
     "InputError",
     "Intervals",
     "NeuronAttrError",
@@ -94,9 +96,11 @@ __all__ = [
     "capture_sources",
     "capture_zeroed",
     "ffn_decomposition",
+    "head_inputs",
     "head_scan",
     "head_scores",
     "layer_scores",
+    "in_context_heads",
     "load_capture",
     "load_model",
     "neuron_card",

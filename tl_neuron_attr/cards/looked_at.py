@@ -206,7 +206,7 @@ def set_off_by(
     layers = query_layer_table(scores).rename(columns={"score": "share"})
     found = [top_query_neurons(host, captured, scores, top, kind) for kind in ("ffn", "attn")]
     neurons = [
-        query_neuron_table(each, captured.prompt.prompt_id, by_position=True)
+        query_neuron_table(each, captured.prompt.prompt_id, position=True)
         .rename(columns={"score": "share"})
         .join(_says(result, each.neurons, tokens))
         for each in found
