@@ -33,6 +33,7 @@ ORDER = (
     "attribute",
     "cards",
     "in_context",
+    "graph",
     "plan",
     "knowledge",
     "views",
@@ -83,7 +84,16 @@ def test_modules_import_only_from_earlier_stages():
 def test_each_foreign_library_stays_behind_its_wall():
     walls = {
         "plotly": {"views"},
-        "pandas": {"tables", "attribution", "attribute", "cards", "in_context", "views", "cli"},
+        "pandas": {
+            "tables",
+            "attribution",
+            "attribute",
+            "cards",
+            "in_context",
+            "graph",
+            "views",
+            "cli",
+        },
         "transformer_lens": {"models"},
         "transformers": {"models", "cli"},
         "typer": {"cli"},

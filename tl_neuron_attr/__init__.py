@@ -30,6 +30,7 @@ from tl_neuron_attr.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.in_context import InContextHeads, head_inputs, in_context_heads
@@ -67,6 +68,7 @@ __all__ = [
     "Capture",
     "FFNDecomposition",
     "FFNNeuron",
+    "Graph",
     "Head",
     "Host",
     "IdentityError",
@@ -121,6 +123,7 @@ __all__ = [
     "top_neurons",
     "top_query_neurons",
     "value_neurons",
+    "value_query_graph",
     "verify",
     "zeroed_residuals",
 ]

@@ -54,9 +54,9 @@ from tl_neuron_attr.tables import (
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
 
-ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron] | QueryScores
+ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron]
 """Value neurons to find query neurons of: ``"attn"``, ``"ffn"`` or ``"both"`` for the top ones of a
-kind; one neuron, as a value or a label like ``"L9.N1234"``; several; or query scores had before."""
+kind; one neuron, as a value or a label like ``"L9.N1234"``; or several."""
 
 TOP_VALUES = 30
 """How many value neurons query neurons are found of, unless asked otherwise: as published."""
@@ -269,7 +269,7 @@ class Attribution:
         return share_table(rows)
 
     def query_layers(
-        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+        self, of: ValueNeurons | QueryScores = "attn", *, top_values: int = TOP_VALUES
     ) -> pd.DataFrame:
         """What feeds value neurons: ``layer, kind, score``, kind embed, attn, ffn or bias.
 
@@ -295,7 +295,11 @@ class Attribution:
         return query_layer_table(self.query_scores(of, top_values=top_values))
 
     def query_heads(
-        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES, top: int | None = None
+        self,
+        of: ValueNeurons | QueryScores = "attn",
+        *,
+        top_values: int = TOP_VALUES,
+        top: int | None = None,
     ) -> pd.DataFrame:
         """The same for heads: ``layer, head, score``; in order, or the ``top`` best first."""
         table = head_table(self.query_scores(of, top_values=top_values).heads)
@@ -305,7 +309,7 @@ class Attribution:
         self,
         top: int = 300,
         kind: Kind | None = "ffn",
-        of: ValueNeurons = "attn",
+        of: ValueNeurons | QueryScores = "attn",
         *,
         top_values: int = TOP_VALUES,
         by_position: bool = False,
@@ -350,13 +354,13 @@ class Attribution:
         return self.query_neurons(top, of=scores, tokens=tokens), ()
 
     def query_values(
-        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+        self, of: ValueNeurons | QueryScores = "attn", *, top_values: int = TOP_VALUES
     ) -> pd.DataFrame:
         """The value neurons' pre-activations, and which of them were left out: ill-conditioned."""
         return query_value_table(self.query_scores(of, top_values=top_values))
 
     def query_scores(
-        self, of: ValueNeurons = "attn", *, top_values: int = TOP_VALUES
+        self, of: ValueNeurons | QueryScores = "attn", *, top_values: int = TOP_VALUES
     ) -> QueryScores:
         """What the query tables are made from, as tensors."""
         if isinstance(of, QueryScores):
@@ -383,13 +387,8 @@ class Attribution:
             count = at_least_one(top_values, "top_values")
             kinds = ("ffn", "attn") if of == "both" else _kinds(of)
             return tuple(self._best_values(kind, count) for kind in kinds)
-        given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else list(of)
-        try:
-            neurons = [parse_neuron(each) if isinstance(each, str) else each for each in given]
-        except ValueError as error:
-            raise InputError(f"of must be 'attn', 'ffn', 'both' or neurons: {error}") from error
         with torch.no_grad():
-            return value_neurons(self.host, self.captured, self.out, self.target, neurons)
+            return value_neurons(self.host, self.captured, self.out, self.target, named_neurons(of))
 
     def predictions(self, top: int = 5) -> pd.DataFrame:
         """The model's likeliest next tokens: ``id, token, log_prob, prob``."""
@@ -586,6 +585,19 @@ class Attribution:
         ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}
         text_of = {token: self.host.token_text(token) for token in ids}
         return token_columns(neurons, ends, self.captured.prompt.token_texts, text_of)
+
+
+def named_neurons(of: ValueNeurons) -> list[FFNNeuron | AttnNeuron]:
+    """The neurons given: one or several, as values or as labels.
+
+    Raises:
+        InputError: If a label cannot be read.
+    """
+    given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else list(of)
+    try:
+        return [parse_neuron(each) if isinstance(each, str) else each for each in given]
+    except ValueError as error:
+        raise InputError(f"of must be 'attn', 'ffn', 'both' or neurons: {error}") from error
 
 
 def _kinds(kind: Kind | None) -> tuple[Kind, ...]:

@@ -94,8 +94,12 @@ class RankedNeurons:
 
     def first(self, top: int) -> "RankedNeurons":
         """The ``top`` best of them."""
+        return self.at(torch.arange(min(top, len(self)), device=self.score.device))
+
+    def at(self, places: Int[Tensor, " some"]) -> "RankedNeurons":
+        """Those at these places of the list, in this order."""
         columns = {
-            name: getattr(self, name)[:top]
+            name: getattr(self, name)[places]
             for name in ("layer", "number", "head", "source_pos", "index", "coefficient", "score")
             if getattr(self, name) is not None
         }

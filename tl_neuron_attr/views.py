@@ -1,8 +1,9 @@
 """How it looks: tables -> plotly figures, drawn from tables alone, never from a model.
 
-Every function takes one table of ``tables.py``, fresh or read back from disk, and returns a
-``plotly.graph_objects.Figure`` that is neither shown nor tied to a global theme. Layers run from
-left to right in all of them. Green raises log p(target) and purple lowers it.
+Every function takes one table of ``tables.py`` (``sankey`` the two of a ``Graph``), fresh or read
+back from disk, and returns a ``plotly.graph_objects.Figure`` that is neither shown nor tied to a
+global theme. Layers run from left to right in all of them. Green raises log p(target) and purple
+lowers it.
 
 ``title`` is plain text, not HTML; by default it says what is drawn, and ``""`` leaves it out.
 """
@@ -10,7 +11,8 @@ left to right in all of them. Green raises log p(target) and purple lowers it.
 import html
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +20,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.graph import EDGE_COLUMNS, NODE_COLUMNS
 from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.tables import HEAD_COLUMNS, LAYER_COLUMNS, NEURON_COLUMNS, POSITION_COLUMNS
 
@@ -41,6 +44,11 @@ _DIVERGING = (
 # length already says how much: bars only need the sign, and pale ones cannot be read
 _SIGNS = [[0, _DIVERGING[0]], [0.5, _DIVERGING[0]], [0.5, _DIVERGING[-1]], [1, _DIVERGING[-1]]]
 _GREY = "#777777"
+_NODE_COLOURS = {**_KIND_COLOURS, "token": _GREY, "answer": "#222222"}
+_NODE_NAMES = {"ffn": "FFN neuron", "attn": "attention neuron", "token": "token"}
+# ribbons lie on each other; the rarer and darker sign is to be seen on top
+_RIBBONS = {1: "rgba(27, 120, 55, 0.32)", -1: "rgba(118, 42, 131, 0.5)"}
+_SANKEY_WIDTH = 900
 _GAP = "#C8C8C8"
 _LABELLED_ROWS = 80
 _TOKEN_CHARS = 18
@@ -265,8 +273,153 @@ def neuron_histogram(
     return figure
 
 
-def _shortened(text: str) -> str:
-    return text if len(text) <= _TOKEN_CHARS else f"{text[: _TOKEN_CHARS - 1]}…"
+def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """The value-to-query graph: what flows through tokens and neurons to the answer, in nats.
+
+    From left to right: what sets neurons off, the value neurons, the answer. Ribbons are as wide
+    as the nats they bring, green where they raise log p(target), purple where they lower it. A bar
+    is as high as the larger of what enters and what leaves it: where less enters, the rest was not
+    drawn. Labels are cut to fit 900 pixels; hovering shows them whole, with all numbers.
+
+    Drawn from ``Graph.node_table()`` and ``Graph.edge_table()``.
+
+    Raises:
+        InputError: If a table is empty, lacks columns, or has two rows for one node or edge; or if
+            an edge is of a node that is not there.
+    """
+    nodes = _checked(
+        nodes, "nodes", NODE_COLUMNS, key=None, maker="Graph.node_table()"
+    ).reset_index(drop=True)
+    edges = _checked(
+        edges, "edges", EDGE_COLUMNS, key=None, finite=False, maker="Graph.edge_table()"
+    )
+    _unique(nodes, "nodes", ["id"])
+    _unique(edges, "edges", ["source", "target"])
+    place = {name: number for number, name in enumerate(nodes["id"])}
+    astray = sorted({*edges["source"], *edges["target"]} - place.keys())
+    if astray:
+        raise InputError(
+            f"the edges table names {astray[0]!r}, which is not in the nodes table; give both "
+            "tables of one graph"
+        )
+    columns = _columns_from_answer(edges)
+    fits = int((_SANKEY_WIDTH - 60) / max(1, max(columns.values())) / 6.5) - 3
+    weights = [float(weight) for weight in edges["weight"]]
+    labels = dict(zip(nodes["id"], nodes["label"], strict=True))
+    rows = max(Counter(columns.values()).values())
+    figure = go.Figure(
+        go.Sankey(
+            arrangement="snap",
+            valueformat=".3g",
+            textfont={"size": 12, "color": "#222222"},
+            node={
+                "align": "right",
+                "label": [_escaped(_shortened(label, fits)) for label in nodes["label"]],
+                "color": [_NODE_COLOURS[kind] for kind in nodes["kind"]],
+                "customdata": [_about(node) for node in nodes.to_dict("records")],
+                "hovertemplate": "%{customdata}<extra></extra>",
+                "pad": 18,
+                "thickness": 12,
+                "line": {"width": 0},
+            },
+            link={
+                "source": [place[name] for name in edges["source"]],
+                "target": [place[name] for name in edges["target"]],
+                "value": [abs(weight) for weight in weights],
+                "color": [_RIBBONS[-1 if weight < 0 else 1] for weight in weights],
+                "customdata": [
+                    f"{_escaped(labels[source])} → {_escaped(labels[target])}"
+                    f"<br>{_signed(weight)} nats"
+                    for source, target, weight in zip(
+                        edges["source"], edges["target"], weights, strict=True
+                    )
+                ],
+                "hovertemplate": "%{customdata}<extra></extra>",
+            },
+        )
+    )
+    kinds = [kind for kind in _NODE_NAMES if kind in set(nodes["kind"])]
+    _legend_entry(figure, "raises", _RIBBONS[1], "square")
+    if min(weights) < 0:
+        _legend_entry(figure, "lowers", _RIBBONS[-1], "square")
+    for kind in kinds:
+        _legend_entry(figure, _NODE_NAMES[kind], _NODE_COLOURS[kind], "line-ns")
+    answer = nodes.loc[nodes["kind"] == "answer", "label"].tolist()
+    default = f"What raises {', '.join(answer)}, and what sets that off, in nats"
+    _finish(figure, title, default, height=110 + 36 * max(6, rows))
+    figure.update_layout(margin={"l": 20, "r": 20, "b": 25}, dragmode=False)
+    # axes are there for the legend's sake alone
+    for_axes = ("zoom", "pan", "select", "lasso", "zoomin", "zoomout", "autoscale", "resetscale")
+    figure.update_layout(modebar_remove=list(for_axes))
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    return figure
+
+
+def _columns_from_answer(edges: pd.DataFrame) -> dict[str, int]:
+    """How many edges lie, at the most, between each node and the answer."""
+    sources: dict[str, list[str]] = {}
+    for source, target in zip(edges["source"], edges["target"], strict=True):
+        sources.setdefault(target, []).append(source)
+    ends = set(edges["target"]) - set(edges["source"])
+    columns = dict.fromkeys(ends, 0)
+    waiting = list(ends)
+    while waiting:
+        target = waiting.pop()
+        for source in sources.get(target, []):
+            if columns.get(source, -1) <= columns[target]:
+                columns[source] = columns[target] + 1
+                waiting.append(source)
+    return columns
+
+
+def _about(node: dict[Hashable, Any]) -> str:
+    """What hovering over a node shows."""
+    lines = [f"<b>{_escaped(node['label'])}</b>"]
+    if node["kind"] == "answer":
+        lines.append(f"value neurons drawn: {_signed(node['explained'])} nats")
+        lines.append(f"all that were ranked: {_signed(node['handed_down'])} nats")
+        return "<br>".join(lines)
+    role = {"both": "value and query neuron", "value": "value neuron", "query": "query neuron"}
+    lines.append(role.get(node["role"], "token"))
+    lines.append(f"brings {_signed(node['score'])} nats")
+    if node["left_out"]:
+        lines.append("ill-conditioned: its inputs nearly cancel")
+    elif node["handed_down"]:
+        lines.append(
+            f"inputs drawn: {_signed(node['explained'])} of {_signed(node['handed_down'])} nats"
+        )
+    for name in ("raises", "lowers"):
+        if len(node.get(name, ())):
+            tokens = " ".join(_escaped(_shortened(visible(token))) for token in node[name])
+            lines.append(f"{name} {tokens}")
+    return "<br>".join(lines)
+
+
+def _signed(nats: float) -> str:
+    return f"{nats:+.3g}".replace("-", "−")
+
+
+def _legend_entry(figure: go.Figure, name: str, colour: str, symbol: str) -> None:
+    """A line of the legend, which a Sankey diagram does not have of itself."""
+    figure.add_scatter(
+        x=[None],
+        y=[None],
+        mode="markers",
+        name=name,
+        showlegend=True,
+        hoverinfo="skip",
+        marker={
+            "color": colour,
+            "symbol": symbol,
+            "size": 12,
+            "line": {"width": 4 if symbol == "line-ns" else 0, "color": colour},
+        },
+    )
+
+
+def _shortened(text: str, length: int = _TOKEN_CHARS) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 def _escaped(text: str) -> str:
@@ -281,13 +434,14 @@ def _checked(
     *,
     key: list[str] | None,
     finite: bool = True,
+    maker: str | None = None,
 ) -> pd.DataFrame:
     """``table`` in order of its ``key``, once it is known to be one that can be drawn."""
     missing = [column for column in columns if column not in table.columns]
     if missing:
         raise InputError(
             f"a {name} table has the columns {', '.join(columns)}; this one lacks "
-            f"{', '.join(missing)}: give the table of Attribution.{name}()"
+            f"{', '.join(missing)}: give the table of {maker or f'Attribution.{name}()'}"
         )
     if table.empty:
         raise InputError(f"the {name} table has no rows: there is nothing to draw")
