@@ -32,7 +32,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
-from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, visible
+from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, fraction, visible
 from tl_neuron_attr.query import (
     QueryInputs,
     QueryNeurons,
@@ -286,7 +286,7 @@ def value_query_graph(
             gives the activations it was attributed by.
         IdentityError: If neurons' pre-activations are not what this package recomputes.
     """
-    share, depth = _fraction(share), at_least_one(depth, "depth")
+    share, depth = fraction(share, "share"), at_least_one(depth, "depth")
     max_values = at_least_one(max_values, "max_values")
     max_inputs = at_least_one(max_inputs, "max_inputs")
     if kind not in get_args(Kinds):
@@ -334,12 +334,6 @@ def value_query_graph(
         max_inputs=max_inputs,
         opposing=opposing,
     )
-
-
-def _fraction(share: Any) -> float:
-    if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise InputError(f"share must be a number above 0 and up to 1, got {share!r}")
-    return float(share)
 
 
 def _value_neurons(

@@ -286,6 +286,23 @@ def at_least_one(value: Any, what: str) -> int:
     return count
 
 
+def fraction(value: Any, what: str) -> float:
+    """``value`` as a share of a whole: above 0, and 1 at the most.
+
+    Raises:
+        InputError: If it is no number, or not in there.
+    """
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        share = float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"{what} must be a number, got {value!r}") from None
+    if not 0 < share <= 1:
+        raise InputError(f"{what} must be above 0 and at most 1, got {share:g}")
+    return share
+
+
 def _check_text(text: str, what: str) -> None:
     if not text:
         raise InputError(f"the {what} is empty; give some text, or token ids")
