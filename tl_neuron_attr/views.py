@@ -284,8 +284,8 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
     Drawn from ``Graph.node_table()`` and ``Graph.edge_table()``.
 
     Raises:
-        InputError: If a table is empty, lacks columns, or has two rows for one node or edge; or if
-            an edge is of a node that is not there.
+        InputError: If a table is empty, lacks columns, or has two rows for one node or edge; if an
+            edge is of a node that is not there, or edges run in a circle.
     """
     nodes = _checked(
         nodes, "nodes", NODE_COLUMNS, key=None, maker="Graph.node_table()"
@@ -302,6 +302,9 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
             f"the edges table names {astray[0]!r}, which is not in the nodes table; give both "
             "tables of one graph"
         )
+    unknown = sorted(set(nodes["kind"]) - _NODE_COLOURS.keys())
+    if unknown:
+        raise InputError(f"kind must be one of {', '.join(_NODE_COLOURS)}, got {unknown[0]}")
     columns = _columns_from_answer(edges)
     fits = int((_SANKEY_WIDTH - 60) / max(1, max(columns.values())) / 6.5) - 3
     weights = [float(weight) for weight in edges["weight"]]
@@ -357,19 +360,21 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
 
 
 def _columns_from_answer(edges: pd.DataFrame) -> dict[str, int]:
-    """How many edges lie, at the most, between each node and the answer."""
+    """How many edges lie, at the most, between each node and the answer.
+
+    Raises:
+        InputError: If edges run in a circle: then there is no such number.
+    """
     sources: dict[str, list[str]] = {}
     for source, target in zip(edges["source"], edges["target"], strict=True):
         sources.setdefault(target, []).append(source)
-    ends = set(edges["target"]) - set(edges["source"])
-    columns = dict.fromkeys(ends, 0)
-    waiting = list(ends)
-    while waiting:
-        target = waiting.pop()
-        for source in sources.get(target, []):
-            if columns.get(source, -1) <= columns[target]:
-                columns[source] = columns[target] + 1
-                waiting.append(source)
+    columns: dict[str, int] = {}
+    here = set(edges["target"]) - set(edges["source"])
+    for column in range(len(edges) + 1):
+        columns |= dict.fromkeys(here, column)
+        here = {source for target in here for source in sources.get(target, [])}
+    if here or not columns:
+        raise InputError("the edges table runs in a circle; give the edges of one graph")
     return columns
 
 
