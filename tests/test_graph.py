@@ -718,7 +718,7 @@ def test_raises_and_lowers_are_those_of_the_neuron_tables(tiny_model):
 def test_networkx_reads_the_json(tiny_gpt2):
     graph = value_query_graph(attributed(tiny_gpt2), depth=2)
     text = json.dumps(graph.node_link(), allow_nan=False)
-    read = networkx.node_link_graph(json.loads(text))
+    read = networkx.node_link_graph(json.loads(text), edges="edges")
     assert read.is_directed() and not read.is_multigraph()
     assert networkx.is_directed_acyclic_graph(read)
     assert set(read.nodes) == {node.id for node in graph.nodes}
@@ -838,7 +838,8 @@ def test_the_command_writes_tables_json_and_a_page_that_needs_no_network(tmp_pat
     ]
     page = (out / "graph.html").read_text(encoding="utf-8")
     assert "sankey" in page and 'src="http' not in page
-    read = networkx.node_link_graph(json.loads((out / "graph.json").read_text(encoding="utf-8")))
+    saved = json.loads((out / "graph.json").read_text(encoding="utf-8"))
+    read = networkx.node_link_graph(saved, edges="edges")
     kinds = {kind for _, kind in read.nodes(data="kind")}
     assert kinds == {"answer", "token", "ffn", "attn"}
     assert all(read.nodes[node]["kind"] == "ffn" for node in read.predecessors("answer"))
