@@ -775,7 +775,7 @@ def test_hostile_tokens_and_long_labels_are_shown_as_text():
     nodes["label"] = ["<b>x</b>", "$y$ " + "long" * 30, "a", "b", "c"]
     figure = views.sankey(nodes, graph.edge_table())
     labels = figure.data[0].node.label
-    assert labels[0] == "&lt;b&gt;x&lt;/b&gt;"
+    assert figure.layout.annotations[0].text == "<b>&lt;b&gt;x&lt;/b&gt;</b>"
     assert len(labels[1]) < 40 and "…" in labels[1] and "$" not in labels[1]
     assert "long" * 30 in figure.data[0].node.customdata[1]
     assert "<" not in figure.layout.title.text

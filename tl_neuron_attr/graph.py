@@ -347,7 +347,7 @@ def _value_neurons(
         )
         if not chosen:
             raise InputError("there is no value neuron to draw; name at least one, or a kind")
-        return list(chosen), {each.kind: float(each.score.sum()) for each in chosen}
+        return list(chosen), {each.kind: sum(each.score.tolist()) for each in chosen}
     lists = [ranked[name] for name in (("ffn", "attn") if of == "both" else (of,))]
     which = torch.cat([torch.full_like(each.layer, n) for n, each in enumerate(lists)])
     score, order = torch.cat([each.score for each in lists]).sort(descending=True, stable=True)

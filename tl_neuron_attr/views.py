@@ -306,7 +306,10 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
     if unknown:
         raise InputError(f"kind must be one of {', '.join(_NODE_COLOURS)}, got {unknown[0]}")
     columns = _columns_from_answer(edges)
-    fits = int((_SANKEY_WIDTH - 60) / max(1, max(columns.values())) / 6.5) - 3
+    # beside its bar: in front of it there are labels of value neurons
+    answer = _shortened(", ".join(nodes.loc[nodes["kind"] == "answer", "label"]), 24)
+    beside = 30 + 8 * len(answer)
+    fits = int((_SANKEY_WIDTH - 20 - beside) / max(1, max(columns.values())) / 6.5) - 3
     weights = [float(weight) for weight in edges["weight"]]
     labels = dict(zip(nodes["id"], nodes["label"], strict=True))
     rows = max(Counter(columns.values()).values())
@@ -317,7 +320,10 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
             textfont={"size": 12, "color": "#222222"},
             node={
                 "align": "right",
-                "label": [_escaped(_shortened(label, fits)) for label in nodes["label"]],
+                "label": [
+                    "" if kind == "answer" else _escaped(_shortened(label, fits))
+                    for kind, label in zip(nodes["kind"], nodes["label"], strict=True)
+                ],
                 "color": [_NODE_COLOURS[kind] for kind in nodes["kind"]],
                 "customdata": [_about(node) for node in nodes.to_dict("records")],
                 "hovertemplate": "%{customdata}<extra></extra>",
@@ -347,10 +353,19 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
         _legend_entry(figure, "lowers", _RIBBONS[-1], "square")
     for kind in kinds:
         _legend_entry(figure, _NODE_NAMES[kind], _NODE_COLOURS[kind], "line-ns")
-    answer = nodes.loc[nodes["kind"] == "answer", "label"].tolist()
-    default = f"What raises {', '.join(answer)}, and what sets that off, in nats"
+    figure.add_annotation(
+        x=1,
+        xref="paper",
+        xanchor="left",
+        y=0.5,
+        yref="paper",
+        text=f"<b>{_escaped(answer)}</b>",
+        font={"size": 14, "color": "#222222"},
+        showarrow=False,
+    )
+    default = f"What raises {answer}, and what sets that off, in nats"
     _finish(figure, title, default, height=110 + 36 * max(6, rows))
-    figure.update_layout(margin={"l": 20, "r": 20, "b": 25}, dragmode=False)
+    figure.update_layout(margin={"l": 20, "r": beside, "b": 25}, dragmode=False)
     # axes are there for the legend's sake alone
     for_axes = ("zoom", "pan", "select", "lasso", "zoomin", "zoomout", "autoscale", "resetscale")
     figure.update_layout(modebar_remove=list(for_axes))

@@ -158,7 +158,7 @@ def _tree(found: Graph) -> Tree:
     n_values = len(found.inputs(answer.id))
     top = Text.assemble((answer.label, "bold"), f"  {answer.explained:+.3f} from {n_values} ")
     top.append("value neuron" if n_values == 1 else "value neurons")
-    if answer.handed_down > answer.explained:
+    if answer.handed_down - answer.explained > 5e-4:
         top.append(f", {answer.reached:.0%} of {answer.handed_down:+.3f} from all ranked")
     tree = Tree(top, guide_style="dim")
     waiting, shown = [(answer, tree)], {answer.id}
