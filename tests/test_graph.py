@@ -590,6 +590,8 @@ def test_chosen_neurons_are_all_drawn_whatever_their_scores(tiny_gpt2):
     assert score < 0
     graph = value_query_graph(result, [str(worst), "L1.H0.D3@2", worst], max_values=1)
     assert graph.of == f"{worst}, L1.H0.D3@2, {worst}"
+    again = value_query_graph(result, (each for each in [worst, "L1.H0.D3@2", worst]))
+    assert (again.of, again.edges) == (graph.of, graph.edges)
     assert weights(graph)[f"{worst}@5", "answer"] == pytest.approx(score)
     assert len(graph.inputs("answer")) == 2
     assert graph.answer.explained == pytest.approx(graph.answer.handed_down)
@@ -848,7 +850,7 @@ def test_the_command_writes_tables_json_and_a_page_that_needs_no_network(tmp_pat
 def test_the_command_takes_chosen_neurons_and_opposing_inputs():
     best = json.loads(run(PROMPT, "--values", "1", "--json").stdout)["edges"][0]["source"]
     label = best.split("@")[0]
-    shown = run(PROMPT, "--of", f"{label},L3.H2.D5@4", "--opposing", "--share", "0.2")
+    shown = run(PROMPT, "--of", f"{label}, L3.H2.D5@4", "--opposing", "--share", "0.2")
     assert shown.exit_code == 0, shown.output
     assert "from 2 value neurons" in shown.output
     assert "-0." in shown.output

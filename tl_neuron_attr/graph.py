@@ -292,6 +292,8 @@ def value_query_graph(
     if kind not in get_args(Kinds):
         raise InputError(f"kind must be 'ffn', 'attn' or 'both', got {kind!r}")
     kinds: tuple[Kind, ...] = ("ffn", "attn") if kind == "both" else (kind,)
+    if not isinstance(of, str) or of not in get_args(Kinds):
+        of = named_neurons(of)
     host, captured = result.host, result.captured
     convention = "published" if result.convention == "published" else "exact"
     sources: Sources | None = None
@@ -326,7 +328,7 @@ def value_query_graph(
         log_prob=result.log_prob,
         embedding_log_prob=result.embedding_log_prob,
         convention=result.convention,
-        of=of if isinstance(of, str) else ", ".join(map(str, named_neurons(of))),
+        of=of if isinstance(of, str) else ", ".join(map(str, of)),
         kind=kind,
         share=share,
         depth=depth,
@@ -337,14 +339,15 @@ def value_query_graph(
 
 
 def _value_neurons(
-    result: Attribution, of: ValueNeurons, share: float, max_values: int
+    result: Attribution,
+    of: str | Sequence[FFNNeuron | AttnNeuron],
+    share: float,
+    max_values: int,
 ) -> tuple[list[RankedNeurons], dict[Kind, float]]:
     """The value neurons to draw, and what all there were to choose from hold, by kind."""
     ranked = {"ffn": result.ffn_neurons, "attn": result.attn_neurons}
-    if not isinstance(of, str) or of not in get_args(Kinds):
-        chosen = value_neurons(
-            result.host, result.captured, result.out, result.target, named_neurons(of)
-        )
+    if not isinstance(of, str):
+        chosen = value_neurons(result.host, result.captured, result.out, result.target, of)
         if not chosen:
             raise InputError("there is no value neuron to draw; name at least one, or a kind")
         return list(chosen), {each.kind: sum(each.score.tolist()) for each in chosen}

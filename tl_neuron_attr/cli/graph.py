@@ -97,7 +97,7 @@ def graph(
             either("--against", against, against_id),
         )
         asked: dict[str, Any] = {
-            "of": of if of in _KINDS else named_neurons(of.split(",")),
+            "of": of if of in _KINDS else named_neurons(map(str.strip, of.split(","))),
             "kind": _kind_of(kind),
             "share": fraction(share, "--share"),
             "depth": at_least_one(depth, "--depth"),
