@@ -318,6 +318,8 @@ def test_tokens_are_those_a_projection_gives(tiny_model, tmp_path, kind):
         assert torch.equal(found.bottom_ids, wanted.bottom_ids)
         assert torch.allclose(found.top_logits, wanted.top_logits, atol=1e-5)
         assert torch.allclose(found.bottom_logits, wanted.bottom_logits, atol=1e-5)
+        assert torch.allclose(found.mean, wanted.mean, atol=1e-5)
+        assert torch.allclose(found.readability, wanted.readability, atol=1e-4)
     with pytest.raises(InputError, match="holds 10 tokens of each end, 11 were asked for"):
         index.tokens(kind, layer, row, k=11)
 
