@@ -590,7 +590,8 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
         bottom_logits.append(values)
         bottom_ids.append(ids)
         mean.append(logits.mean(-1))
-        spread.append(logits.std(-1, correction=0))
+        apart = logits.sub_(mean[-1][:, None])
+        spread.append(torch.linalg.vector_norm(apart, dim=-1) / apart.shape[-1] ** 0.5)
     shape = (*vectors.shape[:-1], k)
     return TokenEnds(
         top_ids=torch.cat(top_ids).reshape(shape),
