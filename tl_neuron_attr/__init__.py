@@ -16,12 +16,15 @@ from tl_neuron_attr.capture import (
     save_capture,
 )
 from tl_neuron_attr.cards import NeuronCard, neuron_card
+from tl_neuron_attr.compare import Comparison, OtherRun, compare
+from tl_neuron_attr.curves import mask_curve
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
     attn_decomposition,
     ffn_decomposition,
 )
+from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import (
     IdentityError,
     InputError,
@@ -66,6 +69,7 @@ __all__ = [
     "Attribution",
     "Baselines",
     "Capture",
+    "Comparison",
     "FFNDecomposition",
     "FFNNeuron",
     "Graph",
@@ -78,13 +82,16 @@ __all__ = [
     "NeuronAttrError",
     "NeuronCard",
     "NonFiniteError",
+    "OtherRun",
     "OutputError",
     "Plan",
     "ProjectionIndex",
     "Prompt",
     "QueryScores",
+    "RankedDifferences",
     "RankedNeurons",
     "ReadOut",
+    "Side",
     "Sources",
     "Target",
     "UnsupportedModelError",
@@ -97,6 +104,7 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "compare",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
@@ -106,6 +114,7 @@ __all__ = [
     "load_capture",
     "load_model",
     "neuron_card",
+    "mask_curve",
     "neuron_scores",
     "open_host",
     "parse_neuron",
@@ -120,6 +129,7 @@ __all__ = [
     "score_intervals",
     "suppressing_neurons",
     "tokenize",
+    "top_differences",
     "top_neurons",
     "top_query_neurons",
     "value_neurons",

@@ -249,6 +249,69 @@ def suppressing_neurons(
     return replace(found, certificate=replace(found.certificate, applies=False))
 
 
+# --- without scoring --------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ends:
+    """Both ends of some neurons' scores."""
+
+    lower: Float[Tensor, " neuron"]
+    upper: Float[Tensor, " neuron"]
+    slack: Float[Tensor, " neuron"]
+    """What of that is for rounding, at either end."""
+    off: Bool[Tensor, " neuron"]
+    """Neurons whose coefficient is 0: they score exactly 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockEnds:
+    """What is known of one block's scores before any is computed."""
+
+    spread: "_Spread"
+    out: ReadOut
+    before: Baseline
+    likely: int | None
+
+    def all(self) -> Ends:
+        """Of every neuron, at the cost of a few operations each."""
+        return _first_stage(self.spread, self.out)
+
+    def of(self, numbers: Int[Tensor, " neuron"]) -> Ends:
+        """Of these neurons, as close as can be: with an index after a look at likely tokens."""
+        if isinstance(self.spread, _IndexedSpread) and self.likely != 0 and len(numbers) > 0:
+            return _second_stage(self.spread, self.out, self.before, numbers, self.likely)
+        return _ends_of(self.spread, self.out, numbers)
+
+
+@full_precision()
+def ends_of_blocks(
+    blocks: Sequence[Decomposition],
+    out: ReadOut,
+    before: Baseline,
+    index: ProjectionIndex | None = None,
+    *,
+    likely: int | None = None,
+) -> list[BlockEnds]:
+    """Intervals around the scores of these blocks (all of one kind, of one run), by block.
+
+    Without an index they rest on subvalues' norms: by the Cauchy-Schwarz inequality a contribution
+    u moves no logit farther from its expectation than |u| times the distance of the farthest
+    token's direction, nor, in the mean square, than |u| times their mean square distance. Those of
+    a contrast are as narrow as rounding.
+
+    Raises:
+        InputError: If the norm is recomputed, or the index is not of a model of this shape.
+    """
+    if not out.affine:
+        raise InputError("a recomputed norm has no intervals; use exact or published")
+    if before.aims.against is not None or index is None:
+        spreads: Sequence[_Spread] = _spreads_of_norms(blocks, out, before)
+    else:
+        spreads = _spreads(blocks, out, before, index)
+    return [BlockEnds(spread=each, out=out, before=before, likely=likely) for each in spreads]
+
+
 # --- per unit of coefficient ------------------------------------------------------------------
 
 
@@ -262,23 +325,15 @@ class _Spread:
     block: Decomposition
     base: int
     """The block's place in the baseline."""
-    expected_direction: Float[Tensor, " d_model"]
-    """Its dot product with a subvalue is what p expects the subvalue to add to a logit."""
     slope: Float[Tensor, " subvalue"]
     slack: Float[Tensor, " subvalue"]
     """By how much the slope, or the expected change of a logit, may be off."""
-    expected: Float[Tensor, " subvalue"]
-    """Expected change of a logit under p."""
     below: Float[Tensor, " subvalue"]
-    """By how much any logit may change less than that."""
+    """By how much any logit may change less than expected under p."""
     above: Float[Tensor, " subvalue"]
     """By how much any logit may change more."""
-    mean: Float[Tensor, " subvalue"]
-    """Change of a logit, all tokens alike: any number near it would do."""
-    spread: Float[Tensor, " subvalue"]
-    """Root mean square of changes less the mean: never below the true one."""
-    spread4: Float[Tensor, " subvalue"]
-    """Fourth root of the mean fourth power: never below the true one."""
+    mean_square: Float[Tensor, " subvalue"] | None = None
+    """Expected square of a change less the expected one: never below the true one, if known."""
     rounding: Float[Tensor, " subvalue"]
     """By how much any change may be off in the dtype of scores."""
     base_rounding: float
@@ -287,24 +342,36 @@ class _Spread:
     """Allowance for the rounding of a logsumexp."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class _IndexedSpread(_Spread):
+    """With what the projection index knows besides, for stage 2."""
+
+    expected_direction: Float[Tensor, " d_model"]
+    """Its dot product with a subvalue is what p expects the subvalue to add to a logit."""
+    expected: Float[Tensor, " subvalue"]
+    """Expected change of a logit under p."""
+    mean: Float[Tensor, " subvalue"]
+    """Change of a logit, all tokens alike: any number near it would do."""
+    spread: Float[Tensor, " subvalue"]
+    """Root mean square of changes less the mean: never below the true one."""
+    spread4: Float[Tensor, " subvalue"]
+    """Fourth root of the mean fourth power: never below the true one."""
+
+
 def _spreads(
     blocks: Sequence[Decomposition],
     out: ReadOut,
     before: Baseline,
     index: ProjectionIndex | None,
-) -> list[_Spread]:
+) -> list[_IndexedSpread]:
     index = _checked(blocks, out, index)
     projections = index.ffn if _kind(blocks) == "ffn" else index.attn
     tangents = tangent_bounds([blocks], out, before)
     # the read-out is affine, and the target one token
     assert tangents is not None and before.tangent is not None and before.norm_scale is not None
-    d_model = out.W_U.shape[0]
-    unit = rounding_unit(d_model, out.dtype)
     # by how much coarser the index's arithmetic may be than that of scores
     coarser = torch.finfo(torch.float32).eps / torch.finfo(out.dtype).eps
-    largest_bias = 0.0 if out.b_U is None else float(out.b_U.abs().max())
-    base_sizes = torch.linalg.vector_norm(out.normalize(before.resid), dim=-1)
-    base_rounding = (unit * (base_sizes * index.widest + largest_bias)).tolist()
+    base_rounding = _base_rounding(out, before, index.widest)
     spreads = []
     for base, (block, tangent) in enumerate(zip(blocks, tangents[0], strict=True)):
         scale = before.norm_scale[base]
@@ -320,7 +387,7 @@ def _spreads(
         off = rounding + tangent.slack
         inflate = 1 + _SUM_ROUNDING * torch.finfo(torch.float32).eps
         spreads.append(
-            _Spread(
+            _IndexedSpread(
                 block=block,
                 base=base,
                 expected_direction=expected_direction,
@@ -338,6 +405,54 @@ def _spreads(
             )
         )
     return spreads
+
+
+def _spreads_of_norms(
+    blocks: Sequence[Decomposition], out: ReadOut, before: Baseline
+) -> list[_Spread]:
+    """The same without an index: from subvalues' norms alone; of a contrast, without a gap."""
+    tangents = tangent_bounds([blocks], out, before)
+    assert tangents is not None and before.norm_scale is not None  # the read-out is affine
+    contrast = before.aims.against is not None
+    apart = None if contrast else out.deviations(before)
+    inflate = 1 + _SUM_ROUNDING * torch.finfo(out.dtype).eps
+    gain = 1.0 if out.gain is None else float(out.gain.abs().max())
+    unit = rounding_unit(out.W_U.shape[0], out.dtype) * gain
+    base_rounding = [0.0] * len(blocks)
+    if apart is not None:
+        base_rounding = _base_rounding(out, before, apart.widest)
+    spreads = []
+    for base, (block, tangent) in enumerate(zip(blocks, tangents[0], strict=True)):
+        norms = inflate * slopes(block.rows(), before.resid[:1])[1]
+        reach = rounding = torch.zeros_like(norms)
+        mean_square = None
+        if apart is not None:
+            rounding = unit * apart.widest * norms / before.norm_scale[base]
+            reach = apart.largest[base] * norms + rounding + tangent.slack
+            mean_square = apart.mean_square[base] * norms.square()
+        spreads.append(
+            _Spread(
+                block=block,
+                base=base,
+                slope=tangent.slope,
+                slack=tangent.slack,
+                below=reach,
+                above=reach,
+                mean_square=mean_square,
+                rounding=rounding,
+                base_rounding=base_rounding[base],
+                constant=tangent.constant,
+            )
+        )
+    return spreads
+
+
+def _base_rounding(out: ReadOut, before: Baseline, widest: float) -> list[float]:
+    """By how much a log-probability of each base may be off."""
+    largest_bias = 0.0 if out.b_U is None else float(out.b_U.abs().max())
+    sizes = torch.linalg.vector_norm(out.normalize(before.resid), dim=-1)
+    unit = rounding_unit(out.W_U.shape[0], out.dtype)
+    return (unit * (sizes * widest + largest_bias)).tolist()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,7 +480,7 @@ class _Likely:
 
 
 def _likely(
-    spread: _Spread,
+    spread: _IndexedSpread,
     out: ReadOut,
     before: Baseline,
     subvalue: Int[Tensor, " subvalue"],
@@ -474,36 +589,31 @@ def _how_many(out: ReadOut, likely: int | None) -> int:
 # --- per neuron -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Ends:
-    """Both ends of some neurons' scores."""
-
-    lower: Float[Tensor, " neuron"]
-    upper: Float[Tensor, " neuron"]
-    slack: Float[Tensor, " neuron"]
-    """What of that is for rounding, at either end."""
-    off: Bool[Tensor, " neuron"]
-    """Neurons whose coefficient is 0: they score exactly 0."""
+def _first_stage(spread: _Spread, out: ReadOut) -> Ends:
+    """From the range alone (and the mean square, if known), of all neurons of a block."""
+    return _ends_of(spread, out, torch.arange(spread.block.n_neurons, device=spread.slope.device))
 
 
-def _first_stage(spread: _Spread, out: ReadOut) -> _Ends:
-    """From the range alone, of all neurons of a block."""
-    numbers = torch.arange(spread.block.n_neurons, device=spread.slope.device)
+def _ends_of(spread: _Spread, out: ReadOut, numbers: Int[Tensor, " neuron"]) -> Ends:
     parts = []
     for some in _chunks(numbers, out):
         coefficient, subvalue, below, above = _reach(spread, some)
         gap = _range_gap(below, above)
+        if spread.mean_square is not None:
+            square = coefficient.square() * spread.mean_square[subvalue]
+            moment = (square * _curve(above.clamp(max=_STEEP))).log1p()
+            gap = torch.minimum(gap, moment.where(above < _STEEP, torch.inf))
         parts.append(_ends(spread, coefficient, subvalue, torch.zeros_like(gap), gap))
     return _joined(parts)
 
 
 def _second_stage(
-    spread: _Spread,
+    spread: _IndexedSpread,
     out: ReadOut,
     before: Baseline,
     numbers: Int[Tensor, " neuron"],
     likely: int | None,
-) -> _Ends:
+) -> Ends:
     """With a look at the likeliest tokens, of these neurons."""
     found = _likely(spread, out, before, _subvalue_of(spread.block, numbers).unique(), likely)
     parts = []
@@ -517,12 +627,12 @@ def _second_stage(
     return _joined(parts)
 
 
-def _joined(parts: Sequence[_Ends]) -> _Ends:
+def _joined(parts: Sequence[Ends]) -> Ends:
     columns = {
         name: torch.cat([getattr(part, name) for part in parts])
         for name in ("lower", "upper", "slack", "off")
     }
-    return _Ends(**columns)
+    return Ends(**columns)
 
 
 def _wider(lower: Tensor, upper: Tensor, tolerance: float) -> Tensor:
@@ -614,11 +724,11 @@ def _ends(
     subvalue: Int[Tensor, " neuron"],
     least_gap: Float[Tensor, " neuron"],
     most_gap: Float[Tensor, " neuron"],
-) -> _Ends:
+) -> Ends:
     tangent = coefficient * spread.slope[subvalue]
     off = coefficient == 0
     slack = _slack(spread, coefficient, subvalue, most_gap).where(~off, 0.0)
-    return _Ends(
+    return Ends(
         lower=(tangent - most_gap - slack).where(~off, 0.0),
         upper=(tangent - least_gap + slack).where(~off, 0.0),
         slack=slack,

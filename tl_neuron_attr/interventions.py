@@ -155,7 +155,8 @@ def zeroed_residuals(
     ``read_out(host, ..., "recomputed")`` gives the log-probabilities the model has then. Errors
     and cost are those of ``capture_zeroed``, without memory for captures.
     """
-    return masked_residuals(host, prompts, _masks(host, prompts, zeroed))
+    masks = _masks(host, prompts, zeroed)
+    return masked_residuals(host, prompts, masks.__getitem__)
 
 
 @full_precision()
@@ -243,13 +244,13 @@ def _no(*shape: int) -> Tensor:
 
 
 def masked_residuals(
-    host: Host, prompts: Sequence[TokenizedPrompt], masks: Sequence[ZeroMask]
+    host: Host, prompts: Sequence[TokenizedPrompt], mask_of: Callable[[int], ZeroMask]
 ) -> Float[Tensor, "row d_model"]:
-    """``zeroed_residuals`` of masks."""
+    """``zeroed_residuals`` of masks, each made by its row's number when its batch is run."""
     found: dict[int, Tensor] = {}
     for rows in batches(host, prompts):
         some = [prompts[row] for row in rows]
-        here = [masks[row] for row in rows]
+        here = [mask_of(row) for row in rows]
         resid = _run(host, some, here, partial(final_residuals, host, some))
         found |= dict(zip(rows, resid, strict=True))
     return torch.stack([found[row] for row in range(len(prompts))])

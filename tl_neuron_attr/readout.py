@@ -134,6 +134,17 @@ class ReadOut:
         aims = Aims.of([target], [len(rows)], rows.device)
         return self._log_prob(rows, aims).reshape(resid.shape[:-1])
 
+    @full_precision()
+    def log_prob_of_each(
+        self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]
+    ) -> Float[Tensor, " row"]:
+        """The same for a target of each row's own.
+
+        Raises:
+            InputError: If some targets are contrasts and others are not.
+        """
+        return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
+
     def directions(
         self, tokens: Int[Tensor, " token"], norm_scale: Float[Tensor, ""]
     ) -> Float[Tensor, "token d_model"]:
@@ -187,6 +198,44 @@ class ReadOut:
                 partial.append(delta.logsumexp(-1))
             parts.append(token_delta - torch.stack(partial).logsumexp(0))
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
+
+    @full_precision()
+    def deviations(self, baseline: "Baseline") -> "Deviations":
+        """How far tokens' directions lie from the one each base expects.
+
+        By Cauchy-Schwarz they bound by how much any contribution, known by its norm alone, moves
+        the logits apart. Cost: one pass over the unembedding, whatever the number of bases.
+
+        Raises:
+            InputError: If the norm is recomputed: directions then depend on what is added.
+        """
+        tangent, scales = baseline.tangent, baseline.norm_scale
+        if tangent is None or scales is None or baseline.log_probs is None:
+            raise InputError("only a token's log-probability, its norm frozen, has deviations")
+        one = scales.new_ones(1)
+        own = self._transposed(self._columns(baseline.aims.token), scales)
+        expected = (own - tangent.gradient) * scales[:, None]
+        sizes = expected.square().sum(-1, keepdim=True)
+        largest = torch.zeros_like(scales)
+        mean = torch.zeros_like(scales)
+        widest, longest = scales.new_zeros(()), scales.new_zeros(())
+        for columns in self._vocabulary(_SURVEY_COLUMNS):
+            wide = self.W_U[:, columns].to(self.dtype)
+            widest = torch.maximum(widest, torch.linalg.vector_norm(wide, dim=0).amax())
+            directions = self._transposed(wide.T, one)
+            squares = directions.square().sum(-1)
+            apart = (squares - 2 * expected @ directions.T + sizes).clamp(min=0)
+            largest = torch.maximum(largest, apart.amax(-1))
+            weights = baseline.log_probs[:, columns].exp()[baseline.prediction]
+            mean += (weights * apart).sum(-1)
+            longest = torch.maximum(longest, squares.amax())
+        # what may have rounded where large squares cancelled
+        rounded = 32 * self.W_U.shape[0] ** 0.5 * torch.finfo(self.dtype).eps * longest
+        return Deviations(
+            largest=(largest + rounded).sqrt() / scales,
+            mean_square=(mean + rounded) / scales.square(),
+            widest=float(widest),
+        )
 
     def _log_prob(self, rows: Float[Tensor, "row d_model"], aims: "Aims") -> Float[Tensor, " row"]:
         parts = [rows.new_zeros(0, dtype=self.dtype)]
@@ -382,6 +431,21 @@ class Tangent:
     def __getitem__(self, bases: slice | Tensor) -> "Tangent":
         """The same for some of the bases."""
         return Tangent(gradient=self.gradient[bases], reach=self.reach[bases])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deviations:
+    """How far tokens' directions lie from the one each base expects; never below the truth.
+
+    A direction's dot product with a contribution is its change of the token's logit.
+    """
+
+    largest: Float[Tensor, " base"]
+    """Distance of the farthest token."""
+    mean_square: Float[Tensor, " base"]
+    """Expected square of the distance, under the base's prediction."""
+    widest: float
+    """Largest norm of a column of the unembedding."""
 
 
 @full_precision()

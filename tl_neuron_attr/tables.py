@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.files import write_files
 from tl_neuron_attr.neurons import FFNNeuron
 from tl_neuron_attr.query import QueryNeurons, QueryScores
@@ -50,6 +51,34 @@ NEURON_COLUMNS = (
 )
 
 
+COMPARED_LAYER_COLUMNS = (*LAYER_COLUMNS, "other_score", "difference")
+COMPARED_HEAD_COLUMNS = (*HEAD_COLUMNS, "other_score", "difference")
+COMPARED_NEURON_COLUMNS = (
+    "prompt_id",
+    "kind",
+    "layer",
+    "head",
+    "index",
+    "source_pos",
+    "coefficient",
+    "other_coefficient",
+    "score",
+    "other_score",
+    "difference",
+    "rank",
+)
+HEAD_SCAN_COLUMNS = ("layer", "head", "change")
+CURVE_COLUMNS = (
+    "prompt_id",
+    "kind",
+    "keep",
+    "top",
+    "zeroed",
+    "log_prob",
+    "prob",
+    "target_rank",
+    "correct",
+)
 SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")
 
 
@@ -204,6 +233,40 @@ def token_columns(
             "lowers": [[text_of[token] for token in row] for row in ends.bottom_ids.tolist()],
         }
     )
+
+
+def compared_layer_table(scores: LayerScores, others: LayerScores) -> pd.DataFrame:
+    """``layer_table`` of one run, with the scores of another and by how much they fall short."""
+    table = layer_table(scores)
+    return _compared(table, torch.stack([others.attn, others.ffn], 1).flatten())
+
+
+def compared_head_table(
+    scores: Float[Tensor, "layer head"], others: Float[Tensor, "layer head"]
+) -> pd.DataFrame:
+    """The same for heads."""
+    return _compared(head_table(scores), others.flatten())
+
+
+def _compared(table: pd.DataFrame, others: Float[Tensor, " row"]) -> pd.DataFrame:
+    table = table.assign(other_score=_floats(others))
+    return table.assign(difference=table["score"] - table["other_score"])
+
+
+def compared_neuron_table(found: RankedDifferences, prompt_id: str) -> pd.DataFrame:
+    """One row a neuron, by difference: both scores, both coefficients, the score less the other."""
+    table = neuron_table(found.neurons, prompt_id).assign(
+        other_coefficient=_floats(found.second_coefficient),
+        score=_floats(found.first_score),
+        other_score=_floats(found.second_score),
+        difference=_floats(found.neurons.score),
+    )
+    return pd.DataFrame(table, columns=list(COMPARED_NEURON_COLUMNS))
+
+
+def head_scan_table(changes: Float[Tensor, "layer head"]) -> pd.DataFrame:
+    """One row a head: ``change`` of log p(target), in nats, when it alone is zeroed."""
+    return head_table(changes).rename(columns={"score": "change"})
 
 
 def share_table(rows: Sequence[tuple[str, int, float, float, float, float]]) -> pd.DataFrame:

@@ -274,6 +274,27 @@ def best_by_bound(
     With ``lowest`` the neurons that lower log p(target) most: ``bounds`` are then of the scores'
     negatives. The runs go side by side, so that one read-out serves neurons of all of them.
     """
+
+    def scores_of(flats: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, " neuron"]:
+        return _exact(runs, flats, out, before)
+
+    return best_by_bound_of(runs, bounds, scores_of, top, lowest=lowest, progress=progress)
+
+
+def best_by_bound_of(
+    runs: Sequence[Sequence[Decomposition]],
+    bounds: Sequence[Sequence[Bounds]],
+    scores_of: Callable[[Sequence[Int[Tensor, " _"]]], Float[Tensor, " neuron"]],
+    top: int,
+    *,
+    lowest: bool = False,
+    progress: Progress | None = None,
+) -> list[RankedNeurons]:
+    """The same search for any score: ``scores_of`` gives it exactly, run after run.
+
+    It is asked about each run's neurons by their numbers across the run's blocks. What ``bounds``
+    says -inf of scores 0.
+    """
     sign = -1.0 if lowest else 1.0
     races = [
         _Race(blocks=blocks, bounds=bound, top=top)
@@ -284,7 +305,7 @@ def best_by_bound(
         lengths = [len(some) for some in asked]
         if not any(lengths):
             break
-        scores = sign * _exact(runs, asked, out, before)
+        scores = sign * scores_of(asked)
         for race, some, score in zip(races, asked, scores.split(lengths), strict=True):
             race.take(some, score)
         if progress is not None:

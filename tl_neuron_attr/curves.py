@@ -1,0 +1,217 @@
+"""What is left: the answer without the top neurons, or with none but them.
+
+A mask curve zeroes only the ``N`` best of a ranking, a keep curve all others of the chosen layers;
+both say what the model then makes of the target. A ranking that found what matters falls fast when
+masked, and holds when kept.
+
+Source: Yu & Ananiadou (2024), arXiv 2409.14144.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.differences import RankedDifferences
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.interventions import ZeroMask, masked_residuals
+from tl_neuron_attr.prompts import Target, integer
+from tl_neuron_attr.readout import ReadOut, full_precision, read_out
+from tl_neuron_attr.tables import CURVE_COLUMNS
+from tl_neuron_attr.topk import RankedNeurons
+
+DEFAULT_TOPS = (0, 10, 30, 100)
+
+_NOT_RANKED = 2**31 - 1
+
+
+@full_precision()
+def mask_curve(
+    results: Attribution | Sequence[Attribution],
+    neurons: Any = "ffn",
+    tops: Iterable[int] = DEFAULT_TOPS,
+    *,
+    keep: bool = False,
+    layers: Iterable[int] | None = None,
+) -> pd.DataFrame:
+    """What is left of each prompt's target with only its top neurons zeroed, or all but them.
+
+    One row a prompt and number of neurons: ``prompt_id, kind, keep, top, zeroed`` (how many neurons
+    were), ``log_prob`` (log p(target) in nats; of a contrast the difference), ``prob`` (of the
+    target), ``target_rank`` (of the target among all tokens, from 1) and ``correct`` (whether it is
+    1). It is the model's own prediction, its final norm taken anew in every run.
+
+    Args:
+        results: One attribution, or several of one model; all prompts run together.
+        neurons: A ranking, best first. ``"ffn"`` or ``"attn"``: each prompt's own, as it was
+            attributed. A ``RankedNeurons`` or a ``RankedDifferences``
+            (``compare(...).ffn_neurons``) for all prompts, or a list with one for each.
+        tops: How many neurons of the ranking, in the chosen layers; 0 is the plain run, or with
+            ``keep`` the run without any.
+        keep: Zero all other neurons of the ranking's kind in the chosen layers, not the top ones.
+        layers: Where; by default in all layers.
+
+    FFN neurons, and attention neurons summed over source positions, are zeroed at all positions;
+    attention neurons of one source position as ``Zeroed`` says, all others of a layer being those
+    of the read position.
+
+    Raises:
+        InputError: If results are of several models; if a ranking is too short in the chosen
+            layers, or of another model; if a layer is out of range.
+
+    Cost: one forward pass of as many rows as there are prompts and numbers.
+    """
+    several = [results] if isinstance(results, Attribution) else list(results)
+    tops = [integer(top, "a number of neurons") for top in tops]
+    _check(several, tops)
+    host = several[0].host
+    chosen = _chosen(host, layers)
+    orders = [
+        _order(host, result, ranked, chosen, max(tops))
+        for result, ranked in zip(several, _rankings(several, neurons), strict=True)
+    ]
+    cells = [(number, top) for number in range(len(several)) for top in tops]
+    prompts = [several[number].captured.prompt for number, _ in cells]
+
+    def mask_of(row: int) -> ZeroMask:
+        number, top = cells[row]
+        return orders[number].mask(top, keep)
+
+    with torch.no_grad():
+        resid = masked_residuals(host, prompts, mask_of)
+        out = read_out(host, resid[0], "recomputed", budget=several[0].out.budget)
+        targets = [several[number].target for number, _ in cells]
+        answers = _answers(out, resid, targets)
+    rows = [
+        (
+            prompts[row].prompt_id,
+            orders[number].kind,
+            keep,
+            top,
+            orders[number].count(top, keep),
+            *(column[row] for column in answers),
+        )
+        for row, (number, top) in enumerate(cells)
+    ]
+    return pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Order:
+    """The ranking of one prompt: each neuron's place in it, counted in the chosen layers."""
+
+    kind: str
+    layers: tuple[int, ...]
+    place: Int[Tensor, "layer ..."]
+    """From 0, of every neuron of the chosen layers; those that are not ranked come last."""
+    by_source: bool
+
+    def mask(self, top: int, keep: bool) -> ZeroMask:
+        """What is zeroed when ``top`` neurons are, or are left."""
+        zeroed = self.place >= top if keep else self.place < top
+        of_layer = {
+            layer: mask for layer, mask in zip(self.layers, zeroed, strict=True) if mask.any()
+        }
+        where = "ffn" if self.kind == "ffn" else "sources" if self.by_source else "attn"
+        return ZeroMask(**{"ffn": {}, "attn": {}, "sources": {}, where: of_layer})
+
+    def count(self, top: int, keep: bool) -> int:
+        """How many neurons that are."""
+        return int((self.place >= top if keep else self.place < top).sum())
+
+
+def _check(results: Sequence[Attribution], tops: Sequence[int]) -> None:
+    if not results:
+        raise InputError("there are no attributions to draw a curve of; give at least one")
+    if any(result.host.model is not results[0].host.model for result in results):
+        raise InputError("the attributions are of several models; draw a curve for each")
+    if not tops or min(tops) < 0:
+        raise InputError(f"tops must be numbers of neurons, 0 or more; got {[*tops]}")
+
+
+def _chosen(host: Host, layers: Iterable[int] | None) -> tuple[int, ...]:
+    if layers is None:
+        return tuple(range(host.n_layers))
+    chosen = sorted({integer(layer, "a layer") for layer in layers})
+    if not chosen or not 0 <= chosen[0] <= chosen[-1] < host.n_layers:
+        raise InputError(f"layers must be some of 0 to {host.n_layers - 1}, got {chosen}")
+    return tuple(chosen)
+
+
+def _rankings(results: Sequence[Attribution], neurons: Any) -> list[RankedNeurons]:
+    """One ranking a prompt."""
+    if isinstance(neurons, str):
+        if neurons not in ("ffn", "attn"):
+            raise InputError(f"neurons must be 'ffn', 'attn' or a ranking, got {neurons!r}")
+        return [getattr(result, f"{neurons}_neurons") for result in results]
+    each = [neurons] * len(results) if not isinstance(neurons, (list, tuple)) else [*neurons]
+    if len(each) != len(results):
+        raise InputError(
+            f"give one ranking for all prompts, or one for each: there are {len(each)} for "
+            f"{len(results)} prompts"
+        )
+    ranked = [one.neurons if isinstance(one, RankedDifferences) else one for one in each]
+    for one in ranked:
+        if not isinstance(one, RankedNeurons):
+            raise InputError(
+                f"a ranking must be a RankedNeurons, like result.ffn_neurons, or a comparison's; "
+                f"got {one!r}"
+            )
+    return ranked
+
+
+def _order(
+    host: Host, result: Attribution, ranked: RankedNeurons, chosen: tuple[int, ...], most: int
+) -> _Order:
+    """Each neuron's place in the ranking, once it is known to be long enough and of this model."""
+    n_pos = result.captured.prompt.read_pos + 1
+    by_source = ranked.source_pos is not None
+    if ranked.kind == "ffn":
+        shape: tuple[int, ...] = (host.d_mlp,)
+    else:
+        shape = (host.n_heads, *((n_pos,) if by_source else ()), host.d_head)
+    columns = [ranked.head, ranked.source_pos, ranked.index]
+    places = [column.cpu() for column in columns if column is not None]
+    layer = ranked.layer.cpu()
+    for column, size in zip([layer, *places], (host.n_layers, *shape), strict=True):
+        if len(column) and int(column.max()) >= size:
+            raise InputError(
+                f"the ranking is of another model or of a longer prompt than "
+                f"{result.captured.prompt.prompt_id}: it names a neuron that this run has not"
+            )
+    layers = torch.tensor(chosen)
+    here = torch.isin(layer, layers)
+    n_ranked = int(here.sum())
+    total = len(chosen) * torch.tensor(shape).prod().item()
+    if n_ranked < min(most, total):
+        raise InputError(
+            f"only {n_ranked} {ranked.kind} neurons are ranked in the chosen layers, fewer than "
+            f"{most}; rank more with attribute(..., top=...), or give smaller tops"
+        )
+    place = torch.full((len(chosen), *shape), _NOT_RANKED, dtype=torch.int32)
+    where = torch.searchsorted(layers, layer[here])
+    place[(where, *(column[here] for column in places))] = torch.arange(n_ranked, dtype=torch.int32)
+    return _Order(kind=ranked.kind, layers=chosen, place=place, by_source=by_source)
+
+
+def _answers(
+    out: ReadOut, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]
+) -> tuple[list[float], list[float], list[int], list[bool]]:
+    """What the model makes of each row's target: log p, p, its rank, and whether that is 1."""
+    tokens = [Target(id=target.id) for target in targets]
+    probs = out.log_prob_of_each(resid, tokens).exp()
+    ranks = []
+    ids = torch.tensor([target.id for target in targets], device=resid.device)
+    for rows, chosen in zip(
+        resid.split(out.rows_per_block), ids.split(out.rows_per_block), strict=True
+    ):
+        logits = out.logits(rows)
+        ranks += (1 + (logits > logits.gather(1, chosen[:, None])).sum(1)).tolist()
+    log_probs = out.log_prob_of_each(resid, targets)
+    return log_probs.tolist(), probs.tolist(), ranks, [rank == 1 for rank in ranks]
