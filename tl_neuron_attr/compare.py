@@ -419,18 +419,22 @@ def _as_before(original: Capture, captured: Capture, zeroed: Zeroed) -> Capture:
     They are the same but for rounding in another batch; so that they differ by exactly 0.
     """
     first = min(part.layer for part in zeroed.parts)
-    # where only FFN neurons are zeroed in that layer, its attention is as before too
-    attention = all(isinstance(part, FFNNeuron) for part in zeroed.parts if part.layer == first)
-    before = {"resid_pre": first + 1, "mlp_post": first, "mlp_out": first}
-    for name in ("pattern", "v", "z", "attn_out", "resid_mid"):
-        before[name] = first + attention
+    ffn = {isinstance(part, FFNNeuron) for part in zeroed.parts if part.layer == first}
+    before = {"resid_pre": first + 1, "pattern": first + 1, "v": first + 1}
+    # of the first such layer what reads the same: all of its attention, if only its FFN is touched,
+    # and the other way in parallel blocks
+    for name in ("z", "attn_out", "resid_mid"):
+        before[name] = first + (ffn == {True})
+    for name in ("mlp_post", "mlp_out"):
+        before[name] = first + (original.resid_mid is None and ffn == {False})
     tensors = {}
     for name, count in before.items():
         ours, theirs = getattr(original, name), getattr(captured, name)
         if ours is None:
             continue
-        if name == "v" and ours.shape[2] != theirs.shape[2]:
+        if name == "v":  # one for each head, and 0 where it was zeroed
             ours = ours.repeat_interleave(theirs.shape[2] // ours.shape[2], dim=2)
+            ours = ours.where(theirs != 0, 0.0)
         tensors[name] = torch.cat([ours[:count], theirs[count:]])
     return replace(captured, **tensors)
 
