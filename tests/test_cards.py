@@ -370,6 +370,9 @@ def test_shares_are_the_query_scores_by_the_neurons_own(tiny_model, neuron):
     assert card.query_layers["share"].sum() == near(1)
     assert (card.query_layers["share"] * card.score).tolist() == near(layers["score"].tolist())
     best = card.query_neurons
+    says = result.query_neurons(1000, "attn", neuron, tokens=10)
+    merged = best.merge(says, on=["kind", "layer", "head", "index", "source_pos"])
+    assert len(merged) and (merged["raises_x"] == merged["raises_y"]).all()
     assert best["share"].is_monotonic_decreasing and len(best) == 10
     for kind in ("ffn", "attn"):
         everything = result.query_neurons(10_000, kind, neuron)
@@ -593,6 +596,8 @@ def test_another_position_is_that_positions_run(tiny_model):
         assert card.downstream["effect"].tolist() == near(wanted.downstream["effect"].tolist())
         assert card.query_layers["share"].tolist() == near(wanted.query_layers["share"].tolist())
         assert card.query_layers["score"].isna().all()
+        for name in ("layer", "index", "position", "raises", "lowers"):
+            assert card.query_neurons[name].tolist() == wanted.query_neurons[name].tolist()
         assert "no score: the answer is read at position 5" in card.notes[0]
         assert "score" not in str(card).split("What")[0]
 

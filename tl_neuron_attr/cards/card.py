@@ -18,6 +18,20 @@ from tl_neuron_attr.topk import Kind
 END_COLUMNS = ("end", "id", "token", "logit", "raised")
 INPUT_COLUMNS = ("input", "value", "subkey_norm", "gained_norm")
 SOURCE_COLUMNS = ("source_pos", "token", "attention", "v", "coefficient", "score")
+QUERY_LAYER_COLUMNS = ("layer", "kind", "share", "score")
+QUERY_NEURON_COLUMNS = (
+    "kind",
+    "layer",
+    "head",
+    "index",
+    "source_pos",
+    "position",
+    "coefficient",
+    "share",
+    "score",
+    "raises",
+    "lowers",
+)
 DOWNSTREAM_COLUMNS = (
     "kind",
     "layer",
@@ -101,10 +115,11 @@ class NeuronCard:
     readability: float
     """How far the stronger end of the subvalue stands out (``TokenEnds.readability``)."""
     query_layers: pd.DataFrame
-    """What set it off: ``layer, kind, share, score``, kind embed, attn, ffn or bias."""
+    """What set it off, in the result's convention: ``layer, kind, share, score``; ``kind`` embed,
+    attn, ffn or bias. ``score`` is the share of the neuron's own."""
     query_neurons: pd.DataFrame
     """The neurons with the largest shares, FFN and attention, and where they fire: ``kind, layer,
-    head, index, source_pos, coefficient, score, position, share, raises, lowers``."""
+    head, index, source_pos, position, coefficient, share, score, raises, lowers``."""
     downstream: pd.DataFrame
     """What it sets off, the largest effect first: ``kind, layer, head, index, source_pos, input``,
     ``product`` (subvalue . key), ``effect``, ``pre_activation`` (in this run), ``share`` (effect /

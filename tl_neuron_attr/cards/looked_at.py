@@ -10,7 +10,13 @@ from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture, capture_sources
-from tl_neuron_attr.cards.card import END_COLUMNS, INPUT_COLUMNS, SOURCE_COLUMNS
+from tl_neuron_attr.cards.card import (
+    END_COLUMNS,
+    INPUT_COLUMNS,
+    QUERY_LAYER_COLUMNS,
+    QUERY_NEURON_COLUMNS,
+    SOURCE_COLUMNS,
+)
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
@@ -186,8 +192,9 @@ def set_off_by(
     if len(values) == 1:
         weights = torch.ones_like(values.score)  # a share says why a neuron is off, too
     elif float(one.coefficient) == 0:
-        nothing = pd.DataFrame()
-        return nothing, nothing, ("its source positions cancel: nothing has a share of 0",)
+        layers = pd.DataFrame(columns=list(QUERY_LAYER_COLUMNS))
+        table = pd.DataFrame(columns=list(QUERY_NEURON_COLUMNS))
+        return layers, table, ("its source positions cancel: nothing has a share of 0",)
     convention = "published" if result.convention == "published" else "exact"
     positions = [] if values.source_pos is None else values.source_pos.tolist()
     others = [each for each in positions if each != captured.prompt.read_pos]
@@ -197,32 +204,27 @@ def set_off_by(
     left_out = int(scores.left_out.sum())
     notes = ()
     if left_out:
-        what = (
-            "what feeds it nearly cancels"
-            if len(values) == 1
-            else (f"what feeds it nearly cancels at {left_out} of {len(values)} source positions")
+        where = "" if len(values) == 1 else f" at {left_out} of {len(values)} source positions"
+        notes = (
+            f"ill-conditioned: what feeds it{where} nearly cancels, so it has no shares there",
         )
-        notes = (f"ill-conditioned: {what}, so it has no useful shares there",)
     layers = query_layer_table(scores).rename(columns={"score": "share"})
     found = [top_query_neurons(host, captured, scores, top, kind) for kind in ("ffn", "attn")]
     neurons = [
         query_neuron_table(each, captured.prompt.prompt_id, position=True)
         .rename(columns={"score": "share"})
-        .join(_says(result, each.neurons, tokens))
+        .join(_says(result, captured, each.neurons, tokens))
         for each in found
         if len(each.neurons)
     ]
     table = pd.concat(neurons, ignore_index=True) if neurons else pd.DataFrame({"share": []})
-    table = table.drop(columns=["prompt_id", "role", "rank", "source_token"], errors="ignore")
     table = table.sort_values("share", ascending=False, kind="stable").head(top)
     if left_out == len(values):
         layers, table = layers.head(0), table.head(0)
     nats = float("nan") if score is None else score
-    return (
-        layers.assign(score=layers["share"] * nats),
-        table.assign(score=table["share"] * nats).reset_index(drop=True),
-        notes,
-    )
+    layers = layers.assign(score=layers["share"] * nats)
+    table = table.assign(score=table["share"] * nats).reset_index(drop=True)
+    return layers, table.reindex(columns=list(QUERY_NEURON_COLUMNS)), notes
 
 
 def _some(ranked: RankedNeurons, which: slice) -> RankedNeurons:
@@ -231,9 +233,13 @@ def _some(ranked: RankedNeurons, which: slice) -> RankedNeurons:
     return replace(ranked, **{name: c[which] for name, c in columns.items() if c is not None})
 
 
-def _says(result: Attribution, neurons: RankedNeurons, tokens: int) -> pd.DataFrame:
+def _says(
+    result: Attribution, captured: Capture, neurons: RankedNeurons, tokens: int
+) -> pd.DataFrame:
     """The tokens each neuron's signed contribution raises and lowers."""
-    blocks = result.ffns if neurons.kind == "ffn" else result.attns
+    make = ffn_decomposition if neurons.kind == "ffn" else attn_decomposition
+    # not the result's: attention neurons are numbered by how many source positions there are
+    blocks = [make(result.host, captured, layer) for layer in range(result.host.n_layers)]
     signs = torch.where(neurons.coefficient < 0, -1.0, 1.0)[:, None]
     ends = project(result.out, signs * subvalues_of(blocks, neurons), tokens)
     ids = {*ends.top_ids.flatten().tolist(), *ends.bottom_ids.flatten().tolist()}

@@ -54,9 +54,9 @@ def neuron_card(
         tokens: How many tokens of each end.
         top: How many rows of neurons, heads and prompts.
 
-    Cost: besides matrix products, one read-out for each source position, later head and prompt;
-    two more forward passes for attention neurons, one more at another position, and one at a
-    model's first query.
+    Cost: besides matrix products, one read-out for each source position, later head and prompt.
+    One forward pass for an attention neuron (for what happened at its source positions), one for
+    another position than the read position, and one at a model's first query.
 
     Raises:
         InputError: If there is no such neuron, position or head, the head cannot read the neuron,
