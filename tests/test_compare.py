@@ -521,7 +521,7 @@ def test_tables_have_their_columns_and_are_saved_together(tiny_gpt2, tmp_path):
     [
         (Zeroed(), "nothing is zeroed, so nothing would differ"),
         ([], "nothing is zeroed"),
-        (["L9.H0"], "the model has no L9.H0: the model has layers 0 to 2"),
+        (["L9.H0"], "there is no head L9.H0: the model has 3 layers"),
         ("L0.H3,L0.H1", r"could be a prompt or a label: give \['L0.H3,L0.H1'\] to zero it"),
         (TOKENS[:4], "the original is 6 tokens, the other 4; compare prompts of as many tokens"),
         (Prompt(tokens=OTHER_TOKENS, position=3), "the original at 5, the other at 3"),

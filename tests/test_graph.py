@@ -38,7 +38,8 @@ from tl_neuron_attr import (
 )
 from tl_neuron_attr.cli import options as loading
 from tl_neuron_attr.graph import EDGE_COLUMNS, NODE_COLUMNS
-from tl_neuron_attr.query import QueryNeurons, query_inputs, together
+from tl_neuron_attr.inputs import query_inputs, together
+from tl_neuron_attr.reading import QueryNeurons
 
 TARGET = 7
 PROMPT = "The capital of France is"

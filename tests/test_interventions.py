@@ -399,11 +399,11 @@ def test_what_cannot_be_zeroed_is_refused(parts):
 @pytest.mark.parametrize(
     ("label", "message"),
     [
-        ("L3.H0", "the model has no L3.H0: the model has layers 0 to 2"),
-        ("L0.H3", "the model has no L0.H3: its layers have heads 0 to 2"),
-        ("L0.N96", "its layers have FFN neurons 0 to 95"),
-        ("L0.H0.D8", "its heads have dimensions 0 to 7"),
-        ("L1.H0.D7@4", r"has no L1.H0.D7@4: it is read at position 3, so source .* 0 to 3"),
+        ("L3.H0", "there is no head L3.H0: the model has 3 layers of 3 heads"),
+        ("L0.H3", "there is no head L0.H3: the model has 3 layers of 3 heads"),
+        ("L0.N96", "there is no neuron L0.N96: the model has 3 layers of 96 FFN neurons"),
+        ("L0.H0.D8", "there is no neuron L0.H0.D8: the model has 3 layers of 3 heads of 8 dim"),
+        ("L1.H0.D7@4", r"there is no neuron L1.H0.D7@4: .* source positions are 0 to 3"),
     ],
 )
 def test_parts_out_of_range_are_refused_before_the_forward_pass(

@@ -18,8 +18,7 @@ from conftest import (
 from test_golden import assert_same_ranking
 from typer.testing import CliRunner
 
-import tl_neuron_attr.query as query_module
-from tl_neuron_attr import attribute, cli, load_model
+from tl_neuron_attr import attribute, cli, load_model, reading
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.tables import NEURON_COLUMNS
 
@@ -262,7 +261,7 @@ def test_target_position_and_contrast_reach_the_scores(run):
 
 
 def test_ill_conditioned_value_neurons_are_named(run, monkeypatch):
-    monkeypatch.setattr(query_module, "ILL_CONDITIONED", 0.3)
+    monkeypatch.setattr(reading, "ILL_CONDITIONED", 0.3)
     shown = run("query", *asked(), "--for", "ffn", "--value-top", 60)
     (count,) = re.findall(r"^(\d+) ill-conditioned, left out: L", shown.stdout, re.M)
     facts = json.loads(run("query", *asked(), "--for", "ffn", "--value-top", 60, "--json").stdout)
@@ -272,7 +271,7 @@ def test_ill_conditioned_value_neurons_are_named(run, monkeypatch):
 
 
 def test_where_all_are_ill_conditioned_it_says_so(run, written, monkeypatch):
-    monkeypatch.setattr(query_module, "ILL_CONDITIONED", 2.0)
+    monkeypatch.setattr(reading, "ILL_CONDITIONED", 2.0)
     shown = run("query", *asked())
     words = "every value neuron asked about is ill-conditioned"
     assert f"Warning: {words}" in shown.stdout
@@ -418,7 +417,7 @@ def test_edited_runs_are_saved_without_query_neurons(tmp_path):
 
 
 def test_ill_conditioned_values_alone_are_not_ranked(tmp_path, run, monkeypatch):
-    monkeypatch.setattr(query_module, "ILL_CONDITIONED", 2.0)
+    monkeypatch.setattr(reading, "ILL_CONDITIONED", 2.0)
     result = attribute(load("gpt2"), TOKENS, target=7, top=5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

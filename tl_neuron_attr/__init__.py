@@ -16,6 +16,7 @@ from tl_neuron_attr.capture import (
     save_capture,
 )
 from tl_neuron_attr.cards import NeuronCard, neuron_card
+from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.compare import Comparison, OtherRun, compare
 from tl_neuron_attr.curves import mask_curve
 from tl_neuron_attr.decompose import (
@@ -49,7 +50,7 @@ from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
 from tl_neuron_attr.prompts import Prompt, Target
-from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons, value_neurons
+from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
 from tl_neuron_attr.readout import ReadOut, project, read_out
 from tl_neuron_attr.scores import (
     Baselines,

@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_neuron_attr.capture import Capture, Sources, capture_sources
+from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_writable
@@ -31,13 +32,8 @@ from tl_neuron_attr.intervals import (
 )
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Target, at_least_one, integer
-from tl_neuron_attr.query import (
-    QueryNeurons,
-    QueryScores,
-    query_scores,
-    top_query_neurons,
-    value_neurons,
-)
+from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
+from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (

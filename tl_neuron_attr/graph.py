@@ -28,18 +28,14 @@ import torch
 
 from tl_neuron_attr.attribution import Attribution, ValueNeurons, named_neurons
 from tl_neuron_attr.capture import Sources, capture_sources
+from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.identities import verify_subkeys
+from tl_neuron_attr.inputs import QueryInputs, query_inputs, together
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, fraction, visible
-from tl_neuron_attr.query import (
-    QueryInputs,
-    QueryNeurons,
-    query_inputs,
-    together,
-    value_neurons,
-)
+from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, full_precision, project
 from tl_neuron_attr.tables import write_tables
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of

@@ -17,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -235,6 +236,35 @@ def weights_hash(host: Host) -> str:
         flat = parameter.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def check_exists(
+    host: Host, part: Head | FFNNeuron | AttnNeuron, read_pos: int | None = None
+) -> None:
+    """Stop where the model has no such head or neuron.
+
+    Raises:
+        InputError: Saying what there is; with ``read_pos`` also if the neuron's source position
+            is none of a prompt that is read there.
+    """
+    exists = 0 <= part.layer < host.n_layers
+    if isinstance(part, FFNNeuron):
+        what = "neuron"
+        exists = exists and 0 <= part.index < host.d_mlp
+        there_are = f"{host.n_layers} layers of {host.d_mlp} FFN neurons"
+    else:
+        what = "head"
+        exists = exists and 0 <= part.head < host.n_heads
+        there_are = f"{host.n_layers} layers of {host.n_heads} heads"
+    if isinstance(part, AttnNeuron):
+        what = "neuron"
+        exists = exists and 0 <= part.index < host.d_head
+        there_are += f" of {host.d_head} dimensions"
+        if read_pos is not None:
+            exists = exists and 0 <= (part.source_pos or 0) <= read_pos
+            there_are += f", and source positions are 0 to {read_pos}"
+    if not exists:
+        raise InputError(f"there is no {what} {part}: the model has {there_are}")
 
 
 # --- hooks ------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ from tl_neuron_attr.host import Host, one_token
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, integer
-from tl_neuron_attr.query import through_norm
+from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.readout import full_precision, project
 
 IN_CONTEXT_COLUMNS = (

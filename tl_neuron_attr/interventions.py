@@ -32,7 +32,7 @@ from tl_neuron_attr.capture import (
     final_residuals,
 )
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, hook_names, residual_of, rotary_regime
+from tl_neuron_attr.host import Host, check_exists, hook_names, residual_of, rotary_regime
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_part
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
 from tl_neuron_attr.readout import full_precision, read_out
@@ -102,22 +102,7 @@ def check_zeroed(host: Host, zeroed: Zeroed, prompt: TokenizedPrompt | None = No
             source position comes after the read position.
     """
     for part in zeroed.parts:
-        places = [("the model has layers", part.layer, host.n_layers)]
-        if isinstance(part, FFNNeuron):
-            places.append(("its layers have FFN neurons", part.index, host.d_mlp))
-        else:
-            places.append(("its layers have heads", part.head, host.n_heads))
-        if isinstance(part, AttnNeuron):
-            places.append(("its heads have dimensions", part.index, host.d_head))
-        for what, place, count in places:
-            if not 0 <= place < count:
-                raise InputError(f"the model has no {part}: {what} 0 to {count - 1}")
-        source_pos = part.source_pos if isinstance(part, AttnNeuron) else None
-        if prompt is not None and source_pos is not None and source_pos > prompt.read_pos:
-            raise InputError(
-                f"prompt {prompt.prompt_id} has no {part}: it is read at position "
-                f"{prompt.read_pos}, so source positions are 0 to {prompt.read_pos}"
-            )
+        check_exists(host, part, None if prompt is None else prompt.read_pos)
 
 
 def capture_zeroed(

@@ -16,7 +16,8 @@ from torch import Tensor
 from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.files import write_files
 from tl_neuron_attr.neurons import FFNNeuron
-from tl_neuron_attr.query import QueryNeurons, QueryScores
+from tl_neuron_attr.query import QueryScores
+from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import TokenEnds
 from tl_neuron_attr.scores import LayerScores
 from tl_neuron_attr.topk import RankedNeurons

@@ -60,6 +60,19 @@ class Certificate:
     lowest: bool = False
     """Whether the list is of the lowest scores: ``next_bound`` then bounds scores from below."""
 
+    @classmethod
+    def of_all(cls, total: int, score: Float[Tensor, " best"]) -> "Certificate":
+        """Nothing was bounded: scores are linear, and every one was computed."""
+        return cls(
+            applies=True,
+            linear=True,
+            evaluated=total,
+            total=total,
+            kth_score=float(score[-1]) if len(score) else 0.0,
+            next_bound=None,
+            slack=0.0,
+        )
+
     @property
     def holds(self) -> bool:
         """Whether the list is proven complete."""

@@ -42,7 +42,7 @@ from tl_neuron_attr import (
     tokenize,
 )
 from tl_neuron_attr.knowledge import knowledge_prompts
-from tl_neuron_attr.query import _rows
+from tl_neuron_attr.reading import readings
 from tl_neuron_attr.scores import baselines
 from tl_neuron_attr.topk import exact_scores, score_bounds, top_neurons_of_runs
 
@@ -168,7 +168,7 @@ class Case:
 
     def query_by_definition(self, scores, every):
         """The same for every so many FFN neurons, one by one: its share of each value neuron."""
-        rows = _rows(self.host, scores.sources, scores.values, "exact", None)
+        rows = readings(self.host, scores.sources, scores.values, "exact", None)
         weight = scores.inputs.weight
         for layer in range(scores.ffn_depth):
             earlier = (rows.layer > layer).nonzero()[:, 0].tolist()

@@ -16,7 +16,7 @@ from tl_neuron_attr.cards.looked_at import LookedAt, plain, read_by, stream
 from tl_neuron_attr.decompose import slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, Head
-from tl_neuron_attr.query import through_norm
+from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.readout import project
 from tl_neuron_attr.topk import Kind, largest
 

@@ -23,11 +23,10 @@ from tl_neuron_attr.cards.looked_at import (
 from tl_neuron_attr.cards.onward import carried_table, downstream_table
 from tl_neuron_attr.decompose import AttnDecomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host
+from tl_neuron_attr.host import Host, check_exists
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one, integer
-from tl_neuron_attr.query import check_neuron
 from tl_neuron_attr.readout import baseline_of_runs, full_precision
 
 
@@ -98,7 +97,7 @@ def check_request(
             f"position {asked} is out of range: the answer is read at {read_pos}, "
             f"so a neuron can be looked at from 0 to {read_pos}"
         )
-    check_neuron(host, neuron, place)
+    check_exists(host, neuron, place)
     if head is not None:
         _check_reads(host, neuron, head)
     return place

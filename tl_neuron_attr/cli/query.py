@@ -18,6 +18,7 @@ from rich.text import Text
 
 from tl_neuron_attr.attribute import attribute as attribute_prompt
 from tl_neuron_attr.attribution import ALL_LEFT_OUT, TOP_VALUES, Attribution, query_facts
+from tl_neuron_attr.chosen import check_value_neuron
 from tl_neuron_attr.cli.options import (
     Against,
     AgainstId,
@@ -54,7 +55,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
-from tl_neuron_attr.query import QueryScores, check_exists
+from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.tables import write_tables
 from tl_neuron_attr.topk import Kind
 
@@ -135,7 +136,7 @@ def query(
             host = open_host(loaded)
             read_pos = tokenize(host, prompt).read_pos
             for neuron in asked.chosen:
-                check_exists(host, neuron, read_pos)
+                check_value_neuron(host, neuron, read_pos)
         ready = time.perf_counter()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shown below
