@@ -176,6 +176,8 @@ def test_before_layer_0_is_the_embedding_and_no_ffn(run, written, neuron):
     shown = run("query", *asked(), "--of", neuron)
     assert shown.exit_code == 0
     assert "FFN query neurons: none comes before the value neurons" in shown.stdout
+    assert ("Heads, the best 3" in shown.stdout) == (".N" in neuron)
+    assert "L1.H0" not in shown.stdout
     assert (
         json.loads(run("query", *asked(), "--of", neuron, "--json").stdout)["query_neurons"] == []
     )
