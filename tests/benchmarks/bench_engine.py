@@ -5,8 +5,9 @@
 
 (``addopts`` are the tests' runtime type checks, which users do not pay for.)
 
-Every row of a group is measured in the same process on the same model and prompt, so quote the
-ratios, not the seconds. GPT-2-small's shape has seeded random weights, scaled so that predictions
+Every row of a group is measured in the same process on the same model and prompt, each round
+beside a plain forward pass: quote the ratios (``forward passes`` in the extra info), not the
+seconds. GPT-2-small's shape has seeded random weights, scaled so that predictions
 are not flat; on a CUDA device Llama-7B's shape in bfloat16 is measured too. ``dense`` scores every
 neuron by its definition; at GPT-2-small's shape that takes minutes, so it is measured at 16 tokens
 on every 16th neuron and reported for all of them (``extrapolated`` in its extra info).
@@ -18,6 +19,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import statistics
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,7 @@ from tl_neuron_attr import (
     capture,
     capture_sources,
     ffn_decomposition,
+    head_scan,
     load_model,
     open_host,
     projection_index,
@@ -259,25 +262,56 @@ def case(request, model):
 
 
 @pytest.fixture
-def measure(benchmark, request):
+def measure(case, benchmark, request):
+    """Times a function, and a plain forward pass before each round: quote the median ratio."""
+
     def run(function, *, rounds=5, enabled_grad=False):
         benchmark.group = request.node.callspec.id
+        beside = []
+
+        def forward():
+            with torch.no_grad():
+                wait()
+                started = time.perf_counter()
+                case.forward()
+                wait()
+                beside.append(time.perf_counter() - started)
+
+        def timed():
+            found = function()
+            wait()
+            return found
+
         with torch.set_grad_enabled(enabled_grad):
-            return benchmark.pedantic(function, rounds=rounds, warmup_rounds=1, iterations=1)
+            found = benchmark.pedantic(timed, setup=forward, rounds=rounds, warmup_rounds=1)
+        ratios = [
+            taken / plain
+            for taken, plain in zip(benchmark.stats.stats.data, beside[-rounds:], strict=True)
+        ]
+        benchmark.extra_info["forward passes"] = round(
+            statistics.median(ratios) * benchmark.extra_info.get("extrapolated", 1), 2
+        )
+        return found
 
     return run
 
 
+def wait():
+    """A GPU is done with what it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def test_forward(case, measure):
-    measure(case.forward)
+    measure(case.forward, rounds=25)
 
 
 def test_forward_with_capture(case, measure):
-    measure(case.prepare)
+    measure(case.prepare, rounds=25)
 
 
 def test_capture_and_bounds_of_all_neurons(case, measure):
-    measure(case.bounds)
+    measure(case.bounds, rounds=25)
 
 
 def test_certified_top_300_of_each_kind(case, measure, benchmark):
@@ -313,6 +347,12 @@ def test_query_scores_neuron_by_neuron(case, measure, benchmark):
     scores = case.query(*case.values())
     benchmark.extra_info["extrapolated"] = every
     measure(lambda: case.query_by_definition(scores, every), rounds=1)
+
+
+def test_scan_of_all_heads(case, measure):
+    if case.tokens.shape[1] > 16:
+        pytest.skip("measured at 16 tokens")
+    measure(lambda: head_scan(case.host, case.captured, case.target))
 
 
 def test_dense_exact(case, measure, benchmark):
