@@ -320,7 +320,7 @@ def test_zeroing_ffn_neurons_leaves_the_layers_attention_as_it_was(tiny_model):
     assert (neurons["difference"][neurons["layer"] < 2] == 0).all()
     layers = comparison.layers().set_index(["layer", "kind"])["difference"]
     assert layers[1, "attn"] == 0 != layers[1, "ffn"]
-    assert comparison.other.what == "without L1.N7"
+    assert comparison.other.what == "the same prompt without L1.N7"
     assert comparison.log_prob != comparison.own_log_prob
 
 

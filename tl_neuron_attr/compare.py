@@ -408,7 +408,12 @@ def _without(original: Attribution, zeroed: Zeroed) -> OtherRun:
     check_zeroed(host, zeroed, prompt)
     whole, captured = capture_zeroed(host, [prompt] * 2, [Zeroed(), zeroed])
     check_same_run(host, original.captured, whole.resid_final)
-    run = OtherRun(what=f"without {_listed(zeroed)}", host=host, captured=captured, zeroed=zeroed)
+    run = OtherRun(
+        what=f"the same prompt without {_listed(zeroed)}",
+        host=host,
+        captured=captured,
+        zeroed=zeroed,
+    )
     run = _verified(original, run)
     return replace(run, captured=_as_before(original.captured, run.captured, zeroed))
 

@@ -21,10 +21,21 @@ from plotly.subplots import make_subplots
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.graph import EDGE_COLUMNS, NODE_COLUMNS
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
-from tl_neuron_attr.tables import HEAD_COLUMNS, LAYER_COLUMNS, NEURON_COLUMNS, POSITION_COLUMNS
+from tl_neuron_attr.tables import (
+    COMPARED_LAYER_COLUMNS,
+    COMPARED_NEURON_COLUMNS,
+    CURVE_COLUMNS,
+    HEAD_COLUMNS,
+    HEAD_SCAN_COLUMNS,
+    LAYER_COLUMNS,
+    NEURON_COLUMNS,
+    POSITION_COLUMNS,
+)
 
 RISE = "rise in log p(target), nats"
+CHANGE = "change of log p(target), nats"
 KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
 
 # Paul Tol's high-contrast pair: told apart in every kind of colour blindness, and in grey
@@ -43,6 +54,7 @@ _DIVERGING = (
 )
 # length already says how much: bars only need the sign, and pale ones cannot be read
 _SIGNS = [[0, _DIVERGING[0]], [0.5, _DIVERGING[0]], [0.5, _DIVERGING[-1]], [1, _DIVERGING[-1]]]
+_PALE = {"attn": "#99BBDD", "ffn": "#F2E0B5"}
 _GREY = "#777777"
 _NODE_COLOURS = {**_KIND_COLOURS, "token": _GREY, "answer": "#222222"}
 _NODE_NAMES = {"ffn": "FFN neuron", "attn": "attention neuron", "token": "token"}
@@ -91,10 +103,36 @@ def head_heatmap(heads: pd.DataFrame, *, title: str | None = None) -> go.Figure:
         InputError: If ``heads`` is empty, lacks columns, or has two rows for one head.
     """
     heads = _checked(heads, "heads", HEAD_COLUMNS, key=["layer", "head"])
+    return _head_grid(heads, "score", RISE, title, "What each attention head adds to log p(target)")
+
+
+def head_scan_heatmap(changes: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """One cell a head: the change of log p(target), in nats, when that head alone is zeroed.
+
+    Drawn from ``tables.head_scan_table(head_scan(...))``. Purple heads helped: without them the
+    target is less probable.
+
+    Raises:
+        InputError: If ``changes`` is empty, lacks columns, or has two rows for one head.
+    """
+    changes = _checked(
+        changes,
+        "head scan",
+        HEAD_SCAN_COLUMNS,
+        key=["layer", "head"],
+        value="change",
+        source="tables.head_scan_table(head_scan(...))",
+    )
+    return _head_grid(changes, "change", CHANGE, title, "log p(target) without each attention head")
+
+
+def _head_grid(
+    heads: pd.DataFrame, column: str, quantity: str, title: str | None, default: str
+) -> go.Figure:
     n_layers, n_heads = max(heads["layer"].tolist()) + 1, max(heads["head"].tolist()) + 1
-    limit = _limit(heads["score"].tolist())
+    limit = _limit(heads[column].tolist())
     grid = np.full((n_heads, n_layers), None, dtype=object)
-    grid[heads["head"].tolist(), heads["layer"].tolist()] = heads["score"].tolist()
+    grid[heads["head"].tolist(), heads["layer"].tolist()] = heads[column].tolist()
     figure = go.Figure(
         go.Heatmap(
             x=list(range(n_layers)),
@@ -107,12 +145,12 @@ def head_heatmap(heads: pd.DataFrame, *, title: str | None = None) -> go.Figure:
             xgap=1,
             ygap=1,
             hoverongaps=False,
-            colorbar={"title": {"text": RISE, "side": "right"}, "thickness": 14},
+            colorbar={"title": {"text": quantity, "side": "right"}, "thickness": 14},
             hovertemplate="layer %{x}, head %{y}: %{z:.3g} nats<extra></extra>",
         )
     )
     height = max(380, 130 + 15 * n_heads)
-    _finish(figure, title, "What each attention head adds to log p(target)", height=height)
+    _finish(figure, title, default, height=height)
     if len(heads) < grid.size:
         figure.update_layout(plot_bgcolor=_GAP)
     figure.update_xaxes(showgrid=False, zeroline=False)
@@ -442,6 +480,192 @@ def _shortened(text: str, length: int = _TOKEN_CHARS) -> str:
     return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
+def compared_layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """Attention above, FFN below: each layer's score in both runs, and the difference as a mark.
+
+    Drawn from ``Comparison.layers()``. The original's bars are dark, the other run's pale.
+
+    Raises:
+        InputError: If ``layers`` is empty, lacks columns, or has two rows for one bar.
+    """
+    layers = _checked(
+        layers,
+        "layers",
+        COMPARED_LAYER_COLUMNS,
+        key=["layer", "kind"],
+        value="difference",
+        source="Comparison.layers()",
+    )
+    kinds = _kinds(layers)
+    figure = make_subplots(rows=len(kinds), shared_xaxes=True, vertical_spacing=0.08)
+    for row, kind in enumerate(kinds, start=1):
+        rows = layers[layers["kind"] == kind]
+        name = KIND_NAMES[kind]
+        for column, run, colour in (
+            ("score", "original", _KIND_COLOURS[kind]),
+            ("other_score", "other", _PALE[kind]),
+        ):
+            figure.add_bar(
+                x=rows["layer"].tolist(),
+                y=rows[column].tolist(),
+                name=f"{name}, {run}",
+                marker_color=colour,
+                hovertemplate=f"layer %{{x}}, {name}, {run}: %{{y:.3g}} nats<extra></extra>",
+                row=row,
+                col=1,
+            )
+        figure.add_scatter(
+            x=rows["layer"].tolist(),
+            y=rows["difference"].tolist(),
+            mode="markers",
+            name="difference",
+            showlegend=row == 1,
+            legendrank=2000,  # after the bars of both
+            marker={"symbol": "diamond", "size": 8, "color": "black"},
+            hovertemplate=f"layer %{{x}}, {name}: difference %{{y:.3g}} nats<extra></extra>",
+            row=row,
+            col=1,
+        )
+    _finish(figure, title, "What each layer adds to log p(target), in two runs", height=520)
+    _layer_axis(figure, layers["layer"].tolist())
+    figure.update_xaxes(title_text=None)
+    figure.update_xaxes(title_text="layer", row=len(kinds), col=1)
+    for row, kind in enumerate(kinds, start=1):
+        figure.update_yaxes(
+            title_text=f"{KIND_NAMES[kind]}: rise, nats", row=row, col=1, **_zero_line()
+        )
+    return figure
+
+
+def compared_neuron_scatter(neurons: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """One point a neuron: its score in the original above its score in the other run, in nats.
+
+    Drawn from ``Comparison.neurons()``, or from several of them put together (with ``lowest``, of
+    several prompts). On the line nothing changed; above it the original's score is higher.
+
+    Raises:
+        InputError: If ``neurons`` is empty or lacks columns.
+    """
+    neurons = _checked(
+        neurons,
+        "neurons",
+        COMPARED_NEURON_COLUMNS,
+        key=None,
+        value="difference",
+        source="Comparison.neurons()",
+    )
+    ends = [*neurons["score"].tolist(), *neurons["other_score"].tolist(), 0.0]
+    low, high = min(ends), max(ends)
+    margin = 0.05 * ((high - low) or 1.0)
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[low - margin, high + margin],
+        y=[low - margin, high + margin],
+        mode="lines",
+        line={"color": _GREY, "width": 1, "dash": "dot"},
+        name="no difference",
+        hoverinfo="skip",
+    )
+    for kind in _kinds(neurons):
+        rows = neurons.loc[neurons["kind"] == kind]
+        figure.add_scatter(
+            x=rows["other_score"].tolist(),
+            y=rows["score"].tolist(),
+            mode="markers",
+            name=KIND_NAMES[kind],
+            marker={
+                "color": _KIND_COLOURS[kind],
+                "size": 8,
+                "symbol": "circle" if kind == "attn" else "square",
+                "opacity": 0.75,
+            },
+            customdata=_labels(rows),
+            hovertemplate="%{customdata}<br>original %{y:.3g}, other %{x:.3g} nats<extra></extra>",
+        )
+    _finish(figure, title, "Scores of neurons in two runs", height=480)
+    figure.update_xaxes(title_text="score in the other run, nats", **_zero_line())
+    figure.update_yaxes(title_text="score in the original, nats", **_zero_line())
+    return figure
+
+
+def mask_curves(points: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """log p(target), in nats, by the number of neurons zeroed or kept: the mean of all prompts.
+
+    Drawn from ``mask_curve(...)``, or from several such tables put together: one line for each kind
+    and for masking and keeping. With several prompts each one's own line is drawn pale behind. The
+    numbers of neurons stand side by side, whatever lies between them.
+
+    Raises:
+        InputError: If ``points`` is empty, lacks columns, or has two rows for one point.
+    """
+    points = _checked(
+        points,
+        "curve",
+        CURVE_COLUMNS,
+        key=["prompt_id", "kind", "keep", "top"],
+        value="log_prob",
+        source="mask_curve(...)",
+    )
+    tops = sorted(set(points["top"].tolist()))
+    place = {top: number for number, top in enumerate(tops)}
+    figure = go.Figure()
+    for kind in _kinds(points):
+        for keep in sorted(set(points["keep"].tolist())):
+            rows = points[(points["kind"] == kind) & (points["keep"] == keep)]
+            if rows.empty:
+                continue
+            prompts = sorted(set(rows["prompt_id"].tolist()))
+            line = {"color": _KIND_COLOURS[kind], "dash": "dash" if keep else "solid"}
+            for prompt_id in prompts if len(prompts) > 1 else []:
+                of_prompt = rows[rows["prompt_id"] == prompt_id]
+                figure.add_scatter(
+                    x=[place[top] for top in of_prompt["top"].tolist()],
+                    y=of_prompt["log_prob"].tolist(),
+                    mode="lines",
+                    line={**line, "width": 1},
+                    opacity=0.55,
+                    showlegend=False,
+                    hoverinfo="skip",
+                )
+            name = f"{KIND_NAMES[kind]}, {'only the top kept' if keep else 'the top zeroed'}"
+            mean = pd.DataFrame(rows.groupby("top", as_index=False).agg({"log_prob": "mean"}))
+            figure.add_scatter(
+                x=[place[top] for top in mean["top"].tolist()],
+                y=mean["log_prob"].tolist(),
+                mode="lines+markers",
+                line={**line, "width": 3},
+                marker={"size": 8},
+                name=name,
+                showlegend=True,
+                customdata=mean["top"].tolist(),
+                hovertemplate=f"{name} %{{customdata}}: %{{y:.3g}} nats<extra></extra>",
+            )
+    count = len(set(points["prompt_id"].tolist()))
+    of_prompts = f", mean of {count} prompts" if count > 1 else ""
+    default = f"log p(target) with only some neurons zeroed, or kept{of_prompts}"
+    _finish(figure, title, default, height=420)
+    figure.update_xaxes(
+        title_text="number of neurons, the top of their ranking",
+        tickmode="array",
+        tickvals=[*place.values()],
+        ticktext=[str(top) for top in tops],
+        range=[-0.3, len(tops) - 0.7],
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text="log p(target), nats", **_zero_line())
+    return figure
+
+
+def _labels(neurons: pd.DataFrame) -> list[str]:
+    """What each row's neuron is called."""
+    sources = [None if pd.isna(source) else int(source) for source in neurons["source_pos"]]
+    columns = (neurons[name].tolist() for name in ("kind", "layer", "head", "index"))
+    return [
+        str(FFNNeuron(layer, index) if kind == "ffn" else AttnNeuron(layer, head, index, source))
+        for kind, layer, head, index, source in zip(*columns, sources, strict=True)
+    ]
+
+
 def _escaped(text: str) -> str:
     """Text that plotly shows as it is: no tags, no entities, and no formula between dollars."""
     return html.escape(text, quote=False).replace("$", "&#36;")
@@ -455,6 +679,8 @@ def _checked(
     key: list[str] | None,
     finite: bool = True,
     maker: str | None = None,
+    value: str = "score",
+    source: str | None = None,
 ) -> pd.DataFrame:
     """``table`` in order of its ``key``, once it is known to be one that can be drawn."""
     missing = [column for column in columns if column not in table.columns]
@@ -462,13 +688,14 @@ def _checked(
         raise InputError(
             f"a {name} table has the columns {', '.join(columns)}; this one lacks "
             f"{', '.join(missing)}: give the table of {maker or f'Attribution.{name}()'}"
+            f"{', '.join(missing)}: give the table of {source or f'Attribution.{name}()'}"
         )
     if table.empty:
         raise InputError(f"the {name} table has no rows: there is nothing to draw")
     if finite:
-        bad = int((~np.isfinite(table["score"].to_numpy(dtype=float))).sum())
+        bad = int((~np.isfinite(table[value].to_numpy(dtype=float))).sum())
         if bad:
-            raise InputError(f"{bad} scores of the {name} table are not finite; drop those rows")
+            raise InputError(f"{bad} {value}s of the {name} table are not finite; drop those rows")
     return table if key is None else _unique(table, name, key)
 
 

@@ -9,7 +9,9 @@ import typer
 
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
+from tl_neuron_attr.cli.compare import compare
 from tl_neuron_attr.cli.graph import graph
+from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
 from tl_neuron_attr.cli.query import query
@@ -41,5 +43,5 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, query, graph, card, in_context, index):
+for command in (attribute, query, graph, card, compare, heads, in_context, index):
     app.command()(command)

@@ -1,0 +1,123 @@
+"""``tl-neuron-attr heads``: what becomes of an answer when each head in turn is zeroed."""
+
+import json
+import warnings
+from dataclasses import asdict
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tl_neuron_attr.attribute import attribute
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.cli.options import (
+    Against,
+    AgainstId,
+    AsJson,
+    Bos,
+    Device,
+    ModelName,
+    OutDirectory,
+    Position,
+    PromptText,
+    TargetId,
+    TargetText,
+    TokenIds,
+    WeightDtype,
+    either,
+    errors_in_one_sentence,
+    load,
+    prompt_of,
+)
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, records, target_line, token_line
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.files import check_writable
+from tl_neuron_attr.interventions import head_scan
+from tl_neuron_attr.tables import head_scan_table, write_tables
+
+
+def heads(
+    text: PromptText = None,
+    model: ModelName = "tiny-facts",
+    target: TargetText = None,
+    target_id: TargetId = None,
+    against: Against = None,
+    against_id: AgainstId = None,
+    position: Position = -1,
+    top: Annotated[int, typer.Option(help="Heads to show, those that help most first.")] = 10,
+    tokens: TokenIds = None,
+    bos: Bos = None,
+    device: Device = None,
+    dtype: WeightDtype = "float32",
+    out: OutDirectory = None,
+    as_json: AsJson = False,
+) -> None:
+    """Zero each head in turn, and see by how much the answer's log-probability changes.
+
+    Example: tl-neuron-attr heads "The capital of France is"
+    """
+    with errors_in_one_sentence():
+        prompt = prompt_of(
+            text,
+            tokens,
+            bos,
+            position,
+            either("--target", target, target_id),
+            either("--against", against, against_id),
+        )
+        if top < 1:
+            raise InputError(f"--top must be at least 1, got {top}")
+        directory = None if out is None else check_writable(out)
+        loaded = load(model, device, dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # shown below, from the result
+            result = attribute(loaded, prompt, top=1)
+        changes = head_scan_table(head_scan(result.host, result.captured, result.target))
+        table = changes.assign(score=result.heads()["score"])
+        if directory is not None:
+            facts = json.dumps(result.facts(), indent=2, ensure_ascii=False)
+            write_tables(directory, {"heads": table}, {"run.json": facts + "\n"})
+        if as_json:
+            print(json.dumps(_as_json(result, model, table), allow_nan=False))
+        else:
+            _show(result, model, table, top)
+
+
+def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, Any]:
+    prompt = result.captured.prompt
+    return {
+        "model": model,
+        "prompt": prompt.text,
+        "tokens": list(prompt.token_texts),
+        "read_pos": prompt.read_pos,
+        "target": {**asdict(result.target), "log_prob": result.log_prob},
+        "heads": records(table),
+        "warnings": list(result.warnings),
+    }
+
+
+def _show(result: Attribution, model: str, table: pd.DataFrame, top: int) -> None:
+    console = Console(width=min(WIDTH, Console().width), highlight=False)
+    prompt = result.captured.prompt
+    console.print(model_line(result.host, model))
+    console.print(token_line(prompt.token_texts, prompt.read_pos))
+    console.print(target_line(result))
+    shown = table.sort_values("change", kind="stable").head(top)
+    console.print(
+        f"\n[bold]Change of {result.target.quantity}, nats[/], when a head alone is zeroed: the "
+        f"lowest {len(shown)} of {len(table)}"
+    )
+    lines = Table(box=None, pad_edge=False, header_style="dim")
+    lines.add_column("head")
+    lines.add_column("change", justify="right", no_wrap=True)
+    lines.add_column("own rise", justify="right", no_wrap=True)
+    for row in records(shown):
+        label = f"L{row['layer']}.H{row['head']}"
+        lines.add_row(label, f"{row['change']:+.3f}", f"{row['score']:+.3f}")
+    console.print(lines)
+    console.print("[dim]own rise: what the head itself adds to the target, nothing zeroed[/]")
+    for message in result.warnings:
+        console.print(f"[yellow]Warning:[/] {escape(message)}")
