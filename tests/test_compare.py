@@ -33,6 +33,7 @@ from tl_neuron_attr import (
     Zeroed,
     attribute,
     capture,
+    capture_zeroed,
     compare,
     load_model,
     neuron_scores,
@@ -178,7 +179,7 @@ def sides_of(case, dtype=torch.float32):
 
 
 @given(cases, st.integers(1, 30), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_differences_listed_are_those_of_scoring_every_neuron(case, top, lowest):
     first, second, dense = sides_of(case)
     found = top_differences(first, second, top, lowest=lowest)
@@ -191,6 +192,14 @@ def test_the_differences_listed_are_those_of_scoring_every_neuron(case, top, low
         found.first_score - found.second_score, found.neurons.score, rtol=0, atol=0
     )
     assert len(flat.unique()) == len(flat) and found.neurons.certificate.holds
+    certificate = found.neurons.certificate
+    assert certificate.lowest == lowest and certificate.total == len(dense)
+    if certificate.next_bound is not None:
+        # of those not known to be 0, the best that was not scored is at best next in the order
+        behind = dense[dense != 0].sort(descending=not lowest).values[certificate.evaluated :]
+        reached = behind[0] if len(behind) else certificate.next_bound
+        sign = -1 if lowest else 1
+        assert sign * certificate.next_bound >= sign * reached - slack
     blocks = [block.all_coefficients() for block in second.blocks]
     assert torch.equal(found.second_coefficient, torch.cat(blocks)[flat])
 
@@ -313,6 +322,19 @@ def test_what_is_zeroed_scores_0_and_nothing_differs_before(family):
     assert heads["difference"][0, 0] == heads["difference"][1, 0] == 0
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "neox-parallel", "gptj"])
+@pytest.mark.parametrize("parts", ["L1.H1", "L1.N7", "L1.H1,L1.N7", "L0.H0.D2@3", "L2.N1"])
+def test_the_other_run_is_the_run_without_the_parts(family, parts):
+    """What is taken from the original, so that it differs by 0, is what the run would give."""
+    result = attribute(bridge_of(family), TOKENS, target=9, top=1)
+    zeroed = Zeroed.parse(parts)
+    run = compare(result, zeroed, top=1).other.captured
+    (wanted,) = capture_zeroed(result.host, [result.captured.prompt], [zeroed])
+    for name, tensor in vars(wanted).items():
+        if isinstance(tensor, torch.Tensor):
+            torch.testing.assert_close(getattr(run, name), tensor, rtol=1e-5, atol=1e-5, msg=name)
+
+
 def test_zeroing_ffn_neurons_leaves_the_layers_attention_as_it_was(tiny_model):
     result = attribute(tiny_model, TOKENS, target=9, top=1)
     comparison = compare(result, FFNNeuron(1, 7), top=10**6)
@@ -390,22 +412,21 @@ def test_another_prompt_is_scored_at_the_originals_scale():
 
 def test_raises_and_lowers_have_the_sign_of_the_run_that_the_neuron_is_on_in():
     model = load_model("tiny-facts")
-    result = attribute(model, "The capital of France is", target=" Paris", top=300)
-    swapped = compare(result, "The capital of Spain is", top=300).neurons("ffn", tokens=3)
-    alone = result.neurons("ffn", tokens=3).set_index(["layer", "index"])
-    host = result.host
-    checked = 0
-    for row in swapped.to_dict("records"):
-        place = row["layer"], row["index"]
-        if row["coefficient"] != 0 and place in alone.index:
-            assert row["raises"] == alone["raises"][place]
-        elif row["coefficient"] == 0 and row["other_coefficient"] != 0:
-            sign = math.copysign(1, row["other_coefficient"])
-            vector = sign * host.W_out(row["layer"])[row["index"]]
-            best = result.out.linear(vector) @ host.W_U
-            assert row["raises"][0] == host.token_text(int(best.argmax()))
-            checked += 1
-    assert checked > 3
+    whole = attribute(model, "The capital of France is", target=" Paris", top=300)
+    host, prompt = whole.host, whole.captured.prompt
+    (without,) = capture_zeroed(host, [prompt], [Zeroed((Head(3, 2),))])
+    found = compare(attribute(model, without, target=" Paris", top=1), whole, top=300)
+    signs = set()
+    for row in found.neurons("attn", lowest=True, tokens=2).to_dict("records"):
+        here, there = row["coefficient"], row["other_coefficient"]
+        assert ((row["layer"], row["head"]) == (3, 2)) == (here == 0)
+        sign = math.copysign(1, there if here == 0 else here)
+        vector = sign * host.W_O(row["layer"])[row["head"], row["index"]]
+        logits = whole.out.linear(vector) @ host.W_U
+        assert row["raises"][0] == host.token_text(int(logits.argmax()))
+        assert row["lowers"][0] == host.token_text(int(logits.argmin()))
+        signs.add((here == 0, sign))
+    assert len(signs) == 4
 
 
 def test_another_checkpoint_is_read_out_by_its_own_weights(tiny_gpt2):

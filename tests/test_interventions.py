@@ -32,7 +32,7 @@ from tl_neuron_attr import (
 )
 from tl_neuron_attr.capture import capture_all
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
-from tl_neuron_attr.host import hook_names
+from tl_neuron_attr.host import hook_names, last_ffn_input_name
 from tl_neuron_attr.interventions import as_zeroed, batches
 from tl_neuron_attr.readout import read_out
 
@@ -272,6 +272,11 @@ def test_the_head_scan_is_of_the_models_own_prediction(tiny_model, convention):
     found = head_scan(result.host, result.captured, result.target)
     wanted = scan_by_hand(result.host, result.captured.prompt, result.target)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_an_ffn_that_flattens_its_positions_is_not_spared_any():
+    assert last_ffn_input_name(open_host(bridge_of("opt"))) is None
+    assert last_ffn_input_name(open_host(bridge_of("llama"))) is not None
 
 
 def test_the_head_scan_runs_each_layer_once_and_skips_those_before(tiny_gpt2, monkeypatch):
