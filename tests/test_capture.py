@@ -528,7 +528,7 @@ def test_only_what_is_read_is_unembedded_unless_the_callers_hooks_look(tiny_mode
     finally:
         seen.remove()
         tiny_model.reset_hooks()
-    assert lengths == [2, 4]  # the last positions of both rows; all four
+    assert lengths == [1, 4]  # the read position of each row; all four
     assert hooked == [4]
     for one, other in zip(alone, beside, strict=True):
         assert torch.allclose(one.logits, other.logits, rtol=0, atol=1e-6)

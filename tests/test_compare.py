@@ -606,3 +606,26 @@ def test_the_targets_are_the_originals(tiny_gpt2):
     assert compare(result, other, top=1).log_prob == pytest.approx(
         float(result.out.log_prob(other.captured.resid_final, result.target)), abs=1e-5
     )
+
+
+def test_a_checkpoint_with_another_final_norm_changes_every_score():
+    one, other = bridge_of("gpt2"), bridge_of("gpt2")
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # no coefficient and no base differ, only what they are read out with
+        gain = other.ln_final.weight
+        gain.mul_(1 + torch.rand(gain.shape, generator=generator))
+    result = attribute(one, TOKENS, target=9, top=1)
+    comparison = compare(result, other, top=12)
+    for kind in ("ffn", "attn"):
+        first, second = comparison.sides[kind]
+        dense = torch.cat(
+            [
+                neuron_scores(a, first.out, result.target)
+                - neuron_scores(b, second.out, result.target)
+                for a, b in zip(first.blocks, second.blocks, strict=True)
+            ]
+        )
+        best = dense.sort(descending=True).values[:12]
+        found = comparison.neurons(kind)["difference"].to_numpy()
+        assert found == pytest.approx(best.tolist(), abs=1e-5)
+        assert found[0] > 1e-4

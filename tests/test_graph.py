@@ -881,3 +881,11 @@ def test_bad_requests_are_one_sentence_before_the_model_is_loaded(
     assert len(shown.stderr.strip().splitlines()) == 1
     assert words in shown.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_limit_beyond_all_candidates_takes_no_more_memory(tiny_model):
+    result = attribute(tiny_model, TOKENS, target=TARGET, top=3)
+    every = value_query_graph(result, max_inputs=10**9, share=1.0)
+    assert all(
+        node.reached == pytest.approx(1.0) for node in every.nodes if node.reached is not None
+    )

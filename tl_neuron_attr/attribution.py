@@ -297,9 +297,15 @@ class Attribution:
         top_values: int = TOP_VALUES,
         top: int | None = None,
     ) -> pd.DataFrame:
-        """The same for heads: ``layer, head, score``; in order, or the ``top`` best first."""
-        table = head_table(self.query_scores(of, top_values=top_values).heads)
-        return table if top is None else _best(table, top)
+        """The same for heads: ``layer, head, score``; in order, or the ``top`` best first.
+
+        Those that come before no value neuron score 0; they are not among the best.
+        """
+        scores = self.query_scores(of, top_values=top_values)
+        table = head_table(scores.heads)
+        if top is None:
+            return table
+        return _best(head_table(scores.heads[: scores.attn_depth]), top)
 
     def query_neurons(
         self,
@@ -589,7 +595,9 @@ def named_neurons(of: ValueNeurons) -> list[FFNNeuron | AttnNeuron]:
     Raises:
         InputError: If a label cannot be read.
     """
-    given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else list(of)
+    given = [of] if isinstance(of, (str, FFNNeuron, AttnNeuron)) else of
+    if not isinstance(given, Iterable):
+        raise InputError(f"of must be 'attn', 'ffn', 'both' or neurons; got {of!r}")
     try:
         return [parse_neuron(each) if isinstance(each, str) else each for each in given]
     except ValueError as error:

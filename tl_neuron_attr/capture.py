@@ -205,7 +205,7 @@ def capture_blocks(host: Host, prompt: TokenizedPrompt) -> list[Any]:
     Cost: one forward pass; a residual vector for each layer and position.
     """
     with block_outputs(host) as outputs:
-        _forward(host, [prompt.tokens], _last_ffn_hooks(host, [prompt]), [])
+        _forward(host, [prompt.tokens], _last_ffn_hooks(host, [prompt]), [[]])
     return [*outputs]
 
 
@@ -237,7 +237,7 @@ def final_residuals(
     every = [*hooks, *_last_ffn_hooks(host, prompts), (final_resid_name(host), keep)]
     layer, outputs = (0, []) if start is None else start
     with starting_at(host, layer, outputs, len(prompts)):
-        _forward(host, [prompt.tokens for prompt in prompts], every, [])
+        _forward(host, [prompt.tokens for prompt in prompts], every, [[]] * len(prompts))
     for row, resid in enumerate(seen[0]):
         if not resid.isfinite().all():
             raise NonFiniteError(
@@ -295,7 +295,7 @@ def capture_sources(
 
     if cache is None:
         hooks = [(name, partial(keep, key=key)) for key, name in wanted.items()]
-        _forward(host, [prompt.tokens], hooks, [prompt.read_pos])
+        _forward(host, [prompt.tokens], hooks, [[prompt.read_pos]])
     else:
         if _cache_size(host, cache) != (1, len(prompt.tokens)):
             raise _wrong_length(_cache_size(host, cache)[1], [prompt])
@@ -330,7 +330,7 @@ def capture_pre_activations(
         for layer in range(host.n_layers)
         for key, name in pre_activation_names(host, layer).items()
     ]
-    _forward(host, [captured.prompt.tokens], hooks, [captured.prompt.read_pos])
+    _forward(host, [captured.prompt.tokens], hooks, [[captured.prompt.read_pos]])
     return {key: torch.stack(layers).to(captured.v) for key, layers in seen.items()}
 
 
@@ -397,9 +397,14 @@ def _pass(
 
     # last, so that what the others edit is seen as edited
     keeping = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
-    reads = sorted({place.read for place in places})
+    # rows that are read in several places take as much width as the one that is in most
+    reads = [
+        sorted({place.read for place in places if place.row == row}) for row in range(len(rows))
+    ]
     logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
-    seen["logits"] = [_scoring_copy(logits[place.row, reads.index(place.read)]) for place in places]
+    seen["logits"] = [
+        _scoring_copy(logits[place.row, reads[place.row].index(place.read)]) for place in places
+    ]
     return _captures(host, prompts, places, seen)
 
 
@@ -421,10 +426,10 @@ def _forward(
     host: Host,
     rows: Sequence[tuple[int, ...]],
     hooks: Sequence[Hook],
-    reads: Sequence[int],
+    reads: Sequence[Sequence[int]],
     padding_side: PaddingSide = "right",
 ) -> Float[Tensor, "row read d_vocab"]:
-    """The logits at the positions ``reads`` from one forward pass with ``hooks`` in force.
+    """The logits at each row's positions ``reads`` from one forward pass, ``hooks`` in force.
 
     The rows of tokens are padded to one length, with which positions are counted. Nothing else is
     unembedded, unless the caller has hooks on the model.
@@ -437,10 +442,14 @@ def _forward(
     # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
     # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
     masked = padded or host.class_name == "HookedTransformer"
-    kept = torch.tensor(reads, dtype=torch.long, device=host.device)
+    width = max(map(len, reads))
+    kept = torch.tensor(
+        [[*row, *[row[0]] * (width - len(row))] if row else [] for row in reads], dtype=torch.long
+    )
+    each_row = torch.arange(len(rows))[:, None]
 
     def narrow(activation: Tensor, hook: Any) -> Tensor:
-        return activation[:, kept.to(activation.device)]
+        return activation[each_row, kept]
 
     narrowed = not has_hooks(host.model)  # the caller's may look at all of them
     if narrowed:
@@ -452,7 +461,7 @@ def _forward(
             fwd_hooks=list(hooks),
             attention_mask=attention_mask if masked else None,
         )
-        return logits if narrowed else logits[:, kept]
+        return logits if narrowed else logits[each_row, kept]
 
 
 def _padded(

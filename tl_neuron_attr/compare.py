@@ -26,7 +26,7 @@ from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.host import Host, open_host, tokenize, weights_hash
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.interventions import Part, Zeroed, as_zeroed, capture_zeroed, check_zeroed
@@ -171,11 +171,20 @@ class Comparison:
     def facts(self) -> dict[str, Any]:
         """Where these numbers come from, ready for JSON: both runs, and the certificates.
 
-        Cost: one pass over the original model's weights, for their hash.
+        Cost: one pass over each model's weights, for their hash.
         """
-        prompt = self.other.captured.prompt
+        prompt, host = self.other.captured.prompt, self.other.host
+        same = host.model is self.original.host.model
+        original = self.original.facts()
+        model = {
+            "name": host.model_name,
+            "architecture": host.architecture,
+            "class": host.class_name,
+            "processing": host.processing,
+            "dtype": str(host.dtype).removeprefix("torch."),
+        }
         return {
-            **self.original.facts(),
+            **original,
             "certificates": self.certificates(),
             "other": {
                 "what": self.other.what,
@@ -183,7 +192,8 @@ class Comparison:
                 "prompt": prompt.text,
                 "tokens": list(prompt.tokens),
                 "token_texts": list(prompt.token_texts),
-                "model": self.other.host.model_name,
+                "read_pos": prompt.read_pos,
+                "model": original["model"] if same else {**model, "sha256": weights_hash(host)},
                 "log_prob": self.log_prob,
                 "own_log_prob": self.own_log_prob,
             },

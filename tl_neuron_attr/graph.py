@@ -157,6 +157,8 @@ class Graph:
     """The value neurons asked for: a kind, both, or their labels."""
     kind: Kinds
     """Of which kind query neurons are."""
+    ranked: int
+    """Of how many neurons of each kind, at the most, the value neurons are the best."""
     share: float
     depth: int
     max_values: int
@@ -203,7 +205,7 @@ class Graph:
         facts = {
             name: getattr(self, name)
             for name in ("model_name", "log_prob", "embedding_log_prob", "convention", "of", "kind")
-            + ("share", "depth", "max_values", "max_inputs", "opposing")
+            + ("ranked", "share", "depth", "max_values", "max_inputs", "opposing")
         }
         return {
             "directed": True,
@@ -326,6 +328,7 @@ def value_query_graph(
         convention=result.convention,
         of=of if isinstance(of, str) else ", ".join(map(str, of)),
         kind=kind,
+        ranked=max(len(result.ffn_neurons), len(result.attn_neurons)),
         share=share,
         depth=depth,
         max_values=max_values,

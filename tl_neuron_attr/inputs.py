@@ -108,6 +108,9 @@ def query_inputs(
     shares = pre_activations(sources, rows, of_one_nat, convention)
     readers = _readers(rows, shares, len(score))
     signs = (1, -1) if opposing else (1,)
+    # no more than there can be: a limit is not an order of memory
+    n_blocks = 2 * host.n_layers
+    most = min(most, 1 + n_blocks * _stride(host, captured))
     best = [_Largest.of_tokens(readers.parts[:, 0], most, sign) for sign in signs]
     for live, first, found in _candidates(host, captured, sources, readers, kinds, budget):
         for each in best:

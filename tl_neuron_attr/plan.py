@@ -319,11 +319,6 @@ class _Work:
     """Whether a ``HookedTransformer`` runs it, which computes in other steps than the bridge."""
 
     @property
-    def unembedded(self) -> int:
-        """Positions of a prompt whose logits the forward pass gives: a bridge can give only one."""
-        return self.length if self.hooked else 1
-
-    @property
     def widened(self) -> int:
         """Bytes of one number of weights that are widened for scoring; 0 if they need not be."""
         return self.score if self.score > self.weight else 0
@@ -357,7 +352,7 @@ def _costs(work: _Work, rates: "_Rates") -> dict[str, Cost]:
     one_readout = 2 * shapes.d_model * shapes.d_vocab
     forward = work.many * (
         2 * work.length * shapes.n_block_weights
-        + 2 * work.unembedded * shapes.d_model * shapes.d_vocab
+        + 2 * shapes.d_model * shapes.d_vocab
         + 4 * shapes.n_layers * shapes.n_heads * shapes.d_head * work.length**2
     )
     # the bases of all layers: their logits, and where there are bounds their gradients
@@ -517,7 +512,7 @@ def _forward_bytes(work: _Work) -> _Forward:
         + shapes.d_vocab
     )
     vectors = weight * length * d_model
-    logits = weight * work.unembedded * shapes.d_vocab
+    logits = weight * shapes.d_vocab
     # as many numbers per FFN neuron and token as the activation has steps
     stepwise = shapes.activation == "gelu_new" or shapes.family in ("bloom", "phi3")
     steps = 4 if stepwise else 3 if shapes.gated else 2

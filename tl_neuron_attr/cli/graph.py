@@ -160,6 +160,8 @@ def _tree(found: Graph) -> Tree:
     top.append("value neuron" if n_values == 1 else "value neurons")
     if answer.handed_down - answer.explained > 5e-4:
         top.append(f", {answer.reached:.0%} of {answer.handed_down:+.3f} from all ranked")
+        if n_values == found.max_values:
+            top.append("; more with --values", style="dim")
     tree = Tree(top, guide_style="dim")
     waiting, shown = [(answer, tree)], {answer.id}
     while waiting:
@@ -183,6 +185,8 @@ def _line(node: Node, weight: float, again: bool) -> Text:
     line.append(node.label, style="" if node.kind == "token" else "bold")
     if again:
         return line.append("  see its other place", style="dim")
+    if abs(node.handed_down - weight) > 5e-4 and node.handed_down:
+        line.append(f"  {node.handed_down:+.3f} over all it feeds", style="dim")
     if node.raises:
         tokens = " ".join(visible(token) for token in node.raises[:3])
         line.append(f"  raises {tokens}", style="dim")

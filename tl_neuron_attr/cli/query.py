@@ -269,7 +269,6 @@ def _show(result: Attribution, scores: QueryScores, asked: _Asked, model: str, t
     heads = [
         f"{Head(row['layer'], row['head'])} {row['score']:+.3f}"
         for row in records(result.query_heads(scores, top=top))
-        if row["layer"] < scores.attn_depth
     ]
     if heads:
         console.print(f"\n[bold]Heads[/], the best {len(heads)}")

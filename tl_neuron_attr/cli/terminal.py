@@ -47,7 +47,7 @@ def target_line(result: Attribution) -> str:
     line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
     if target.against is None:
         return (
-            f"{line}   log p = {result.log_prob:.3f} nats, p = {math.exp(result.log_prob):.3f}; "
+            f"{line}   log p = {result.log_prob:.3f} nats, p = {math.exp(result.log_prob):.3g}; "
             f"before the first layer p = {math.exp(before):.2g}"
         )
     other = target.against
