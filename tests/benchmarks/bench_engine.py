@@ -45,7 +45,7 @@ from tl_neuron_attr import (
     tokenize,
 )
 from tl_neuron_attr.knowledge import knowledge_prompts
-from tl_neuron_attr.reading import readings
+from tl_neuron_attr.reading import readings, where_set_off
 from tl_neuron_attr.scores import baselines
 from tl_neuron_attr.topk import exact_scores, score_bounds, top_neurons_of_runs
 
@@ -171,7 +171,8 @@ class Case:
 
     def query_by_definition(self, scores, every):
         """The same for every so many FFN neurons, one by one: its share of each value neuron."""
-        rows = readings(self.host, scores.sources, scores.values, "exact", None)
+        placed = where_set_off(self.captured, scores.values)
+        rows = readings(self.host, scores.sources, placed, "exact", None)
         weight = scores.inputs.weight
         for layer in range(scores.ffn_depth):
             earlier = (rows.layer > layer).nonzero()[:, 0].tolist()

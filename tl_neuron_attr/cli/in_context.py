@@ -166,7 +166,8 @@ def _show(
     console.print(_position_table(result, found, head))
     console.print(
         "[dim]M: log p(label 1) - log p(label 2) of what the head brings from there, read out "
-        "alone[/]"
+        f"alone: of it {found.constant:+.3f} comes from the biases, the same everywhere; "
+        "label 1 - 2: M without that[/]"
     )
     console.print(f"\n[bold]What {head} reads[/], by where it comes from")
     console.print(_input_table(inputs, prompt.read_pos, console.width))
