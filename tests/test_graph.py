@@ -31,6 +31,7 @@ from tl_neuron_attr import (
     attribute,
     capture_sources,
     cli,
+    load_model,
     query_scores,
     top_query_neurons,
     value_query_graph,
@@ -889,3 +890,18 @@ def test_a_limit_beyond_all_candidates_takes_no_more_memory(tiny_model):
     assert all(
         node.reached == pytest.approx(1.0) for node in every.nodes if node.reached is not None
     )
+
+
+def test_a_chosen_share_is_reached_and_the_default_stays_readable():
+    result = attribute(load_model("tiny-facts"), PROMPT, top=300)
+    plain = value_query_graph(result)
+    assert len(plain.inputs("answer")) == 10 and plain.answer.reached < 0.5
+    assert all(len(plain.inputs(node.id)) <= 4 for node in plain.nodes[1:])
+    sizes = []
+    for share in (0.2, 0.5, 0.9):
+        graph = value_query_graph(result, share=share)
+        reached = [node.reached for node in graph.nodes if node.reached is not None]
+        assert min(reached) >= share - 1e-6
+        sizes.append(len(graph.edges))
+    assert sizes == sorted(set(sizes))
+    assert len(value_query_graph(result, share=0.9, max_values=3).inputs("answer")) == 3

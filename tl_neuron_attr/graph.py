@@ -68,6 +68,7 @@ NODE_COLUMNS = (
     "left_out",
 )
 EDGE_COLUMNS = ("source", "target", "weight")
+_MANY = 1000  # inputs of one node: more than any picture shows, and little memory
 _WHOLE = ("layer", "head", "index", "source_pos", "position", "step")
 
 
@@ -253,10 +254,10 @@ def value_query_graph(
     of: ValueNeurons = "both",
     *,
     kind: Kinds = "both",
-    share: float = 0.5,
+    share: float | None = None,
     depth: SupportsIndex = 1,
-    max_values: SupportsIndex = 10,
-    max_inputs: SupportsIndex = 4,
+    max_values: SupportsIndex | None = None,
+    max_inputs: SupportsIndex | None = None,
     opposing: bool = False,
     tokens: int = 0,
 ) -> Graph:
@@ -268,10 +269,11 @@ def value_query_graph(
             as hold ``share``; or chosen ones, as in ``query_layers``, which are all drawn.
         kind: Which query neurons: ``"ffn"``, ``"attn"`` or ``"both"``. Tokens always.
         share: How much the nodes kept explain, above 0 and up to 1: of all ranked value neurons'
-            positive scores, and of the positive shares of each node's candidates.
+            positive scores, and of the positive shares of each node's candidates. By default half,
+            as far as it goes within limits that leave a picture one can read.
         depth: How many steps from value neurons back: 1 for query neurons, 2 for theirs, ...
-        max_values: At most so many value neurons.
-        max_inputs: At most so many inputs of each node.
+        max_values: At most so many value neurons: by default 10, with a chosen ``share`` all.
+        max_inputs: At most so many inputs of each node: by default 4, with a chosen share 1,000.
         opposing: Draw, alike, as many inputs that hold a neuron back: of negative share.
         tokens: If positive, so many tokens that each neuron ``raises`` and ``lowers`` most.
 
@@ -284,9 +286,13 @@ def value_query_graph(
             gives the activations it was attributed by.
         IdentityError: If neurons' pre-activations are not what this package recomputes.
     """
-    share, depth = fraction(share, "share"), at_least_one(depth, "depth")
-    max_values = at_least_one(max_values, "max_values")
-    max_inputs = at_least_one(max_inputs, "max_inputs")
+    depth = at_least_one(depth, "depth")
+    ranked = len(result.ffn_neurons) + len(result.attn_neurons)
+    # a share that was chosen is to be reached; otherwise the picture is to be readable
+    most_values, most_inputs = (10, 4) if share is None else (ranked, _MANY)
+    max_values = most_values if max_values is None else at_least_one(max_values, "max_values")
+    max_inputs = most_inputs if max_inputs is None else at_least_one(max_inputs, "max_inputs")
+    share = 0.5 if share is None else fraction(share, "share")
     if kind not in get_args(Kinds):
         raise InputError(f"kind must be 'ffn', 'attn' or 'both', got {kind!r}")
     kinds: tuple[Kind, ...] = ("ffn", "attn") if kind == "both" else (kind,)

@@ -59,14 +59,22 @@ def graph(
     ] = "both",
     kind: Annotated[str, typer.Option(help="Query neurons: ffn, attn or both.")] = "both",
     share: Annotated[
-        float,
-        typer.Option(help="What the nodes kept explain of all there are, above 0 and at most 1."),
-    ] = 0.5,
+        float | None,
+        typer.Option(
+            help="What the nodes kept explain of all there are, above 0 and at most 1. Default: "
+            "half, as far as the limits --values 10 and --inputs 4 let it.",
+            show_default=False,
+        ),
+    ] = None,
     depth: Annotated[
         int, typer.Option(help="Steps back from value neurons: 2 for query neurons of the query's.")
     ] = 1,
-    values: Annotated[int, typer.Option(help="Value neurons at the most.")] = 10,
-    inputs: Annotated[int, typer.Option(help="Inputs of each neuron at the most.")] = 4,
+    values: Annotated[
+        int | None, typer.Option(help="Value neurons at the most.", show_default=False)
+    ] = None,
+    inputs: Annotated[
+        int | None, typer.Option(help="Inputs of each neuron at the most.", show_default=False)
+    ] = None,
     opposing: Annotated[
         bool, typer.Option("--opposing", help="Draw inputs that hold neurons back, too.")
     ] = False,
@@ -99,10 +107,10 @@ def graph(
         asked: dict[str, Any] = {
             "of": of if of in _KINDS else named_neurons(map(str.strip, of.split(","))),
             "kind": _kind_of(kind),
-            "share": fraction(share, "--share"),
+            "share": None if share is None else fraction(share, "--share"),
             "depth": at_least_one(depth, "--depth"),
-            "max_values": at_least_one(values, "--values"),
-            "max_inputs": at_least_one(inputs, "--inputs"),
+            "max_values": None if values is None else at_least_one(values, "--values"),
+            "max_inputs": None if inputs is None else at_least_one(inputs, "--inputs"),
         }
         read_as = convention_of(convention)
         if out is not None:
