@@ -28,7 +28,28 @@ from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.topk import RankedNeurons, largest
 
 
-def collect(results: Sequence[Attribution], knowledge_type: str) -> dict[str, pd.DataFrame]:
+def queries_of(results: Sequence[Attribution]) -> list[tuple[QueryScores, QueryScores]]:
+    """What set off each prompt's best FFN value neurons, and its best attention neurons.
+
+    Cost: one forward pass a prompt. Where all value neurons are ill-conditioned, all scores are 0.
+    """
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that says they are 0
+        return [
+            (
+                result.query_scores("ffn", top_values=TOP_VALUES),
+                result.query_scores("attn", top_values=TOP_VALUES),
+            )
+            for result in results
+        ]
+
+
+@torch.no_grad()
+def collect(
+    results: Sequence[Attribution],
+    queries: Sequence[tuple[QueryScores, QueryScores]],
+    knowledge_type: str,
+) -> dict[str, pd.DataFrame]:
     """Tables of the prompts' layers, heads, neurons, query side and segment.
 
     ``layers``: ``prompt_id, layer, kind, score``. ``query_layers``: the same, with ``of``
@@ -37,23 +58,17 @@ def collect(results: Sequence[Attribution], knowledge_type: str) -> dict[str, pd
     and ``kind``. ``query_split``: of each prompt's query FFN neurons, how many by layer are value
     neurons too. ``segment``: log p(answer) by step. All with ``knowledge_type``; scores in nats.
 
-    Cost: besides the attributions, one forward pass a prompt for query neurons.
+    Cost: the best attention neurons summed over source positions, and a few read-outs a prompt.
     """
-    with torch.no_grad(), warnings.catch_warnings():
-        # where all value neurons are ill-conditioned, query scores are 0, and say so
-        warnings.simplefilter("ignore", UserWarning)
-        queries = [
-            (result.query_scores("ffn", top_values=TOP_VALUES), result.query_scores("attn"))
-            for result in results
-        ]
-        tables = {
-            "layers": _layers(results),
-            "query_layers": _query_layers(results, queries),
-            "heads": _heads(results),
-            "neurons": _neurons(results, [of_attn for _, of_attn in queries]),
-            "query_split": _query_split(results, [of_attn for _, of_attn in queries]),
-            "segment": _segment(results),
-        }
+    of_attn = [query for _, query in queries]
+    tables = {
+        "layers": _layers(results),
+        "query_layers": _query_layers(results, queries),
+        "heads": _heads(results),
+        "neurons": _neurons(results, of_attn),
+        "query_split": _query_split(results, of_attn),
+        "segment": _segment(results),
+    }
     return {name: _of_type(table, knowledge_type) for name, table in tables.items()}
 
 
@@ -130,7 +145,7 @@ def _long(
     """One row a prompt and entry of ``columns``."""
     n_prompts, n_rows = scores.shape
     repeated = {
-        name: pd.Series(values).repeat(1).take(np.tile(np.arange(n_rows), n_prompts)).array
+        name: pd.Series(values).take(np.tile(np.arange(n_rows), n_prompts)).array
         for name, values in columns.items()
     }
     return pd.DataFrame(
@@ -237,7 +252,8 @@ def _query_split(results: Sequence[Attribution], queries: Sequence[QueryScores])
             both.append((query & value).sum(1))
         layers = {"layer": np.arange(host.n_layers)}
         table = _long(results, layers, torch.stack(only)).rename(columns={"score": "query_only"})
-        table["query_and_value"] = torch.stack(both).flatten().double().cpu().numpy()
+        table["query_and_value"] = torch.stack(both).flatten().cpu().numpy()
+        table = table.astype({"query_only": "int64"})
         table.insert(1, "top", size)
         tables.append(table)
     return pd.concat(tables, ignore_index=True)
