@@ -1,0 +1,1 @@
+"""Is it right: the answer measured without each method's best neurons, beside controls."""
