@@ -40,6 +40,7 @@ ORDER = (
     "graph",
     "compare",
     "curves",
+    "methods",
     "plan",
     "knowledge",
     "views",

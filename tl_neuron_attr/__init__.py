@@ -46,6 +46,7 @@ from tl_neuron_attr.interventions import (
     head_scan,
     zeroed_residuals,
 )
+from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -65,11 +66,13 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
     "Attribution",
     "Baselines",
     "Capture",
+    "Case",
     "Comparison",
     "FFNDecomposition",
     "FFNNeuron",
