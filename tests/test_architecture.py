@@ -43,7 +43,9 @@ ORDER = (
     "methods",
     "plan",
     "knowledge",
+    "evaluate",
     "views",
+    "paper",
     "cli",
 )
 

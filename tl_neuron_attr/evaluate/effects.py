@@ -135,16 +135,16 @@ def conditions(
     ]
     if reference not in found.rankings:
         return made
-    controls = _controls(found.case, sorted({each for kind in which for each in KINDS_OF[kind]}), seed)
+    controls = _controls(
+        found.case, sorted({each for kind in which for each in KINDS_OF[kind]}), seed
+    )
     for kind in which:
         for name in CONTROLS:
             for top in tops:
                 chosen = _first(found.rankings[reference], kind, top)
                 drawn = {each: controls[each][name](some) for each, some in chosen.items()}
                 short = sum(len(chosen[each]) - len(drawn[each]) for each in chosen)
-                made.append(
-                    Condition(method=name, kind=kind, top=top, neurons=drawn, short=short)
-                )
+                made.append(Condition(method=name, kind=kind, top=top, neurons=drawn, short=short))
     return made
 
 

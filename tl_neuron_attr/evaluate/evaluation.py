@@ -111,7 +111,9 @@ class Evaluation:
         """
         grid = self._grid
         first = ~grid.columns.duplicated(["method", "kind", "metric"]).to_numpy()
-        start = self._means(grid.columns.loc[first].assign(top=0), grid.before[:, first], "mean", by)
+        start = self._means(
+            grid.columns.loc[first].assign(top=0), grid.before[:, first], "mean", by
+        )
         table = pd.concat([start, self._means(grid.columns, grid.after, "mean", by)])
         table = table.rename(columns={"mean_low": "low", "mean_high": "high"})[list(CURVE_COLUMNS)]
         orders = {

@@ -187,9 +187,7 @@ class _Request:
     def kinds(self) -> tuple[Kind, ...]:
         """Of which neurons scores are needed."""
         return tuple(
-            kind
-            for kind in get_args(Kind)
-            if any(kind in KINDS_OF[which] for which in self.which)
+            kind for kind in get_args(Kind) if any(kind in KINDS_OF[which] for which in self.which)
         )
 
     @classmethod
@@ -264,9 +262,7 @@ def _known(
     return known_prompts(host, prompts, prepend_bos=prepend_bos, progress=progress, **limits)
 
 
-def _corrupted(
-    some: Sequence[AskedPrompt], kept: Sequence[AskedPrompt], seed: int
-) -> list[Any]:
+def _corrupted(some: Sequence[AskedPrompt], kept: Sequence[AskedPrompt], seed: int) -> list[Any]:
     """For each the same question about something else, where there is one as long."""
     wordings: dict[tuple[str, str], list[AskedPrompt]] = {}
     wanted = {_wording(each) for each in some}
@@ -295,9 +291,7 @@ class _Found:
     short: int = 0
     origin: Mapping[str, Any] | None = None
 
-    def add(
-        self, host: Host, asked: Sequence[AskedPrompt], corrupted: Sequence[Any]
-    ) -> None:
+    def add(self, host: Host, asked: Sequence[AskedPrompt], corrupted: Sequence[Any]) -> None:
         """Attribute, rank, zero and measure some prompts."""
         request = self.request
         results = _attributed(host, asked, request)
@@ -394,7 +388,9 @@ class _Found:
             "without": {name: count for name, count in counts.items() if count},
             "warnings": list(known.warnings) + ([_short(self.short)] if self.short else []),
         }
-        dropped = [(each.prompt.prompt_id, None, f"{each.reason}: {each.detail}") for each in known.dropped]
+        dropped = [
+            (each.prompt.prompt_id, None, f"{each.reason}: {each.detail}") for each in known.dropped
+        ]
         return Evaluation(
             effects=_effect_table(self.rows),
             prompts=_table(
@@ -407,9 +403,7 @@ class _Found:
         )
 
 
-def _attributed(
-    host: Host, asked: Sequence[AskedPrompt], request: _Request
-) -> list[Attribution]:
+def _attributed(host: Host, asked: Sequence[AskedPrompt], request: _Request) -> list[Attribution]:
     questions = [
         Prompt(tokens=each.tokenized.tokens, prompt_id=each.prompt.prompt_id) for each in asked
     ]
@@ -443,9 +437,7 @@ def _effect_table(rows: Sequence[tuple]) -> pd.DataFrame:
     return table.astype({name: "string" for name in _TEXTS})
 
 
-def _table(
-    rows: Sequence[tuple], columns: Sequence[str], texts: Sequence[str]
-) -> pd.DataFrame:
+def _table(rows: Sequence[tuple], columns: Sequence[str], texts: Sequence[str]) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=list(columns))
     numbers = {name: "int64" if name == "top" else "float64" for name in columns}
     return table.astype(numbers | {name: "string" for name in texts if name in columns})

@@ -64,26 +64,35 @@ class Parts:
         return self.directory / "parts" / name
 
 
-def open_run(directory: str | Path, identity: Mapping[str, Any]) -> Parts:
-    """The parts in ``directory``, once it is known to be new, or of this very run.
+def check_run(directory: str | Path, identity: Mapping[str, Any]) -> Path:
+    """``directory`` as a path, once it is known to be new, or of this very run; writes nothing.
 
     Raises:
         InputError: If the directory holds another run (saying in what it differs) or anything
             else, or cannot be written to.
-        OutputError: If the manifest cannot be written.
     """
     path = check_writable(directory)
     manifest = path / _MANIFEST
-    text = _text(identity)
     if manifest.is_file():
-        _check_same(path, manifest, json.loads(text))
+        _check_same(path, manifest, json.loads(_text(identity)))
     elif path.is_dir() and any(not each.name.startswith(".") for each in path.iterdir()):
         raise InputError(
             f"{str(path)!r} is not empty and holds no run of the paper's tables; give another "
             "directory"
         )
-    else:
-        write_tables(path, {}, {_MANIFEST: text})
+    return path
+
+
+def open_run(directory: str | Path, identity: Mapping[str, Any]) -> Parts:
+    """The parts in ``directory``; in a new one a manifest is written.
+
+    Raises:
+        InputError: As ``check_run``.
+        OutputError: If the manifest cannot be written.
+    """
+    path = check_run(directory, identity)
+    if not (path / _MANIFEST).is_file():
+        write_tables(path, {}, {_MANIFEST: _text(identity)})
     return Parts(directory=path)
 
 

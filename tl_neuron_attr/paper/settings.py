@@ -51,7 +51,7 @@ class Settings:
     sample: int = 10
     """Prompts of each knowledge type for which the total of all neurons is bounded."""
     limit: int | None = None
-    """At most so many prompts of each knowledge type, drawn by the seed; ``None`` for all."""
+    """At most so many prompts, drawn evenly from the knowledge types; ``None`` for all."""
 
     def __post_init__(self) -> None:
         integer(self.seed, "the seed")
