@@ -185,6 +185,7 @@ def _prompts(tables: Mapping[str, pd.DataFrame]) -> Section:
 def _methods(tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure]) -> Section:
     table = tables["methods"].assign(
         method=tables["methods"]["method"].str.replace("_", " "),
+        letter=tables["methods"]["letter"].fillna(""),
         interval=[
             f"{low:.2f} to {high:.2f}"
             for low, high in zip(
@@ -237,7 +238,7 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
     }
     table = tables["drops"].assign(test=tables["drops"]["test"].map(names))
     return Section(
-        title="Many neurons at once: value neurons and shallow query neurons",
+        title="Many neurons at once",
         text=[
             "How far MRR and probability fall, in per cent of what they were, when value neurons "
             "of attention and FFN, or the query FFN neurons of shallow layers, are zeroed; and as "

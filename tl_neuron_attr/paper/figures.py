@@ -55,8 +55,9 @@ def layers_heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         grid, ranks, best = (
             each.reindex(index=types, columns=columns) for each in (grid, ranks, best)
         )
+        best = best.eq(True)  # the embedding is of one panel: an empty cell of the other
         text = [
-            [str(int(rank)) if known is True else "" for rank, known in zip(*cells, strict=True)]
+            [str(int(rank)) if known else "" for rank, known in zip(*cells, strict=True)]
             for cells in zip(ranks.to_numpy(), best.to_numpy(), strict=True)
         ]
         figure.add_heatmap(
@@ -342,6 +343,7 @@ def method_bars(table: pd.DataFrame, title: str) -> go.Figure:
             hovertemplate=f"{label}, %{{x}}: %{{y:.1f}} %<extra></extra>",
         )
     _finish(figure, title, height=420)
+    figure.update_xaxes(tickangle=-35)
     figure.update_yaxes(title_text="p left, % of the original", rangemode="tozero")
     return figure
 

@@ -145,9 +145,9 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, and a real minus sign."""
-    if value == 0:
-        return "0"
+    """Three significant digits, whole numbers as such, and a real minus sign."""
+    if value == int(value):
+        return f"{int(value):,}".replace("-", "−")
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     if digits > 6:
         return f"{value:.1e}".replace("-", "−")
