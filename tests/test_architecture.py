@@ -43,6 +43,7 @@ ORDER = (
     "methods",
     "plan",
     "knowledge",
+    "evaluate",
     "views",
     "cli",
 )
@@ -101,6 +102,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "compare",
             "curves",
             "knowledge",
+            "evaluate",
             "views",
             "cli",
         },

@@ -151,9 +151,7 @@ class ReadOut:
         return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
 
     @full_precision()
-    def answers(
-        self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]
-    ) -> "Answers":
+    def answers(self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]) -> "Answers":
         """What is made of each row's target token; of a contrast, of the first of the two.
 
         Cost: one pass over the unembedding; the logits of a few hundred rows at a time.
