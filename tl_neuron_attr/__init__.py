@@ -27,6 +27,7 @@ from tl_neuron_attr.decompose import (
 )
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import (
+    ConformanceError,
     IdentityError,
     InputError,
     NeuronAttrError,
@@ -46,7 +47,7 @@ from tl_neuron_attr.interventions import (
     head_scan,
     zeroed_residuals,
 )
-from tl_neuron_attr.methods import METHODS, Case
+from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -74,6 +75,7 @@ __all__ = [
     "Capture",
     "Case",
     "Comparison",
+    "ConformanceError",
     "FFNDecomposition",
     "FFNNeuron",
     "Graph",
@@ -108,6 +110,7 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "check_method",
     "compare",
     "ffn_decomposition",
     "head_inputs",

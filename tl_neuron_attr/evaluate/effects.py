@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
@@ -142,7 +142,9 @@ def conditions(
         for name in CONTROLS:
             for top in tops:
                 chosen = _first(found.rankings[reference], kind, top)
-                drawn = {each: controls[each][name](some) for each, some in chosen.items()}
+                drawn: dict[Kind, Tensor] = {
+                    each: controls[each][name](some) for each, some in chosen.items()
+                }
                 short = sum(len(chosen[each]) - len(drawn[each]) for each in chosen)
                 made.append(Condition(method=name, kind=kind, top=top, neurons=drawn, short=short))
     return made
@@ -152,7 +154,7 @@ def conditions(
 @torch.no_grad()
 def effects(
     cases: Sequence[Case], zeroed: Sequence[Sequence[Condition]], *, budget: int
-) -> list[tuple[float, int, list[Effect]]]:
+) -> list[tuple[tuple[float, int], list[Effect]]]:
     """Of each case log p(answer) and its rank as it is, and what becomes of it without each.
 
     It is the model's own prediction, its final norm taken anew in every run. Cost: one forward
@@ -177,7 +179,7 @@ def effects(
             Effect(condition=each, log_prob=log_prob, rank=rank)
             for each, (log_prob, rank) in zip(of_case, runs, strict=False)
         ]
-        found.append((*before, after))
+        found.append((before, after))
     return found
 
 

@@ -122,8 +122,8 @@ class Evaluation:
             "method": self.methods,
             "metric": METRICS,
         }
-        places = [_places(table[name], order) for name, order in orders.items()]
-        order = np.lexsort([table["top"].to_numpy(), *reversed(places)])
+        places = [_places(table[name].tolist(), order) for name, order in orders.items()]
+        order = np.lexsort([np.array(table["top"].tolist()), *reversed(places)])
         return table.iloc[order].reset_index(drop=True)
 
     def areas(self, *, log: bool = True, by: By = "prompt") -> pd.DataFrame:
@@ -165,10 +165,9 @@ class Evaluation:
         columns, values = self._areas(True) if area else (self._grid.columns, self._grid.after)
         keys = ["kind", *([] if area else ["top"]), "metric"]
         found = []
-        for key, of_key in columns.groupby(keys, sort=False):
-            if key[-1] not in metrics:
-                continue
+        for of_key in _parts(columns.loc[columns["metric"].isin(metrics)], keys):
             place = dict(zip(of_key["method"], of_key.index, strict=True))
+            key = of_key.iloc[0][keys].tolist()
             found += [(*key, *pair, *(place[name] for name in pair)) for pair in _pairs(place, to)]
         table = pd.DataFrame(found, columns=[*keys, "method", "other", "first", "second"])
         differences = values[:, table["first"]] - values[:, table["second"]]
@@ -188,18 +187,17 @@ class Evaluation:
         return _joined([table], strings=("kind", "metric", "method", "other"))
 
     def calibration(self) -> pd.DataFrame:
-        """Predicted beside measured, over the prompts: one row a method, kind and number of neurons.
+        """Predicted beside measured, over the prompts: a row a method, kind and number of neurons.
 
         ``method, kind, top, unit, prompts, predicted, measured, correlation, rank_correlation,
         slope``: means, Pearson's and Spearman's correlation over prompts, and the least-squares
-        slope of measured on predicted (1 where the sum of the scores is what zeroing does). ``unit``
-        is ``nats`` where scores are changes of log p(answer); elsewhere sums of scores are no
-        prediction of nats, and means and slope are in the method's own unit.
+        slope of measured on predicted (1 where the sum of the scores is what zeroing does).
+        ``unit`` is ``nats`` where scores are changes of log p(answer); elsewhere sums of scores
+        predict no nats, and means and slope are in the method's own unit.
         """
         rows = []
-        for (method, kind, top), of_key in self.predicted.groupby(
-            ["method", "kind", "top"], sort=False
-        ):
+        for of_key in _parts(self.predicted, ["method", "kind", "top"]):
+            method, kind, top = of_key.iloc[0][["method", "kind", "top"]]
             x, y = (of_key[name].to_numpy(dtype=float) for name in ("predicted", "measured"))
             spread = ((x - x.mean()) ** 2).sum()
             slope = ((x - x.mean()) * (y - y.mean())).sum() / spread if spread > 0 else np.nan
@@ -287,21 +285,21 @@ class Evaluation:
         if by == "prompt":
             return np.arange(len(rows))
         names = self.prompts[["knowledge_type", "relation", "subject"]].astype(str)
-        facts, _ = pd.MultiIndex.from_frame(names).factorize()
+        facts, _ = pd.MultiIndex.from_frame(pd.DataFrame(names)).factorize()
         return np.unique(facts[rows], return_inverse=True)[1]
 
     def _areas(self, log: bool) -> tuple[pd.DataFrame, Float[np.ndarray, "row column"]]:
         """The area under each prompt's own curve; NaN where a point is missing."""
         grid = self._grid
         columns, values = [], []
-        for key, of_key in grid.columns.groupby(["method", "kind", "metric"], sort=False):
+        names = ["method", "kind", "metric"]
+        for of_key in _parts(grid.columns, names):
             ordered = of_key.sort_values("top", kind="stable")
             weights = area_weights(np.array([0, *ordered["top"]]), log=log)
             points = ordered.index.to_numpy()
             curve = np.hstack([grid.before[:, points[:1]], grid.after[:, points]])
-            columns.append(key)
+            columns.append(of_key.iloc[0][names].tolist())
             values.append(curve @ weights)
-        names = ["method", "kind", "metric"]
         return pd.DataFrame(columns, columns=names).astype("string"), np.stack(values, axis=1)
 
 
@@ -348,14 +346,17 @@ class _Grid:
         values: Sequence[str],
     ) -> "_Grid":
         row = pd.Index(prompts["prompt_id"]).get_indexer(pd.Index(table["prompt_id"]))
-        column, found = pd.MultiIndex.from_frame(table[keys]).factorize()
+        of_rows = pd.DataFrame(table, columns=keys)
+        columns = pd.DataFrame(of_rows.drop_duplicates().reset_index(drop=True))
+        each = pd.MultiIndex.from_frame(columns)
+        column = each.get_indexer(pd.MultiIndex.from_frame(of_rows))
         arrays = {}
         for name in values:
-            array = np.full((len(prompts), len(found)), np.nan)
+            array = np.full((len(prompts), len(columns)), np.nan)
             array[row, column] = table[name].to_numpy(dtype=float)
             arrays[name] = array
         return cls(
-            columns=found.to_frame(index=False),
+            columns=columns,
             values=arrays,
             knowledge_types=tuple(prompts["knowledge_type"].tolist()),
         )
@@ -381,9 +382,14 @@ def _pairs(methods: Mapping[str, int], to: str | None) -> list[tuple[str, str]]:
     return [(name, to) for name in methods if name != to and to in methods]
 
 
-def _places(values: pd.Series, order: Sequence[str]) -> Int[np.ndarray, " row"]:
+def _parts(table: pd.DataFrame, keys: Sequence[str]) -> list[pd.DataFrame]:
+    """The rows that agree in ``keys``, in the order in which they come."""
+    return [part for _, part in table.groupby(list(keys), sort=False)]
+
+
+def _places(values: Sequence[str], order: Sequence[str]) -> Int[np.ndarray, " row"]:
     place = {name: number for number, name in enumerate(order)}
-    return np.array([place[value] for value in values.tolist()])
+    return np.array([place[value] for value in values])
 
 
 def _joined(tables: Sequence[pd.DataFrame], *, strings: Sequence[str]) -> pd.DataFrame:

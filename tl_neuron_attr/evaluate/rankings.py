@@ -15,7 +15,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.topk import Kind
 
 
-def best(scores: Float[Tensor, "layer *place"], top: int) -> Int[Tensor, " best"]:
+def best(scores: Float[Tensor, "layer ..."], top: int) -> Int[Tensor, " best"]:
     """Numbers of the ``top`` best, best first; ties by layer, then place.
 
     Neurons that score -inf are not ranked: there may be fewer.

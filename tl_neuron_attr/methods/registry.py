@@ -5,7 +5,13 @@ from types import MappingProxyType
 from typing import Any
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.methods.ablation import ablation
 from tl_neuron_attr.methods.case import Method
+from tl_neuron_attr.methods.gradients import (
+    attribution_patching,
+    gradient_activation,
+    integrated_gradients,
+)
 from tl_neuron_attr.methods.static import (
     coefficient,
     coefficient_norm,
@@ -17,6 +23,7 @@ from tl_neuron_attr.methods.static import (
     prob_increase,
     rank,
 )
+from tl_neuron_attr.methods.together import query, value_and_query
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
@@ -28,7 +35,13 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "rank": rank,
         "coefficient_norm": coefficient_norm,
         "coefficient_rank": coefficient_rank,
+        "gradient_activation": gradient_activation,
+        "integrated_gradients": integrated_gradients,
+        "attribution_patching": attribution_patching,
         "direct_logit": direct_logit,
+        "query": query,
+        "value_and_query": value_and_query,
+        "ablation": ablation,
     }
 )
 """Methods by name. A function of your own takes part by being passed where a name would be."""
