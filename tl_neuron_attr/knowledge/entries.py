@@ -89,14 +89,21 @@ def _phrasing(text: str, subject: str) -> str:
 
 
 def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePrompt, ...]:
-    """Each text once; a warning counts and names what occurred again."""
-    by_text: dict[str, Entry] = {}
+    """Each text of a relation once; a warning counts and names what occurred again.
+
+    Raises:
+        InputError: If two prompts have one id, or, in a file that a user wrote, one text but
+            different answers.
+    """
+    by_text: dict[tuple[str, str, str], Entry] = {}
     by_id: dict[str, Entry] = {}
     repeated: list[str] = []
     joined: list[str] = []
     for entry in entries:
         prompt = entry.prompt
-        first = by_text.get(prompt.text)
+        # the same words may well ask for something else in another relation
+        key = (prompt.fact.knowledge_type, prompt.fact.relation, prompt.text)
+        first = by_text.get(key)
         if first is None:
             namesake = by_id.setdefault(prompt.prompt_id, entry)
             if namesake is not entry:
@@ -104,12 +111,12 @@ def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePromp
                     f"{entry.where}: the prompt_id {prompt.prompt_id!r} is that of "
                     f"{namesake.where} already; ids must be unique"
                 )
-            by_text[prompt.text] = entry
+            by_text[key] = entry
         elif set(prompt.fact.accepted) <= set(first.prompt.fact.accepted):
-            repeated.append(f"{entry.where} ({prompt.text!r}, as {first.where})")
+            repeated.append(f"{prompt.text!r} ({entry.where})")
         elif entry.published:
-            joined.append(f"{prompt.text!r}{prompt.answer}")
-            by_text[prompt.text] = replace(first, prompt=_joined(first.prompt, prompt))
+            joined.append(f"{prompt.answer!r} of {prompt.text!r} ({entry.where})")
+            by_text[key] = replace(first, prompt=_joined(first.prompt, prompt))
         else:
             raise InputError(
                 f"{entry.where}: the text {prompt.text!r} is that of {first.where}, with the "
@@ -117,12 +124,12 @@ def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePromp
                 "make one an alias"
             )
     for what, listed in (
-        ("occur again and are taken once", repeated),
-        ("are a further answer to a text, and taken as its aliases", joined),
+        ("prompts occur again and are taken once", repeated),
+        ("further answers to a text are taken as its aliases", joined),
     ):
         if listed:
-            shown = "; ".join(listed[:5]) + ("; ..." if len(listed) > 5 else "")
-            warnings.warn(f"{len(listed)} prompts of {name!r} {what}: {shown}", stacklevel=3)
+            shown = "; ".join(listed[:3]) + ("; ..." if len(listed) > 3 else "")
+            warnings.warn(f"in {name!r}, {len(listed)} {what}: {shown}", stacklevel=3)
     return tuple(entry.prompt for entry in by_text.values())
 
 

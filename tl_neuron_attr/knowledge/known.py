@@ -137,8 +137,8 @@ def known_prompts(
 
     With ``top=None, above_type=False`` every prompt is kept that can be asked at all.
 
-    A knowledge type with one answer only has no other answer to be above: a warning names it, also
-    in ``KnownPrompts.warnings``.
+    A knowledge type with one answer only has no other answer to be above: a warning, also in
+    ``KnownPrompts.warnings``, names it.
 
     Raises:
         InputError: If there are no prompts, or none remain (with the counts); if two have the same
@@ -263,17 +263,20 @@ def _candidates(
 
 
 def _without_rivals(asked: Sequence[KnowledgePrompt], vocabulary: _Vocabulary) -> tuple[str, ...]:
-    """A warning for each type with nothing for its answers to be above."""
+    """A warning of types with nothing for their answers to be above."""
     rivals: dict[str, bool] = {}
     for prompt in asked:
         name = prompt.fact.knowledge_type
-        others = set(vocabulary.of_type[name].tolist()) - set(vocabulary.accepted(prompt))
-        rivals[name] = rivals.get(name, False) or bool(others)
-    return tuple(
-        f"the knowledge type {name!r} has one answer only, so that there is none for it to be "
-        "above: its prompts are kept by their rank alone"
-        for name, found in rivals.items()
-        if not found
+        own = vocabulary.accepted(prompt)
+        if own:
+            others = set(vocabulary.of_type[name].tolist()) - set(own)
+            rivals[name] = rivals.get(name, False) or bool(others)
+    alone = [repr(name) for name, found in rivals.items() if not found]
+    if not alone:
+        return ()
+    return (
+        f"of the knowledge type {', '.join(alone)} only one answer is one token, so that there is "
+        "none for it to be above: such prompts are kept by their rank alone",
     )
 
 

@@ -11,9 +11,9 @@ Four kinds of file are read; all are UTF-8, with or without a byte order mark.
   ``attribute``, ``relation_id``.
 
 An answer follows its text after one space, whether or not it was written with it. A text that
-occurs twice with the same answer is taken once, and a warning says so. A text with several answers
-is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by hand; the published files
-hold some, and there the later answers become aliases of the first.
+occurs twice in a relation with the same answer is taken once, and a warning says so. With different
+answers it is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by hand; the
+published files hold some, and there the later answers become aliases of the first.
 """
 
 import csv
@@ -253,11 +253,11 @@ def _of_lre(path: Path, given: dict[str, Any]) -> Iterator[Entry]:
         for wording, template in enumerate(dict.fromkeys(templates)):
             prompt = prompt_of_text(
                 prompt_id=f"{path.stem}/{number}/{wording}",
-                text=template.replace("{}", subject),
-                answer=answer,
+                text=template.replace("{}", subject.strip()),
+                answer=answer.strip(),  # the published files hold a few with spaces behind
                 knowledge_type=kind if isinstance(kind, str) and kind else path.stem,
                 relation=path.stem,
-                subject=subject,
+                subject=subject.strip(),
                 where=where,
             )
             phrasing = template.replace("{}", "{subject}")
@@ -273,7 +273,7 @@ def _of_known(path: Path, given: list[Any]) -> Iterator[Entry]:
         prompt = prompt_of_text(
             prompt_id=f"{path.stem}/{number}",
             text=text,
-            answer=answer,
+            answer=answer.strip(),
             knowledge_type=kind,
             subject=subject if isinstance(subject, str) else "",
             where=where,
