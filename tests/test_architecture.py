@@ -105,6 +105,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "knowledge",
             "evaluate",
             "views",
+            "paper",
             "cli",
         },
         "transformer_lens": {"models"},

@@ -123,12 +123,14 @@ def check(
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     console.print(_check_table(table))
     for model, rows in table.groupby("model", sort=False):
-        skipped = rows[rows["verdict"] == "skipped"]
-        if len(skipped):
-            console.print(f"[yellow]skipped[/] {escape(str(model))}: {escape(skipped.iloc[0]['note'])}")
+        left_out = rows[rows["verdict"] == "skipped"]
+        if len(left_out):
+            reason = escape(left_out.iloc[0]["note"])
+            console.print(f"[yellow]skipped[/] {escape(str(model))}: {reason}")
     differ = int((table["verdict"] == "differs").sum())
     agree = int((table["verdict"] == "agrees").sum())
-    console.print(f"{agree} agree, {differ} differ, {(table['verdict'] == 'skipped').sum()} skipped")
+    skipped = int((table["verdict"] == "skipped").sum())
+    console.print(f"{agree} agree, {differ} differ, {skipped} models skipped")
     if differ:
         raise typer.Exit(1)
 
@@ -153,9 +155,7 @@ def _show(found: Paper) -> None:
         table.add_column(label, justify="left" if name == "method" else "right")
     for row in records(methods[methods["knowledge_type"] == "all"]):
         cells = [
-            "-" if row[name] is None else f"{row[name]:.3f}"
-            for name in names
-            if name != "method"
+            "-" if row[name] is None else f"{row[name]:.3f}" for name in names if name != "method"
         ]
         table.add_row(row["method"].replace("_", " "), *cells)
     console.print(table)

@@ -84,7 +84,7 @@ def zero_neurons(
             for number in ranking["ffn"]
         ]
     rows = []
-    for case, of_case, (log_prob, rank, after) in zip(
+    for case, of_case, ((log_prob, rank), after) in zip(
         cases, tests, effects(cases, zeroed, budget=DEFAULT_BUDGET), strict=True
     ):
         for test, effect in zip(of_case, after, strict=True):
