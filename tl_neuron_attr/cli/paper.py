@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Annotated
 
@@ -123,13 +124,12 @@ def check(
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     console.print(_check_table(table))
     for model, rows in table.groupby("model", sort=False):
-        left_out = rows[rows["verdict"] == "skipped"]
+        left_out = rows.loc[rows["verdict"] == "skipped"]
         if len(left_out):
             reason = escape(left_out.iloc[0]["note"])
             console.print(f"[yellow]skipped[/] {escape(str(model))}: {reason}")
-    differ = int((table["verdict"] == "differs").sum())
-    agree = int((table["verdict"] == "agrees").sum())
-    skipped = int((table["verdict"] == "skipped").sum())
+    counts = Counter(table["verdict"].tolist())
+    differ, agree, skipped = (counts[name] for name in ("differs", "agrees", "skipped"))
     console.print(f"{agree} agree, {differ} differ, {skipped} models skipped")
     if differ:
         raise typer.Exit(1)
@@ -153,7 +153,7 @@ def _show(found: Paper) -> None:
     }
     for name, label in names.items():
         table.add_column(label, justify="left" if name == "method" else "right")
-    for row in records(methods[methods["knowledge_type"] == "all"]):
+    for row in records(methods.loc[methods["knowledge_type"] == "all"]):
         cells = [
             "-" if row[name] is None else f"{row[name]:.3f}" for name in names if name != "method"
         ]

@@ -125,7 +125,7 @@ def compare_example(model: Any, example: Example) -> list[Finding]:
         convention="published",
         top=max(*wanted, 2 * len(example.attn_neurons.rows)),
     )
-    layers = {(row.layer, row.kind): row.score for row in result.layers().itertuples()}
+    layers = _by(result.layers(), "layer", "kind")
     return [
         _same("number of tokens", [example.n_tokens], [len(result.captured.prompt.tokens)]),
         _predictions(result, example),
@@ -161,7 +161,7 @@ def _query(result: Attribution, example: Example) -> list[Finding]:
         ("attn", "query layers of attention neurons", example.query_layers_of_attn),
     ):
         table = result.query_layers(kind, top_values=example.top_values[kind])
-        table = table[table["kind"] != "bias"]
+        table = table.loc[table["kind"] != "bias"]
         found.append(_scores(name, wanted, _by(table, "layer", "kind")))
     neurons = result.query_neurons(
         2 * len(example.query_neurons.rows), top_values=example.top_values["query_neurons"]

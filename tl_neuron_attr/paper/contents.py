@@ -51,10 +51,10 @@ def figures_of(
             tables["value_layers"], f"Mean rise in log p; the {BEST_LAYERS} best of each type"
         ),
         "query_layers_of_ffn": layers_heatmap(
-            queries[queries["of"] == "ffn"], "Query layers of FFN value neurons"
+            queries.loc[queries["of"] == "ffn"], "Query layers of FFN value neurons"
         ),
         "query_layers_of_attn": layers_heatmap(
-            queries[queries["of"] == "attn"], "Query layers of attention value neurons"
+            queries.loc[queries["of"] == "attn"], "Query layers of attention value neurons"
         ),
         "layer_sums": layer_sum_bars(tables["layer_sums"], "Attention against FFN by type"),
         "chosen_layers": chosen_layers_bars(
@@ -77,9 +77,9 @@ def figures_of(
             tables["shared_neurons"], size, f"Neurons shared by more than half, of the top {size}"
         )
         depth = tables["query_depth"]
-        wanted = (depth["top"] == size) if size != TOP else (depth["top"] == TOP)
         found[f"query_depth_top_{size}"] = query_depth_lines(
-            depth[wanted], f"Query neurons that are value neurons too, or not, of the top {size}"
+            depth.loc[depth["top"] == size],
+            f"Query neurons that are value neurons too, or not, of the top {size}",
         )
     return found
 
@@ -206,7 +206,7 @@ def _methods(tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure
         items=[
             Shown(
                 caption="All prompts: means, with the 95 % bootstrap interval of p over prompts",
-                table=table[table["knowledge_type"] == ALL],
+                table=table.loc[table["knowledge_type"] == ALL],
                 columns={
                     "letter": "",
                     "method": "method",
@@ -236,7 +236,7 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
         "value_neurons": "value neurons",
         "shallow_query_neurons": "shallow query neurons",
     }
-    table = tables["drops"].assign(test=tables["drops"]["test"].map(names))
+    table = tables["drops"].replace({"test": names})
     return Section(
         title="Many neurons at once",
         text=[
@@ -299,9 +299,7 @@ def _heads(
         items=[
             Shown(
                 caption="Drops in per cent, means over types",
-                table=tables["heads_summary"].assign(
-                    test=tables["heads_summary"]["test"].map(names)
-                ),
+                table=tables["heads_summary"].replace({"test": names}),
                 columns={
                     "test": "zeroed",
                     "heads": "heads",

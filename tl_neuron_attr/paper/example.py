@@ -57,9 +57,8 @@ def _through_heads(result: Attribution, queries: pd.DataFrame) -> pd.DataFrame:
     one = queries.sort_values(["layer", "rank"]).iloc[0]
     neuron = FFNNeuron(int(one["layer"]), int(one["index"]))
     card = neuron_card(result, neuron, position=int(one["position"]), tokens=TOKENS, top=SHOWN)
-    table = card.heads[["layer", "head", "readability", "raises", "lowers"]].copy()
-    table.insert(0, "neuron", str(neuron))
-    return table
+    columns = ["neuron", "layer", "head", "readability", "raises", "lowers"]
+    return pd.DataFrame(card.heads.assign(neuron=str(neuron)), columns=columns)
 
 
 def _labels(table: pd.DataFrame) -> list[str]:
@@ -70,7 +69,7 @@ def _labels(table: pd.DataFrame) -> list[str]:
         str(
             FFNNeuron(layer, index)
             if kind == "ffn"
-            else AttnNeuron(layer, head, index, None if pd.isna(source) else source)
+            else AttnNeuron(layer, head, index, None if pd.isna(source) else int(source))
         )
         for kind, layer, head, index, source in zip(*columns, strict=True)
     ]
@@ -82,8 +81,8 @@ def _beside(labels: list[str], table: pd.DataFrame, what: str) -> pd.DataFrame:
     for name in ("score", "coefficient", "source_token", "raises", "lowers"):
         if name in table:
             found[name] = table[name].to_numpy()
-    if "source_token" in found and found["source_token"].isna().all():
-        found = found.drop(columns="source_token")
+    if what != "attn_neurons":
+        found = found.drop(columns="source_token", errors="ignore")
     for model in MODELS:
         printed: Scores = getattr(published_example(model), what)
         column = model.replace("-", "_")

@@ -6,6 +6,7 @@ where there are any, from what was found here. Nothing is shown, and no theme is
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -13,6 +14,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.tables import records
 from tl_neuron_attr.views import KIND_NAMES
 
 ALL = "all"
@@ -33,13 +35,17 @@ def layers_heatmap(table: pd.DataFrame, title: str) -> go.Figure:
     Of ``best_layers``. Query layers have a column for the embedding in front of layer 0.
     """
     _need(table, "knowledge_type", "layer", "kind", "score", "rank", "best")
-    types = [*dict.fromkeys(table["knowledge_type"])]
-    shown = table[table["kind"] != "bias"].copy()
-    # the embedding comes before the attention of layer 0, and stands in its row of cells
-    embedding = bool((shown["kind"] == "embed").any())
-    shown["x"] = shown["layer"].fillna(-1).astype(int)
-    shown["panel"] = shown["kind"].replace("embed", "attn")
-    limit = float(shown["score"].abs().max()) or 1.0
+    types = [*dict.fromkeys(table["knowledge_type"].tolist())]
+    cells: dict[tuple[str, str, int], tuple[float, str]] = {}
+    for row in records(table):
+        if row["kind"] != "bias":
+            # the embedding comes before the attention of layer 0, and stands in its row of cells
+            panel = "attn" if row["kind"] == "embed" else row["kind"]
+            x = -1 if row["layer"] is None else int(row["layer"])
+            mark = str(row["rank"]) if row["best"] else ""
+            cells[panel, row["knowledge_type"], x] = (row["score"], mark)
+    columns = sorted({x for _, _, x in cells})
+    limit = max(abs(score) for score, _ in cells.values()) or 1.0
     figure = make_subplots(
         rows=2,
         shared_xaxes=True,
@@ -47,24 +53,12 @@ def layers_heatmap(table: pd.DataFrame, title: str) -> go.Figure:
         subplot_titles=["attention layers", "FFN layers"],
     )
     for row, panel in enumerate(("attn", "ffn"), start=1):
-        here = shown[shown["panel"] == panel]
-        columns = sorted(set(shown["x"]))
-        grid = here.pivot(index="knowledge_type", columns="x", values="score")
-        ranks = here.pivot(index="knowledge_type", columns="x", values="rank")
-        best = here.pivot(index="knowledge_type", columns="x", values="best")
-        grid, ranks, best = (
-            each.reindex(index=types, columns=columns) for each in (grid, ranks, best)
-        )
-        best = best.eq(True)  # the embedding is of one panel: an empty cell of the other
-        text = [
-            [str(int(rank)) if known else "" for rank, known in zip(*cells, strict=True)]
-            for cells in zip(ranks.to_numpy(), best.to_numpy(), strict=True)
-        ]
+        grid = [[cells.get((panel, name, x), (None, "")) for x in columns] for name in types]
         figure.add_heatmap(
             x=["emb" if x < 0 else str(x) for x in columns],
             y=types,
-            z=_cells(grid),
-            text=text,
+            z=[[score for score, _ in cells_of_type] for cells_of_type in grid],
+            text=[[mark for _, mark in cells_of_type] for cells_of_type in grid],
             texttemplate="%{text}" if len(columns) <= 40 else None,
             coloraxis="coloraxis",
             xgap=1,
@@ -84,7 +78,9 @@ def layers_heatmap(table: pd.DataFrame, title: str) -> go.Figure:
     )
     _finish(figure, title, height=170 + 52 * len(types))
     figure.update_xaxes(type="category", showgrid=False)
-    figure.update_xaxes(title_text="layer (emb: embedding)" if embedding else "layer", row=2, col=1)
+    figure.update_xaxes(
+        title_text="layer (emb: embedding)" if -1 in columns else "layer", row=2, col=1
+    )
     figure.update_yaxes(autorange="reversed", showgrid=False)
     return figure
 
@@ -131,7 +127,7 @@ def chosen_layers_bars(table: pd.DataFrame, methods: Sequence[str], title: str) 
     _need(table, "method", "layer", "neurons")
     figure = go.Figure()
     for method, colour in zip(methods, _SERIES, strict=False):
-        rows = table[table["method"] == method]
+        rows = table.loc[table["method"] == method]
         figure.add_bar(
             x=rows["layer"].tolist(),
             y=rows["neurons"].tolist(),
@@ -141,7 +137,7 @@ def chosen_layers_bars(table: pd.DataFrame, methods: Sequence[str], title: str) 
         )
     _finish(figure, title, height=380)
     figure.update_layout(barmode="group")
-    figure.update_xaxes(title_text="layer", tick0=0, dtick=_step(int(table["layer"].max()) + 1))
+    figure.update_xaxes(title_text="layer", tick0=0, dtick=_step(len(set(table["layer"]))))
     figure.update_yaxes(title_text="neurons a prompt", **_zero_line())
     return figure
 
@@ -156,7 +152,7 @@ def segment_lines(table: pd.DataFrame, title: str) -> go.Figure:
     styles = {ALL: ("#222222", 4)}
     styles |= {name: (colour, 2) for name, colour in zip(types, _cycle(len(types)), strict=True)}
     for name in (*types, ALL):
-        rows = table[table["knowledge_type"] == name]
+        rows = table.loc[table["knowledge_type"] == name]
         colour, width = styles[name]
         for column, measure in enumerate(("log_prob", "prob"), start=1):
             figure.add_scatter(
@@ -181,7 +177,7 @@ def share_lines(table: pd.DataFrame, title: str) -> go.Figure:
     _need(table, "kind", "top", "share_lower", "share_upper")
     figure = go.Figure()
     for kind, colour in _KINDS.items():
-        rows = table[table["kind"] == kind]
+        rows = table.loc[table["kind"] == kind]
         if rows.empty:
             continue
         for end, fill in (("share_lower", None), ("share_upper", "tonexty")):
@@ -208,11 +204,11 @@ def shared_bars(table: pd.DataFrame, top: int, title: str) -> go.Figure:
     Published values, where there are any for this ``top``, are diamonds at the right.
     """
     _need(table, "knowledge_type", "role", "kind", "top", "percent")
-    rows = table[table["top"] == top]
+    rows = table.loc[table["top"] == top]
     figure = go.Figure()
     groups = [("value", "ffn"), ("value", "attn"), ("query", "ffn")]
     for (role, kind), colour in zip(groups, _SERIES, strict=False):
-        here = rows[(rows["role"] == role) & (rows["kind"] == kind)]
+        here = rows.loc[(rows["role"] == role) & (rows["kind"] == kind)]
         name = f"{role} neurons, {KIND_NAMES[kind]}"
         figure.add_bar(
             x=here["knowledge_type"].tolist(),
@@ -222,14 +218,14 @@ def shared_bars(table: pd.DataFrame, top: int, title: str) -> go.Figure:
             hovertemplate=f"%{{x}}, {name}: %{{y:.1f}} %<extra></extra>",
         )
     for role, colour in (("value", _SERIES[0]), ("query", _SERIES[2])):
-        of_role = rows[rows["role"] == role]
+        of_role = rows.loc[rows["role"] == role]
         for model, label in _NAMES.items():
             column = f"{model.replace('-', '_')}_percent"
-            known = of_role[column].dropna() if column in of_role else []
-            if len(known):
+            known = of_role[column].dropna().tolist() if column in of_role else []
+            if known:
                 figure.add_scatter(
                     x=[f"published, {label}"],
-                    y=[float(known.iloc[0])],
+                    y=known[:1],
                     mode="markers",
                     name=f"{role} neurons, published",
                     legendgroup=f"published {role}",
@@ -250,7 +246,7 @@ def query_depth_lines(table: pd.DataFrame, title: str) -> go.Figure:
         cols=2, horizontal_spacing=0.1, subplot_titles=["query only", "query and value"]
     )
     for source in dict.fromkeys(table["source"]):
-        rows = table[table["source"] == source]
+        rows = table.loc[table["source"] == source]
         published = source in _NAMES
         name = f"published, {_NAMES[source]}, one prompt" if published else "here, mean"
         for column, measure in enumerate(("query_only", "query_and_value"), start=1):
@@ -313,7 +309,7 @@ def drop_matrix(table: pd.DataFrame, title: str) -> go.Figure:
 def method_bars(table: pd.DataFrame, title: str) -> go.Figure:
     """Probability left after zeroing by each method, in per cent of the original; published too."""
     _need(table, "knowledge_type", "method", "prob", "prob_low", "prob_high")
-    rows = table[table["knowledge_type"] == ALL].reset_index(drop=True)
+    rows = table.loc[table["knowledge_type"] == ALL].reset_index(drop=True)
     original = float(rows["prob"].iloc[0])
     names = [name.replace("_", " ") for name in rows["method"]]
     left = 100 * rows["prob"] / original
@@ -371,7 +367,7 @@ def _step(n_layers: int) -> int:
     return max(1, int(np.ceil(n_layers / 20)))
 
 
-def _zero_line() -> dict[str, object]:
+def _zero_line() -> dict[str, Any]:
     return {"zeroline": True, "zerolinecolor": _GREY, "zerolinewidth": 1}
 
 

@@ -104,7 +104,7 @@ def _script(text: str) -> str:
 
 def _table(shown: Shown) -> str:
     known = {name: label for name, label in shown.columns.items() if name in shown.table}
-    table = shown.table[[*known]]
+    table = pd.DataFrame(shown.table, columns=[*known])
     numeric = {
         name
         for name in known

@@ -271,7 +271,7 @@ def _top_heads(run: _Run) -> dict[str, tuple[Head, ...]]:
     )
     chosen = {}
     for kind in run.knowledge_types:
-        here = totals[totals["knowledge_type"] == kind]
+        here = totals.loc[totals["knowledge_type"] == kind]
         best = here.sort_values("score_sum", ascending=False, kind="stable").head(count)
         chosen[kind] = tuple(Head(*place) for place in best[["layer", "head"]].to_numpy().tolist())
     generator = torch.Generator().manual_seed(run.settings.seed)
@@ -409,8 +409,9 @@ def _csv(table: pd.DataFrame) -> str:
     """Lists of tokens as JSON: they may hold any character."""
     plain = table.copy()
     for name in plain.columns:
-        if plain[name].map(lambda cell: isinstance(cell, list)).any():
-            plain[name] = [json.dumps(cell, ensure_ascii=False) for cell in plain[name]]
+        cells = plain[name].tolist()
+        if any(isinstance(cell, list) for cell in cells):
+            plain[name] = [json.dumps(cell, ensure_ascii=False) for cell in cells]
     return plain.to_csv(index=False, lineterminator="\n")
 
 

@@ -9,6 +9,7 @@ Columns that begin with ``gpt2_large`` or ``llama_7b`` are published numbers. Th
 models and of other sentences: of the same *form*, never to be expected.
 """
 
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
@@ -35,7 +36,7 @@ def methods_table(effects: pd.DataFrame, seed: int) -> pd.DataFrame:
     means over prompts, with the ends of their 95 % bootstrap intervals, and beside ``all`` the
     published values. ``well_attested`` marks published rows that are sure.
     """
-    rows = effects[effects["test"] == "methods"]
+    rows = effects.loc[effects["test"] == "methods"]
     order = [*PAPER_METHODS, *CONTROLS]
     prompts = rows.drop_duplicates("prompt_id")
     # one array: prompts by runs, the run without anything zeroed first
@@ -67,13 +68,14 @@ def methods_table(effects: pd.DataFrame, seed: int) -> pd.DataFrame:
         tables.append(pd.DataFrame(columns))
     table = pd.concat(tables, ignore_index=True)
     letters = {method: letter for letter, method in zip("abcdefgh", PAPER_METHODS, strict=True)}
-    table.insert(1, "letter", table["method"].map(letters).astype("string"))
+    of_each = [letters.get(method) for method in table["method"]]
+    table.insert(1, "letter", pd.array(of_each, dtype="string"))
     return _beside_methods(table)
 
 
 def _of_method(rows: pd.DataFrame, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
     """One method's rows, in the order of the prompts; empty cells where it has none."""
-    of_method = rows[rows["method"] == method].set_index("prompt_id")
+    of_method = rows.loc[rows["method"] == method].set_index("prompt_id")
     return of_method.reindex(prompts["prompt_id"])
 
 
@@ -105,10 +107,12 @@ def drops_table(effects: pd.DataFrame) -> pd.DataFrame:
     """
     published = {row["what"]: row for row in published_numbers()["drops"]}
     rows = []
-    tests = effects[effects["test"] != "methods"]
-    for (test, scale), here in tests.groupby(["test", "scale"], sort=False):
-        ours, random = here[here["method"] == test], here[here["method"] == "random"]
-        wanted = published[str(test)]
+    tests = effects.loc[effects["test"] != "methods"]
+    cells = tests[["test", "scale"]].drop_duplicates().to_numpy().tolist()
+    for test, scale in cells:
+        here = tests.loc[(tests["test"] == test) & (tests["scale"] == scale)]
+        ours, random = here.loc[here["method"] == test], here.loc[here["method"] == "random"]
+        wanted = published[test]
         rows.append(
             {
                 "test": test,
@@ -138,10 +142,12 @@ def heads_table(effects: pd.DataFrame) -> pd.DataFrame:
 
     One row a type whose heads are zeroed (``heads_of``; ``random``) and a type that is measured.
     """
-    rows = [
-        {"heads_of": heads_of, "knowledge_type": name, "prompts": len(here), **_drops(here)}
-        for (heads_of, name), here in effects.groupby(["heads_of", "knowledge_type"], sort=False)
-    ]
+    rows = []
+    for heads_of, name in effects[["heads_of", "knowledge_type"]].drop_duplicates().to_numpy():
+        here = effects.loc[(effects["heads_of"] == heads_of) & (effects["knowledge_type"] == name)]
+        rows.append(
+            {"heads_of": heads_of, "knowledge_type": name, "prompts": len(here), **_drops(here)}
+        )
     return pd.DataFrame(rows)
 
 
@@ -193,14 +199,16 @@ def best_layers(layers: pd.DataFrame, by: Iterable[str] = ()) -> pd.DataFrame:
 
 def layer_sums(layers: pd.DataFrame) -> pd.DataFrame:
     """Sum of the scores of all attention layers, and of all FFN layers, by knowledge type."""
-    of_prompt = layers.groupby(
-        ["knowledge_type", "prompt_id", "kind"], sort=False, as_index=False
-    ).agg({"score": "sum"})
-    mean = of_prompt.groupby(["knowledge_type", "kind"], sort=False)["score"].mean().unstack()
-    table = mean[["attn", "ffn"]].reset_index()
-    table.columns.name = None
-    overall = of_prompt.groupby("kind")["score"].mean()
-    table.loc[len(table)] = [ALL, overall["attn"], overall["ffn"]]
+    every = pd.concat([layers, layers.assign(knowledge_type=ALL)])
+    mean = every.pivot_table("score", "knowledge_type", "kind", aggfunc="mean", sort=False)
+    # each prompt has every layer once
+    n_layers = len(set(layers["layer"]))
+    table = pd.DataFrame(
+        {
+            "knowledge_type": mean.index.tolist(),
+            **{kind: n_layers * mean[kind].to_numpy() for kind in ("attn", "ffn")},
+        }
+    )
     for row in published_numbers()["layer_score_sums"]:
         for kind, value in row["llama-7b"].items():
             here = table["knowledge_type"] == row["knowledge_type"]
@@ -210,11 +218,16 @@ def layer_sums(layers: pd.DataFrame) -> pd.DataFrame:
 
 def chosen_layers(chosen: pd.DataFrame, prompts: int, n_layers: int) -> pd.DataFrame:
     """FFN neurons that each method chose, by layer: how many a prompt."""
-    total = chosen.groupby(["method", "layer"])["neurons"].sum()
-    every = pd.MultiIndex.from_product([PAPER_METHODS, range(n_layers)], names=["method", "layer"])
-    table = total.reindex(every, fill_value=0).reset_index()
-    table["neurons"] = table["neurons"] / prompts
-    return table
+    counts: Counter[tuple[str, int]] = Counter()
+    columns = (chosen[name].tolist() for name in ("method", "layer", "neurons"))
+    for method, layer, count in zip(*columns, strict=True):
+        counts[method, layer] += count
+    rows = [
+        (method, layer, counts[method, layer] / prompts)
+        for method in PAPER_METHODS
+        for layer in range(n_layers)
+    ]
+    return pd.DataFrame(rows, columns=["method", "layer", "neurons"])
 
 
 def segment_table(segment: pd.DataFrame) -> pd.DataFrame:
@@ -234,14 +247,16 @@ def share_curve(shares: pd.DataFrame) -> pd.DataFrame:
     Numbers of neurons that not all sampled prompts have (long prompts have more attention neurons)
     are left out.
     """
-    found = shares.groupby(["kind", "top"], as_index=False).agg(
-        prompts=("prompt_id", "size"),
-        share_lower=("share_lower", "mean"),
-        share_upper=("share_upper", "mean"),
+    found = pd.DataFrame(
+        shares.groupby(["kind", "top"], as_index=False).agg(
+            prompts=("prompt_id", "size"),
+            share_lower=("share_lower", "mean"),
+            share_upper=("share_upper", "mean"),
+        )
     )
     found[["share_lower", "share_upper"]] *= 100
-    everywhere = found["prompts"] == shares["prompt_id"].nunique()
-    return found[everywhere].reset_index(drop=True)
+    sampled = len(set(shares["prompt_id"]))
+    return found.loc[found["prompts"] == sampled].reset_index(drop=True)
 
 
 def shared_neurons(neurons: pd.DataFrame, prompts: dict[str, int]) -> pd.DataFrame:
@@ -250,13 +265,15 @@ def shared_neurons(neurons: pd.DataFrame, prompts: dict[str, int]) -> pd.DataFra
     Attention neurons are those of a head and dimension, whatever their source position. Published
     are one number for value and one for query neurons; which kinds the former counts is not known.
     """
-    keys = ["knowledge_type", "role", "kind", "top", "layer", "head", "index"]
-    counts = neurons.groupby(keys, sort=False, dropna=False, as_index=False)["prompts"].sum()
-    size = counts["knowledge_type"].map(prompts)
-    counts["shared"] = counts["prompts"] > size / 2
-    table = counts.groupby(
-        ["knowledge_type", "role", "kind", "top"], sort=False, as_index=False
-    ).agg({"shared": "sum"})
+    keys = ["knowledge_type", "role", "kind", "top"]
+    counts = pd.DataFrame(
+        neurons.groupby(
+            [*keys, "layer", "head", "index"], sort=False, dropna=False, as_index=False
+        ).agg({"prompts": "sum"})
+    )
+    sizes = [prompts[name] for name in counts["knowledge_type"]]
+    counts["shared"] = 2 * counts["prompts"].to_numpy() > np.array(sizes)
+    table = pd.DataFrame(counts.groupby(keys, sort=False, as_index=False).agg({"shared": "sum"}))
     table["percent"] = 100 * table["shared"] / table["top"]
     for row in published_numbers()["shared_percent"]:
         here = (table["role"] == row["role"]) & (table["top"] == TOP)
@@ -271,8 +288,10 @@ def query_depth(split: pd.DataFrame) -> pd.DataFrame:
     ``source`` is ``here`` or a published model, of its one example prompt; ``depth`` is the layer
     from 0 to 1.
     """
-    found = split.groupby(["top", "layer"], as_index=False).agg(
-        {"query_only": "mean", "query_and_value": "mean"}
+    found = pd.DataFrame(
+        split.groupby(["top", "layer"], as_index=False).agg(
+            {"query_only": "mean", "query_and_value": "mean"}
+        )
     )
     found.insert(0, "source", "here")
     tables = [found]

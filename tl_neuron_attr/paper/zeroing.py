@@ -129,14 +129,19 @@ Run = tuple[tuple[str, str], Condition]
 def _value_runs(case: Case, size: Sizes, seed: int) -> list[Run]:
     """The best attention and FFN value neurons together, and random ones."""
     score = METHODS[PAPER_METHODS[0]]
-    scores = {"ffn": score(case, "ffn", VALUE_FFN), "attn": score(case, "attn", VALUE_ATTN)}
-    counts = {
+    scores: dict[Kind, Tensor] = {
+        "ffn": score(case, "ffn", VALUE_FFN),
+        "attn": score(case, "attn", VALUE_ATTN),
+    }
+    counts: dict[str, dict[Kind, int]] = {
         AS_PUBLISHED: {"ffn": VALUE_FFN, "attn": VALUE_ATTN},
         IN_PROPORTION: {"ffn": size.value_ffn, "attn": size.value_attn},
     }
     runs = []
     for scale, count in counts.items():
-        chosen: Ranking = {kind: best(scores[kind].cpu(), count[kind]) for kind in count}
+        chosen: dict[Kind, Tensor] = {
+            kind: best(scores[kind].cpu(), number) for kind, number in count.items()
+        }
         runs += _beside_random(case, "value_neurons", scale, chosen, seed)
     return runs
 
