@@ -102,8 +102,8 @@ def drops_table(effects: pd.DataFrame) -> pd.DataFrame:
     """How far MRR and probability drop without many value, or shallow query, neurons.
 
     One row a test and scale: how many neurons were zeroed (means over prompts), the drops in per
-    cent of the means, those without as many random neurons of the same layers, and, beside the
-    published numbers of neurons, the published drops.
+    cent of the means, the same without random neurons of the same layers (as many, or all others
+    of a layer where more than half of it was chosen), and the published drops.
     """
     published = {row["what"]: row for row in published_numbers()["drops"]}
     rows = []
@@ -119,6 +119,8 @@ def drops_table(effects: pd.DataFrame) -> pd.DataFrame:
                 "scale": scale,
                 "ffn": ours["ffn"].mean(),
                 "attn": ours["attn"].mean(),
+                "random_ffn": random["ffn"].mean(),
+                "random_attn": random["attn"].mean(),
                 "prompts": len(ours),
                 **_drops(ours),
                 **_drops(random, "random_"),
