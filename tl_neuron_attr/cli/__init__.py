@@ -14,7 +14,7 @@ from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
-from tl_neuron_attr.cli.paper import paper
+from tl_neuron_attr.cli.paper import paper_app
 from tl_neuron_attr.cli.query import query
 
 app = typer.Typer(
@@ -46,4 +46,4 @@ def main(
 
 for command in (attribute, query, graph, card, compare, heads, in_context, index):
     app.command()(command)
-app.add_typer(paper, name="paper")
+app.add_typer(paper_app, name="paper")

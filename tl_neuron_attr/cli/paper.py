@@ -4,7 +4,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, no_type_check
 
 import pandas as pd
 import typer
@@ -27,13 +27,14 @@ from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.paper import Paper, Settings, check_published, write_paper
 from tl_neuron_attr.tables import records
 
-paper = typer.Typer(
+paper_app = typer.Typer(
     invoke_without_command=True,
     help="Every table and figure of the paper for one model, published numbers beside them.",
 )
 
 
-@paper.callback()
+@paper_app.callback()
+@no_type_check  # what typer passes as a context is not of the class it asks to be annotated
 def write(
     context: typer.Context,
     model: ModelName = "tiny-facts",
@@ -102,7 +103,7 @@ def write(
     _show(found)
 
 
-@paper.command()
+@paper_app.command()
 def check(
     gpt2: Annotated[
         str, typer.Option(help="GPT2-large: a hub name or a Hugging Face directory.")

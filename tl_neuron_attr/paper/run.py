@@ -13,6 +13,7 @@ page    = paper_page(...)                      all of it, one HTML file      (co
 
 import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -190,9 +191,9 @@ def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) 
     done = sum(len(batch.prompts) for batch in run.batches) - count
     if done:
         say(f"{done} prompts are done already; going on with {count}")
-    if not todo:
-        return
-    index = projection_index(run.host, run.parts.directory / "index", progress=progress)
+    index_directory = run.parts.directory / "index"
+    if todo:
+        index = projection_index(run.host, index_directory, progress=progress)
     with progress_bar(count, "prompt", progress) as bar:
         for number, batch in enumerate(todo):
             started = time.perf_counter()
@@ -200,6 +201,8 @@ def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) 
             bar.update(len(batch.prompts))
             if number == 0 and len(todo) > 1:
                 say(_estimate(run, batch, time.perf_counter() - started, count))
+    # of use until here alone, and large; what it led to is in the parts
+    shutil.rmtree(index_directory, ignore_errors=True)
 
 
 def _found(run: _Run, batch: Batch, index: ProjectionIndex) -> dict[str, pd.DataFrame]:
