@@ -354,8 +354,9 @@ def _depth(figures: Mapping[str, go.Figure], top: int) -> Section:
         title="Query neurons by depth",
         text=[
             f"Of a prompt's top {TOP} query FFN neurons, those that are among its top {TOP} FFN "
-            "value neurons, and those that are not. A line at 1 would be the same number in every "
-            "layer. Published are counts of one prompt each, read off the notebooks' plots.",
+            "value neurons, and those that are not; neurons that score 0 are none, so that a small "
+            "model may have fewer. A line at 1 would be the same number in every layer. Published "
+            "are counts of one prompt each, read off the notebooks' plots.",
         ],
         items=[figures[f"query_depth_top_{size}"] for size in sorted({TOP, top}, reverse=True)],
     )

@@ -224,7 +224,7 @@ def shared_bars(table: pd.DataFrame, top: int, title: str) -> go.Figure:
             known = of_role[column].dropna().tolist() if column in of_role else []
             if known:
                 figure.add_scatter(
-                    x=[f"published, {label}"],
+                    x=[f"{label}, published"],
                     y=known[:1],
                     mode="markers",
                     name=f"{role} neurons, published",
@@ -233,8 +233,9 @@ def shared_bars(table: pd.DataFrame, top: int, title: str) -> go.Figure:
                     marker={"symbol": "diamond", "size": 11, "color": colour},
                     hovertemplate=f"{label}, {role}: %{{y:.1f}} %<extra></extra>",
                 )
-    _finish(figure, title, height=420)
+    _finish(figure, title, height=420, legend_above=True)
     figure.update_layout(barmode="group")
+    figure.update_xaxes(tickangle=-35)
     figure.update_yaxes(title_text=f"% of the top {top}", **_zero_line())
     return figure
 
@@ -338,7 +339,7 @@ def method_bars(table: pd.DataFrame, title: str) -> go.Figure:
             marker={"symbol": symbol, "size": 10, "color": _GREY, "line": {"width": 2}},
             hovertemplate=f"{label}, %{{x}}: %{{y:.1f}} %<extra></extra>",
         )
-    _finish(figure, title, height=420)
+    _finish(figure, title, height=420, legend_above=True)
     figure.update_xaxes(tickangle=-35)
     figure.update_yaxes(title_text="p left, % of the original", rangemode="tozero")
     return figure
@@ -371,12 +372,13 @@ def _zero_line() -> dict[str, Any]:
     return {"zeroline": True, "zerolinecolor": _GREY, "zerolinewidth": 1}
 
 
-def _finish(figure: go.Figure, title: str, height: int) -> None:
-    """The layout that all share; the title is the caller's, for the page has its own."""
+def _finish(figure: go.Figure, title: str, height: int, *, legend_above: bool = False) -> None:
+    """The layout that all share; the legend goes above where labels below are long."""
+    place = {"y": 1.02, "yanchor": "bottom"} if legend_above else {"y": -0.2, "yanchor": "top"}
     figure.update_layout(
         template="plotly_white",
         height=height,
         margin={"l": 60, "r": 20, "t": 60 if title else 40, "b": 50},
         title={"text": title, "font": {"size": 15}} if title else None,
-        legend={"orientation": "h", "x": 0, "xanchor": "left", "y": -0.2, "yanchor": "top"},
+        legend={"orientation": "h", "x": 0, "xanchor": "left", **place},
     )

@@ -84,7 +84,7 @@ def _figure(figure: go.Figure, number: int) -> str:
     # the page has a caption of its own, which wraps on a phone
     title = plain["layout"].pop("title", {}).get("text", "")
     plain["layout"].pop("template", None)
-    plain["layout"].setdefault("margin", {})["t"] = 40
+    plain["layout"].setdefault("margin", {})["t"] = 64
     text = _script(json.dumps(plain, ensure_ascii=False, sort_keys=True))
     height = int(plain["layout"].get("height", 400))
     return (
