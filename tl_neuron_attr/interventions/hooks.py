@@ -84,8 +84,8 @@ def intervened(model: Any, interventions: Any) -> Iterator[None]:
 
     Positions count from the first one of a cache of keys and values, so that in ``generate``
     ``position=3`` is the prompt's fourth token, once, and ``position=-1`` the last one of each
-    step. On the bridges of GPT-J, GPT-Neo and OPT an attention neuron of one source position is
-    taken out of what attention writes, so that ``hook_z`` and ``hook_attn_out`` do not show it.
+    step. The bridges of GPT-J, GPT-Neo and OPT tell positions too late to change ``z`` there; what
+    attention writes is changed instead, so that ``hook_z`` and ``hook_attn_out`` do not show it.
 
     Raises:
         InputError: Where ``check_interventions`` does; in a call for a position it has not, or a
@@ -96,9 +96,9 @@ def intervened(model: Any, interventions: Any) -> Iterator[None]:
     host = model if isinstance(model, Host) else open_host(model)
     several = as_interventions(interventions)
     check_interventions(host, several)
-    layers = _layers(host, several)
+    layers = _layers(host, several, later=True)
     hooks = [hook for layer in layers for hook in layer.hooks()]
-    at_output = {layer.layer: layer.edit_output for layer in layers if layer.sources}
+    at_output = {layer.layer: layer.edit_output for layer in layers if layer.needs_pattern}
     with hooks_in_force(host, hooks), attn_outputs_edited(host, at_output):
         yield
 
@@ -140,13 +140,15 @@ class _OfSources:
     position: int
 
 
-def _layers(host: Host, interventions: Sequence[Intervention]) -> list["_Layer"]:
-    """The layers that something is done to."""
+def _layers(
+    host: Host, interventions: Sequence[Intervention], *, later: bool = False
+) -> list["_Layer"]:
+    """The layers that something is done to; whether what they write may be edited ``later``."""
     found: dict[int, _Layer] = {}
 
     def of(layer: int) -> _Layer:
         if layer not in found:
-            found[layer] = _Layer(host, layer)
+            found[layer] = _Layer(host, layer, later)
         return found[layer]
 
     for each in interventions:
@@ -169,9 +171,10 @@ class _Layer:
     Hooks fire in this order: values, [pattern,] z, [pattern, attention's output,] FFN neurons.
     """
 
-    def __init__(self, host: Host, layer: int) -> None:
+    def __init__(self, host: Host, layer: int, later: bool) -> None:
         self.host = host
         self.layer = layer
+        self.later = later
         self.ffn: list[_OfUnits] = []
         self.attn: list[_OfUnits] = []
         self.sources: list[_OfSources] = []
@@ -187,11 +190,16 @@ class _Layer:
         self.took_as_first = False
         """Positions of ``z`` were edited as if nothing came before."""
 
+    @property
+    def needs_pattern(self) -> bool:
+        """Whether ``z`` can be edited only once it is known where each position is."""
+        return bool(self.sources) or _by_position(self.attn)
+
     def hooks(self) -> list[Hook]:
+        """In the order in which they fire."""
         names = hook_names(self.host, self.layer)
-        by_position = any(step.position is not None for step in (*self.ffn, *self.attn))
         hooks: list[Hook] = []
-        if by_position or self.sources:
+        if self.needs_pattern or _by_position(self.ffn):
             hooks += [(names["v"], self.begin), (names["pattern"], self.keep_pattern)]
         if self.attn or self.sources:
             hooks.append((names["z"], self.edit_z))
@@ -216,11 +224,11 @@ class _Layer:
             self.pattern = activation
 
     def edit_z(self, activation: Tensor, hook: Any) -> Tensor | None:
-        if self.before is None and self.sources:
-            self.z = activation
-            return None
-        if self.before is None:
-            self.took_as_first = any(step.position is not None for step in self.attn)
+        if self.before is None and self.needs_pattern:
+            if self.later:
+                self.z = activation
+                return None
+            self.took_as_first = True
         return self._edited_z(activation)
 
     def edit_output(self, output: Float[Tensor, "row pos d_model"]) -> Tensor:
@@ -239,7 +247,7 @@ class _Layer:
     def edit_ffn(self, activation: Tensor, hook: Any) -> Tensor:
         if self.z is not None:
             raise _unseen(self.host)
-        if self.before is None and any(step.position is not None for step in self.ffn):
+        if self.before is None and _by_position(self.ffn):
             raise _unseen(self.host)
         return _edited(activation, self.ffn, self.before or 0)
 
@@ -281,6 +289,10 @@ class _Layer:
             edited[:, read] = added.reshape(edited[:, read].shape)
         self.v = self.pattern = None
         return edited
+
+
+def _by_position(steps: Sequence[_OfUnits]) -> bool:
+    return any(step.position is not None for step in steps)
 
 
 def _edited(

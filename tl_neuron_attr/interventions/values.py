@@ -19,7 +19,7 @@ attention layer what comes from one source position is changed first, for ``z`` 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -61,8 +61,6 @@ class Intervention:
                 "put it into a tuple"
             )
         object.__setattr__(self, "parts", tuple(dict.fromkeys(map(_part, self.parts))))
-        if self.position is not None:
-            object.__setattr__(self, "position", integer(self.position, "a position"))
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -107,10 +105,8 @@ class Scaled(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        factor = _number(self.factor, "a factor")
-        if not math.isfinite(factor):
-            raise InputError(f"a factor must be finite, got {factor}")
-        object.__setattr__(self, "factor", factor)
+        if not math.isfinite(self.factor):
+            raise InputError(f"a factor must be finite, got {self.factor}")
 
     def _done(self) -> str:
         return f"{self.factor:g} times"
@@ -182,12 +178,8 @@ class Clamped(Intervention):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for end in ("low", "high"):
-            if getattr(self, end) is not None:
-                value = _number(getattr(self, end), f"the range's {end} end")
-                if math.isnan(value):
-                    raise InputError(f"the range's {end} end must be a number, got nan")
-                object.__setattr__(self, end, value)
+        if any(end is not None and math.isnan(end) for end in (self.low, self.high)):
+            raise InputError(f"a range must end at numbers, got {self.low} and {self.high}")
         if self.low is None and self.high is None:
             raise InputError("a range needs an end: give low, high, or both")
         if self.low is not None and self.high is not None and self.low > self.high:
@@ -205,7 +197,7 @@ _MAKERS = {"Scaled": "scale", "MeanReplaced": "replace_mean", "Clamped": "clamp"
 # --- made of labels ---------------------------------------------------------------------------
 
 
-def zero(parts: Any, *, position: int | None = None) -> Zeroed:
+def zero(parts: Any, *, position: SupportsIndex | None = None) -> Zeroed:
     """Heads and neurons held at zero.
 
     Args:
@@ -215,20 +207,20 @@ def zero(parts: Any, *, position: int | None = None) -> Zeroed:
     Raises:
         InputError: If something is neither a label nor a head or neuron.
     """
-    return Zeroed(_parts(parts), position=position)
+    return Zeroed(_parts(parts), position=_position(position))
 
 
-def scale(parts: Any, factor: float, *, position: int | None = None) -> Scaled:
+def scale(parts: Any, factor: SupportsFloat, *, position: SupportsIndex | None = None) -> Scaled:
     """Heads and neurons, given as to ``zero``, whose coefficients are multiplied by ``factor``.
 
     Raises:
         InputError: As ``zero``; if the factor is no finite number.
     """
-    return Scaled(_parts(parts), factor=factor, position=position)
+    return Scaled(_parts(parts), factor=_number(factor, "a factor"), position=_position(position))
 
 
 def replace_mean(
-    parts: Any, means: MeanCoefficients, *, position: int | None = None
+    parts: Any, means: MeanCoefficients, *, position: SupportsIndex | None = None
 ) -> MeanReplaced:
     """Heads and neurons, given as to ``zero``, held at their means.
 
@@ -236,15 +228,15 @@ def replace_mean(
         InputError: As ``zero``; if ``means`` is something else, or a neuron of one source position
             is among the parts.
     """
-    return MeanReplaced(_parts(parts), means=means, position=position)
+    return MeanReplaced(_parts(parts), means=means, position=_position(position))
 
 
 def clamp(
     parts: Any,
     *,
-    low: float | None = None,
-    high: float | None = None,
-    position: int | None = None,
+    low: SupportsFloat | None = None,
+    high: SupportsFloat | None = None,
+    position: SupportsIndex | None = None,
 ) -> Clamped:
     """Heads and neurons, given as to ``zero``, whose coefficients stay from ``low`` to ``high``.
 
@@ -253,7 +245,12 @@ def clamp(
     Raises:
         InputError: As ``zero``; if neither end is given, one is no number, or they are exchanged.
     """
-    return Clamped(_parts(parts), low=low, high=high, position=position)
+    return Clamped(
+        _parts(parts),
+        low=None if low is None else _number(low, "the range's low end"),
+        high=None if high is None else _number(high, "the range's high end"),
+        position=_position(position),
+    )
 
 
 def as_zeroed(parts: Any) -> Zeroed:
@@ -312,6 +309,10 @@ def _part(value: Any) -> Part:
         return value
     whole = {name: integer(number, f"a part's {name}") for name, number in numbers.items()}
     return type(value)(**whole)
+
+
+def _position(value: SupportsIndex | None) -> int | None:
+    return None if value is None else integer(value, "a position")
 
 
 def _number(value: Any, what: str) -> float:
