@@ -41,6 +41,7 @@ ORDER = (
     "graph",
     "compare",
     "curves",
+    "methods",
     "plan",
     "knowledge",
     "views",

@@ -333,6 +333,11 @@ def pre_activation_names(host: Host, layer: int) -> dict[str, str]:
     return {"gate": f"{mlp}hook_pre", "up": f"{mlp}hook_pre_linear"}
 
 
+def coefficient_name(host: Host, layer: int, kind: Literal["ffn", "attn"]) -> str:
+    """The hook of the neurons' coefficients in one layer: what ``W_out`` or ``W_O`` multiplies."""
+    return hook_names(host, layer)["mlp_post" if kind == "ffn" else "z"]
+
+
 def final_resid_name(host: Host) -> str:
     """The hook of the residual stream after the last block."""
     return f"blocks.{host.n_layers - 1}.hook_resid_post"

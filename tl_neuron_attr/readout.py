@@ -148,6 +148,35 @@ class ReadOut:
         """
         return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
 
+    @full_precision()
+    def ranks(self, vectors: Float[Tensor, "row d_model"], target: Target) -> Int[Tensor, " row"]:
+        """The target's place among all tokens by how much each vector raises their logits, from 1.
+
+        This is the linear part of the read-out, as in ``project``, and a place no scale of the
+        norm changes. Ties count against the target: a vector of zeros puts it last. Cost: one pass
+        over the unembedding; peak memory: the budget.
+
+        Raises:
+            InputError: Of a contrast, which has no place among tokens.
+        """
+        if target.against is not None:
+            raise InputError(
+                "a contrast has no rank among the tokens; attribute the prompt without against"
+            )
+        parts = [torch.zeros(0, dtype=torch.long, device=vectors.device)]
+        for rows in vectors.split(self.rows_per_block):
+            added = self._weighted(self._centred(rows))
+            own = added @ self.W_U[:, target.id].to(self.dtype)
+            places = torch.ones(len(rows), dtype=torch.long, device=rows.device)
+            for columns in self._vocabulary():
+                logits = self._product(added, columns)
+                if columns.start <= target.id < columns.stop:
+                    # the same number from another product may round to another
+                    logits[:, target.id - columns.start] = -torch.inf
+                places += (logits >= own[:, None]).sum(-1)
+            parts.append(places)
+        return torch.cat(parts)
+
     def directions(
         self, tokens: Int[Tensor, " token"], norm_scale: Float[Tensor, ""]
     ) -> Float[Tensor, "token d_model"]:
