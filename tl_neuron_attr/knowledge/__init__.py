@@ -16,7 +16,7 @@ from tl_neuron_attr.knowledge.known import (
     KnownPrompts,
     known_prompts,
 )
-from tl_neuron_attr.knowledge.sets import load_prompts, save_prompts
+from tl_neuron_attr.knowledge.sets import load_prompts, prompt_table, save_prompts
 from tl_neuron_attr.knowledge.trivia_qa import load_trivia_qa
 
 __all__ = [
@@ -33,5 +33,6 @@ __all__ = [
     "load_prompts",
     "load_trivia_qa",
     "paper_prompts",
+    "prompt_table",
     "save_prompts",
 ]

@@ -27,7 +27,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, one_token, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
-from tl_neuron_attr.knowledge.facts import KNOWLEDGE_TYPES, KnowledgePrompt, load_facts
+from tl_neuron_attr.knowledge.facts import KnowledgePrompt, in_order, load_facts
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 
@@ -85,10 +85,9 @@ class KnownPrompts:
         passed = {reason: place for place, reason in enumerate(get_args(Reason))}
         stages = [(each.prompt, len(passed)) for each in self.kept]
         stages += [(each.prompt, passed[each.reason]) for each in self.dropped]
-        types = dict.fromkeys(prompt.fact.knowledge_type for prompt, _ in stages)
-        order = {name: place for place, name in enumerate(KNOWLEDGE_TYPES)}
+        types = in_order(prompt.fact.knowledge_type for prompt, _ in stages)
         rows = []
-        for name in [*sorted(types, key=lambda name: (order.get(name, len(order)), name)), "all"]:
+        for name in [*types, "all"]:
             reached = [
                 stage for prompt, stage in stages if name in ("all", prompt.fact.knowledge_type)
             ]
@@ -232,7 +231,8 @@ def _vocabulary(host: Host, asked: Sequence[KnowledgePrompt]) -> _Vocabulary:
         try:
             ids[word] = one_token(host, word, "answer").id
         except InputError as error:
-            why_not[word] = str(error)
+            # without what one would do about a single prompt
+            why_not[word] = str(error).rpartition("; ")[0]
     of_type = {
         name: torch.tensor(sorted({ids[word] for word in of_it if word in ids}), dtype=torch.long)
         for name, of_it in words.items()

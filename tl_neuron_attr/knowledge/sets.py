@@ -25,16 +25,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import pandas as pd
+
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
 from tl_neuron_attr.knowledge.entries import UNTYPED, Entry, prompt_of_text, without_repeats
 from tl_neuron_attr.knowledge.facts import (
     KNOWLEDGE_TYPES,
     KnowledgePrompt,
+    in_order,
     knowledge_prompts,
     paper_prompts,
 )
 from tl_neuron_attr.knowledge.trivia_qa import load_trivia_qa
+
+PROMPT_COLUMNS = ("knowledge_type", "relations", "facts", "answers", "prompts")
 
 _FIELDS = ("text", "answer", "aliases", "knowledge_type", "relation", "subject", "prompt_id")
 
@@ -88,6 +93,25 @@ def save_prompts(prompts: Sequence[KnowledgePrompt], path: str | os.PathLike[str
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_files(place.parent, {place.name: lambda there: there.write_text(text, encoding="utf-8")})
+
+
+def prompt_table(prompts: Sequence[KnowledgePrompt]) -> pd.DataFrame:
+    """What there is of each knowledge type, and of all together.
+
+    Columns ``knowledge_type, relations, facts, answers, prompts``; a fact is a subject of a
+    relation, or a text where prompts name no subject.
+    """
+    rows = []
+    for name in [*in_order(prompt.fact.knowledge_type for prompt in prompts), "all"]:
+        some = [prompt for prompt in prompts if name in ("all", prompt.fact.knowledge_type)]
+        relations = {(prompt.fact.knowledge_type, prompt.fact.relation) for prompt in some}
+        facts = {
+            (prompt.fact.knowledge_type, prompt.fact.relation, prompt.fact.subject or prompt.text)
+            for prompt in some
+        }
+        answers = {prompt.answer for prompt in some}
+        rows.append((name, len(relations), len(facts), len(answers), len(some)))
+    return pd.DataFrame(rows, columns=list(PROMPT_COLUMNS))
 
 
 # --- files ------------------------------------------------------------------------------------

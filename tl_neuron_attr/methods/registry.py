@@ -1,12 +1,15 @@
 """Every method by its name, and the paper's by their letters."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.methods.ablation import ablation
+from tl_neuron_attr.methods.carried import carried_back, carried_once
 from tl_neuron_attr.methods.case import Method
+from tl_neuron_attr.methods.curved import curved_gradient
 from tl_neuron_attr.methods.gradients import (
     attribution_patching,
     gradient_activation,
@@ -41,6 +44,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "direct_logit": direct_logit,
         "query": query,
         "value_and_query": value_and_query,
+        "carried_once": carried_once,
+        "carried_back": carried_back,
+        "curved_gradient": curved_gradient,
         "ablation": ablation,
     }
 )
@@ -70,9 +76,14 @@ def method_of(given: Any) -> Method:
 def method_name(given: Any) -> str:
     """What a method is called in tables: its name here, or that of your own function.
 
+    Options that ``functools.partial`` holds belong to the name: ``"query(top_values=100)"``.
+
     Raises:
         InputError: As ``method_of``.
     """
     method = method_of(given)
     own = next((name for name, each in METHODS.items() if each is method), None)
+    if isinstance(method, partial):
+        options = [*map(repr, method.args), *(f"{k}={v!r}" for k, v in method.keywords.items())]
+        return f"{method_name(method.func)}({', '.join(options)})"
     return own or getattr(method, "__name__", type(method).__name__)
