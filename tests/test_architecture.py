@@ -18,6 +18,7 @@ ORDER = (
     "tiny_facts",
     "host",
     "models",
+    "norms",
     "capture",
     "readout",
     "decompose",

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -63,6 +64,11 @@ class Host:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """All weights there were when first asked: walking through the modules takes a while."""
+        return tuple(self.model.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -220,6 +226,14 @@ def open_host(model: Any) -> Host:
         d_vocab=int(model.W_U.shape[1]),
         n_ctx=int(cfg.n_ctx),
     )
+
+
+def weights_state(host: Host) -> int:
+    """A number that changes when weights are edited in place or replaced, in this process.
+
+    Cheap, where ``weights_hash`` reads every byte; it says nothing in another process.
+    """
+    return hash(tuple((p.data_ptr(), p._version) for p in host.parameters if not p.is_inference()))
 
 
 def weights_hash(host: Host) -> str:

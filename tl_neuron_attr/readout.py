@@ -15,7 +15,7 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.norms import column_norms, weight_norms
 from tl_neuron_attr.prompts import Target
 
 Convention = Literal["exact", "published", "recomputed"]
@@ -85,6 +86,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
+    known_norms: Float[Tensor, " d_vocab"] | None = field(default=None, init=False, repr=False)
+    """Norms of tokens' directions, where the model's are known; ``replace`` forgets them."""
 
     @property
     def affine(self) -> bool:
@@ -338,7 +341,7 @@ class ReadOut:
             if leans:
                 weights, shrink = weights[some].T.contiguous(), shrink[some]
                 expected = torch.addmm(expected * shrink, directions, weights)
-                expected_norm = expected_norm * shrink + self._norms(directions) @ weights
+                expected_norm = expected_norm * shrink + self._norms(columns) @ weights
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
@@ -349,11 +352,11 @@ class ReadOut:
         found.expected_norm[some] = expected_norm / total[some]
         return found
 
-    def _norms(self, directions: Float[Tensor, "d_model token"]) -> Float[Tensor, " token"]:
-        """Norms of the directions, each entry weighted by the final norm's gain."""
-        if self.gain is None:
-            return torch.linalg.vector_norm(directions, dim=0)
-        return (self.gain.to(self.dtype).square() @ directions.square()).sqrt()
+    def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
+        """Norms of these tokens' directions, each entry weighted by the final norm's gain."""
+        if self.known_norms is None:
+            return column_norms(self.W_U[:, tokens], self.gain).to(self.dtype)
+        return self.known_norms[tokens].to(self.dtype)
 
     def _transposed(self, vectors: Tensor, norm_scale: Tensor) -> Tensor:
         """The transpose of the frozen norm's linear part, at each row's own scale."""
@@ -558,7 +561,7 @@ def baseline_of_runs(
     else:
         log_prob = out._contrast(normalized[source], aims.token, aims.against)
         expected = out._columns(aims.against)
-        expected_norm = out._norms(expected.T)
+        expected_norm = out._norms(aims.against)
     if tangent and norm_scale is not None:
         picture = _tangent(out, aims, norm_scale, expected, expected_norm)
     return Baseline(
@@ -583,7 +586,7 @@ def _tangent(
     column = out._columns(aims.token)
     return Tangent(
         gradient=out._transposed(column - expected, norm_scale),
-        reach=(out._norms(column.T) + expected_norm) / norm_scale,
+        reach=(out._norms(aims.token) + expected_norm) / norm_scale,
     )
 
 
@@ -626,7 +629,9 @@ def read_out(
     resid = resid_final.to(dtype)
     if out.centered:
         resid = resid - resid.mean()
-    return replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    out = replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    object.__setattr__(out, "known_norms", weight_norms(host).tokens)
+    return out
 
 
 def check_read_out(
