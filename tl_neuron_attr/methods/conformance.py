@@ -12,7 +12,7 @@ but it must take one of the two kinds.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import Any, NoReturn
 
@@ -53,7 +53,7 @@ def example_cases(model: Any = None) -> tuple[Case, ...]:
     cases = []
     for text, answer, corrupted in (
         ("The capital of France is", " Paris", "The capital of Italy is"),
-        ("In Japan, people speak", " Japanese", "In Spain, people speak"),
+        ("The main language of Italy is", " Italian", "The main language of France is"),
     ):
         result = attribute(model, Prompt(text=text, target=answer), top=20)
         cases.append(Case(result=result, corrupted=tokenize(host, Prompt(text=corrupted))))
@@ -69,7 +69,7 @@ def check_method(method: Method, cases: Sequence[Case] | None = None) -> None:
     Raises:
         ConformanceError: With what is wrong, at the first check that fails.
 
-    Cost: about 20 calls of the method for each case.
+    Cost: about 25 calls of the method for each case.
     """
     cases = example_cases() if cases is None else cases
     for check in METHOD_CHECKS:
@@ -81,25 +81,28 @@ def check_method(method: Method, cases: Sequence[Case] | None = None) -> None:
 
 def check_scores(method: Method, cases: Sequence[Case]) -> None:
     """One finite number a neuron, in float32 or better, that hangs on nothing."""
-    for case, kind in _asked(method, cases):
-        scores = _call(method, case, kind, None)
+
+    def check(case: Case, kind: Kind) -> None:
+        scores = _call(method, case, kind)
         _check_form(method, case, kind, scores)
         if not scores.isfinite().all():
             bad = int((~scores.isfinite()).sum())
             _fail(
                 method,
-                f"gives {bad} scores that are NaN or infinite to {kind} neurons; with top=None "
-                "every score must be a number (0 or a low one for neurons that do nothing)",
+                f"gives {bad} {kind} neurons scores that are NaN or infinite; with top=None every "
+                "score must be a number (0 or a low one for neurons that do nothing)",
             )
 
+    _check_each(method, cases, check)
 
-def check_model_is_left_alone(method: Method, cases: Sequence[Case]) -> None:
-    """Weights, gradients, hooks, modes and random states are after a call what they were before."""
-    for case, kind in _asked(method, cases):
-        before, numbers = _state(case), _numbers(case)
-        random_states = _random_states(case)
+
+def check_leaves_all_alone(method: Method, cases: Sequence[Case]) -> None:
+    """Weights, gradients, hooks, modes, random states and the case are what they were before."""
+
+    def check(case: Case, kind: Kind) -> None:
+        before, numbers, random_states = _state(case), _numbers(case), _random_states(case)
         with _modes_restored() as changed:
-            _call(method, case, kind, None)
+            _call(method, case, kind)
             modes = changed()
         after = _state(case)
         for what, was in before.items():
@@ -116,17 +119,21 @@ def check_model_is_left_alone(method: Method, cases: Sequence[Case]) -> None:
         if any(map(_differ, numbers, _numbers(case))):
             _fail(method, "writes into the tensors of the case; clone what you change")
 
+    _check_each(method, cases, check)
+
 
 def check_same_every_time(method: Method, cases: Sequence[Case]) -> None:
     """The same bits again, whatever was asked in between, and under another random seed."""
-    for case, kind in _asked(method, cases):
-        first = _call(method, case, kind, None).clone()
+
+    def check(case: Case, kind: Kind) -> None:
+        first = _call(method, case, kind).clone()
         for other in cases:
             if other is not case:
-                _call(method, other, kind, None)
+                with suppress(InputError):
+                    _call(method, other, kind)
         with torch.random.fork_rng():
             torch.manual_seed(1234)
-            again = _call(method, case, kind, None)
+            again = _call(method, case, kind)
         if _differ(first, again):
             _fail(
                 method,
@@ -134,14 +141,20 @@ def check_same_every_time(method: Method, cases: Sequence[Case]) -> None:
                 "depend on the case, the kind and top alone",
             )
 
+    _check_each(method, cases, check)
+
 
 def check_best(method: Method, cases: Sequence[Case]) -> None:
     """With ``top`` the best so many are the best of all, with their scores; others may be -inf."""
-    for case, kind in _asked(method, cases):
-        every = _call(method, case, kind, None).flatten()
+
+    def check(case: Case, kind: Kind) -> None:
+        every = _call(method, case, kind).flatten()
         near = _ROUNDING * float(every.abs().max())
         for top in _TOPS:
-            scores = _call(method, case, kind, top)
+            try:
+                scores = _call(method, case, kind, top)
+            except InputError as error:
+                _fail(method, f"raises InputError with top={top}, but not without: {error}")
             _check_form(method, case, kind, scores)
             scores = scores.flatten()
             if scores.isnan().any() or scores.isposinf().any():
@@ -156,24 +169,30 @@ def check_best(method: Method, cases: Sequence[Case]) -> None:
                     "with top=None",
                 )
 
+    _check_each(method, cases, check)
+
 
 def check_any_grad_mode(method: Method, cases: Sequence[Case]) -> None:
     """The same scores whether or not the caller records gradients."""
-    for case, kind in _asked(method, cases):
+
+    def check(case: Case, kind: Kind) -> None:
         with torch.no_grad():
-            without = _call(method, case, kind, None)
+            without = _call(method, case, kind)
         with torch.enable_grad():
-            recording = _call(method, case, kind, None)
+            recording = _call(method, case, kind)
         _check_form(method, case, kind, recording)
         if _differ(without, recording):
             _fail(method, "gives other scores where gradients are recorded than under no_grad")
 
+    _check_each(method, cases, check)
+
 
 def check_batch_does_not_matter(method: Method, cases: Sequence[Case]) -> None:
     """A prompt attributed beside others has the scores it has alone, to rounding."""
-    for case, kind in _asked(method, cases):
-        batched = _attributed_beside_others(case)
-        alone, beside = (_call(method, each, kind, None) for each in (case, batched))
+
+    def check(case: Case, kind: Kind) -> None:
+        alone = _call(method, case, kind)
+        beside = _call(method, _attributed_beside_others(case), kind)
         off = (alone - beside).abs() > _ROUNDING * alone.abs().max()
         if off.double().mean() > _JUMPS:
             _fail(
@@ -182,10 +201,12 @@ def check_batch_does_not_matter(method: Method, cases: Sequence[Case]) -> None:
                 "attributed in a batch; look at nothing but the case",
             )
 
+    _check_each(method, cases, check)
+
 
 METHOD_CHECKS: tuple[Check, ...] = (
+    check_leaves_all_alone,  # the first, for what a method changes it may change only once
     check_scores,
-    check_model_is_left_alone,
     check_same_every_time,
     check_best,
     check_any_grad_mode,
@@ -197,44 +218,34 @@ METHOD_CHECKS: tuple[Check, ...] = (
 # --- what they rest on ------------------------------------------------------------------------
 
 
-def _asked(method: Method, cases: Sequence[Case]) -> Iterator[tuple[Case, Kind]]:
-    """Each case with each kind that the method takes there."""
+def _check_each(method: Method, cases: Sequence[Case], check: Callable[[Case, Kind], None]) -> None:
+    """A check of each case with each kind that the method takes there: it must take some."""
     if not cases:
         raise InputError("there are no cases to check a method with; give at least one")
     if not callable(method):
         raise ConformanceError(
             f"a method is a function of (case, kind, top), got {method!r}; pass the function itself"
         )
-    taken, reasons = [], []
+    reasons = []
     for case in cases:
         for kind in KINDS:
             try:
-                _called(method, case, kind, None)
+                check(case, kind)
             except InputError as error:
                 reasons.append(str(error))
-            else:
-                taken.append((case, kind))
-    if not taken:
+    if len(reasons) == len(cases) * len(KINDS):
         _fail(
             method,
             f"raises InputError for every case and kind ({reasons[0]}); it must take some, or be "
             "checked with cases that it can take",
         )
-    yield from taken
 
 
-def _call(method: Method, case: Case, kind: Kind, top: int | None) -> Tensor:
-    """Scores from a method that takes this case and kind."""
-    try:
-        return _called(method, case, kind, top)
-    except InputError as error:
-        _fail(method, f"raises InputError with top={top}, where it did not before: {error}")
-
-
-def _called(method: Method, case: Case, kind: Kind, top: int | None) -> Tensor:
+def _call(method: Method, case: Case, kind: Kind, top: int | None = None) -> Tensor:
+    """What the method gives, which must be a tensor; ``InputError`` where it cannot be used."""
     try:
         scores = method(case, kind, top)
-    except (InputError, ConformanceError):
+    except InputError:
         raise
     except Exception as error:  # a user's function may raise anything, and hears of it
         raise ConformanceError(

@@ -136,22 +136,23 @@ def integrated_gradients(
     neuron_shape(host, kind)
     prompt = captured.prompt
     scaled = slice(None) if positions == "all" else slice(prompt.read_pos, prompt.read_pos + 1)
-    factors = torch.arange(1, steps + 1, device=host.device) / steps
     at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
     grown: list[Tensor] = []
     clean: list[Tensor] = []
 
     def grow(activation: Tensor, hook: Any, *, by: Float[Tensor, " row"]) -> Tensor:
-        clean.append(activation[0, scaled].detach())
+        activation = activation.detach()
+        clean.append(activation[0, scaled])
         # products in the weights' own dtype, so that k / steps = 1 is the run itself
         scale = by.to(activation.dtype).view(-1, *[1] * (activation.ndim - 1))
-        grown.append((scale * activation[:, scaled]).detach().requires_grad_())
-        edited = activation.detach().clone()
+        grown.append((scale * activation[:, scaled]).requires_grad_())
+        edited = activation.clone()
         edited[:, scaled] = grown[-1]
         return edited
 
     layers = []
     with torch.inference_mode(False), torch.enable_grad():
+        factors = torch.arange(1, steps + 1, device=host.device) / steps
         outputs = capture_blocks(host, prompt)
         for layer in range(host.n_layers):
             total: Tensor | None = None

@@ -1,6 +1,7 @@
 """Every method by its name, and the paper's by their letters."""
 
 from collections.abc import Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -70,9 +71,14 @@ def method_of(given: Any) -> Method:
 def method_name(given: Any) -> str:
     """What a method is called in tables: its name here, or that of your own function.
 
+    Options that ``functools.partial`` holds belong to the name: ``"query(top_values=100)"``.
+
     Raises:
         InputError: As ``method_of``.
     """
     method = method_of(given)
     own = next((name for name, each in METHODS.items() if each is method), None)
+    if isinstance(method, partial):
+        options = [*map(repr, method.args), *(f"{k}={v!r}" for k, v in method.keywords.items())]
+        return f"{method_name(method.func)}({', '.join(options)})"
     return own or getattr(method, "__name__", type(method).__name__)
