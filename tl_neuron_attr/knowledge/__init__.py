@@ -16,7 +16,8 @@ from tl_neuron_attr.knowledge.known import (
     KnownPrompts,
     known_prompts,
 )
-from tl_neuron_attr.knowledge.sets import load_prompts, save_prompts
+from tl_neuron_attr.knowledge.sets import load_prompts, prompt_table, save_prompts
+from tl_neuron_attr.knowledge.trivia_qa import load_trivia_qa
 
 __all__ = [
     "KNOWLEDGE_TYPES",
@@ -30,6 +31,8 @@ __all__ = [
     "known_prompts",
     "load_facts",
     "load_prompts",
+    "load_trivia_qa",
     "paper_prompts",
+    "prompt_table",
     "save_prompts",
 ]

@@ -28,7 +28,7 @@ right answers ("Farsi" beside "Persian"), for readers who count any right answer
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
@@ -136,6 +136,12 @@ def paper_prompts(knowledge_type: str | None = None) -> tuple[KnowledgePrompt, .
                 number = turn % len(relation[key])
                 prompts.append(_prompt(fact, relation[key][number], number, is_held_out))
     return tuple(prompts)
+
+
+def in_order(knowledge_types: Iterable[str]) -> list[str]:
+    """Each type once: the six in the order of ``KNOWLEDGE_TYPES``, then others by name."""
+    place = {name: number for number, name in enumerate(KNOWLEDGE_TYPES)}
+    return sorted(set(knowledge_types), key=lambda name: (place.get(name, len(place)), name))
 
 
 def _relations(knowledge_type: str | None, trained: bool | None) -> Iterator[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""Which prompts a model knows the answer to: the filter of Yu & Ananiadou (2024), section 4.
+"""Which prompts a model knows the answer to: the filter of Yu & Ananiadou (2024).
 
 A prompt is kept if its answer is one token, is among the model's ten most probable next tokens, and
 is more probable than every other answer of its knowledge type. What falls out is kept beside,
@@ -13,7 +13,7 @@ depend on which prompts are asked beside.
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -27,12 +27,12 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, one_token, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
-from tl_neuron_attr.knowledge.facts import KNOWLEDGE_TYPES, KnowledgePrompt, load_facts
+from tl_neuron_attr.knowledge.facts import KnowledgePrompt, in_order, load_facts
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 
 Reason = Literal[
-    "cannot be asked", "not one token", "not among the top", "another answer of its type above"
+    "not one token", "cannot be asked", "not among the top", "another answer of its type above"
 ]
 """Why a prompt falls out, in the order in which it is looked at."""
 
@@ -79,20 +79,19 @@ class KnownPrompts:
     def counts(self) -> pd.DataFrame:
         """One row a knowledge type, then one for all together.
 
-        Columns ``knowledge_type, asked, one_token, in_top, kept``: of the prompts asked those whose
-        answer is one token, of these those with it among the top, of these those kept.
+        Columns ``knowledge_type, asked, one_token, in_top, kept``: of the prompts asked those with
+        an accepted answer of one token, of these those with it among the top, of these those kept.
         """
         passed = {reason: place for place, reason in enumerate(get_args(Reason))}
         stages = [(each.prompt, len(passed)) for each in self.kept]
         stages += [(each.prompt, passed[each.reason]) for each in self.dropped]
-        types = dict.fromkeys(prompt.fact.knowledge_type for prompt, _ in stages)
-        order = {name: place for place, name in enumerate(KNOWLEDGE_TYPES)}
+        types = in_order(prompt.fact.knowledge_type for prompt, _ in stages)
         rows = []
-        for name in [*sorted(types, key=lambda name: (order.get(name, len(order)), name)), "all"]:
+        for name in [*types, "all"]:
             reached = [
                 stage for prompt, stage in stages if name in ("all", prompt.fact.knowledge_type)
             ]
-            rows.append((name, len(reached), *(sum(s >= n for s in reached) for n in (2, 3, 4))))
+            rows.append((name, len(reached), *(sum(s >= n for s in reached) for n in (1, 3, 4))))
         return pd.DataFrame(rows, columns=list(COUNT_COLUMNS))
 
     def reasons(self) -> pd.DataFrame:
@@ -137,8 +136,8 @@ def known_prompts(
 
     With ``top=None, above_type=False`` every prompt is kept that can be asked at all.
 
-    A knowledge type with one answer only has no other answer to be above: a warning names it, also
-    in ``KnownPrompts.warnings``.
+    A knowledge type with one answer only has no other answer to be above: a warning, also in
+    ``KnownPrompts.warnings``, names it.
 
     Raises:
         InputError: If there are no prompts, or none remain (with the counts); if two have the same
@@ -148,7 +147,7 @@ def known_prompts(
     Cost: one forward pass of each prompt, padded together by length; two read-outs.
     Peak memory: one such batch, and 128 x d_vocab floats three times over.
 
-    Source: Yu & Ananiadou (2024), section 4.
+    Source: Yu & Ananiadou (2024), arXiv 2312.12141.
     """
     asked = tuple(prompts)
     _check(asked)
@@ -156,22 +155,10 @@ def known_prompts(
     host = model if isinstance(model, Host) else open_host(model)
     if getattr(host.model, "tokenizer", None) is None:
         raise InputError("the model has no tokenizer to read prompts with")
-    vocabulary = _Vocabulary(host, asked)
-    dropped: dict[int, DroppedPrompt] = {}
-    candidates: dict[int, TokenizedPrompt] = {}
-    for row, prompt in enumerate(asked):
-        if not vocabulary.accepted(prompt):
-            detail = vocabulary.why_not[prompt.answer]
-            dropped[row] = DroppedPrompt(prompt=prompt, reason="not one token", detail=detail)
-            continue
-        try:
-            question = Prompt(text=prompt.text, prepend_bos=prepend_bos, prompt_id=prompt.prompt_id)
-            candidates[row] = tokenize(host, question)
-        except InputError as error:
-            dropped[row] = DroppedPrompt(prompt=prompt, reason="cannot be asked", detail=str(error))
+    vocabulary = _vocabulary(host, asked)
+    candidates, dropped = _candidates(host, asked, vocabulary, prepend_bos)
     kept: dict[int, AskedPrompt] = {}
-    competing = vocabulary.competing()
-    for row, found in _answers(host, candidates, asked, vocabulary, competing, progress):
+    for row, found in _answers(host, candidates, asked, vocabulary, progress):
         reason = _fault(found, top, above_type)
         if reason is None:
             kept[row] = found.asked
@@ -187,7 +174,7 @@ def known_prompts(
             f"no prompt remains: {_summary(in_order, fell_out)}; the first, "
             f"{example.prompt.text!r}, because {example.detail}"
         )
-    messages = _alone(asked, competing) if above_type else ()
+    messages = _without_rivals(asked, vocabulary) if above_type else ()
     for message in messages:
         warnings.warn(message, stacklevel=2)
     return KnownPrompts(
@@ -214,54 +201,83 @@ def _summary(kept: Sequence[AskedPrompt], dropped: Sequence[DroppedPrompt]) -> s
     return f"{len(kept)} of {total} prompts kept" + (f"; {parts}" if parts else "")
 
 
-def _alone(
-    asked: Sequence[KnowledgePrompt], competing: Mapping[str, Int[Tensor, " answer"]]
-) -> tuple[str, ...]:
-    """A warning for each type whose prompts all have the same answer."""
-    answers: dict[str, set[tuple[str, ...]]] = {}
-    for prompt in asked:
-        answers.setdefault(prompt.fact.knowledge_type, set()).add(prompt.fact.accepted)
-    return tuple(
-        f"all prompts of the knowledge type {name!r} have the answer {next(iter(found))[0]!r}, so "
-        "there is none for it to be above"
-        for name, found in answers.items()
-        if len(found) == 1 and name not in KNOWLEDGE_TYPES
-    )
-
-
 # --- answers as tokens ------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, kw_only=True)
 class _Vocabulary:
-    """The answers of a set of prompts as tokens; each is looked up once."""
+    """The answers of a set of prompts as tokens."""
 
-    def __init__(self, host: Host, asked: Sequence[KnowledgePrompt]) -> None:
-        self.host = host
-        self.why_not: dict[str, str] = {}
-        self.ids: dict[str, int] = {}
-        self.of_type: dict[str, set[str]] = {}
-        for prompt in asked:
-            words = self.of_type.setdefault(prompt.fact.knowledge_type, set())
-            words.update(prompt.fact.accepted)
-        for fact in load_facts():
-            if fact.knowledge_type in self.of_type:
-                self.of_type[fact.knowledge_type].update(fact.accepted)
-        for word in set().union(*self.of_type.values()):
-            try:
-                self.ids[word] = one_token(host, word, "answer").id
-            except InputError as error:
-                self.why_not[word] = str(error)
+    ids: Mapping[str, int]
+    """Of those that are one token."""
+    why_not: Mapping[str, str]
+    """What is wrong with the others."""
+    of_type: Mapping[str, Int[Tensor, " answer"]]
+    """Ids of all answers of each type, in order."""
 
     def accepted(self, prompt: KnowledgePrompt) -> list[int]:
         """Ids of the prompt's right answers that are one token."""
         return [self.ids[word] for word in prompt.fact.accepted if word in self.ids]
 
-    def competing(self) -> dict[str, Int[Tensor, " answer"]]:
-        """Ids of all answers of each type, in order."""
-        return {
-            name: torch.tensor(sorted({self.ids[word] for word in words if word in self.ids}))
-            for name, words in self.of_type.items()
-        }
+
+def _vocabulary(host: Host, asked: Sequence[KnowledgePrompt]) -> _Vocabulary:
+    words: dict[str, set[str]] = {prompt.fact.knowledge_type: set() for prompt in asked}
+    for fact in (*(prompt.fact for prompt in asked), *load_facts()):
+        if fact.knowledge_type in words:
+            words[fact.knowledge_type].update(fact.accepted)
+    ids: dict[str, int] = {}
+    why_not: dict[str, str] = {}
+    for word in sorted(set().union(*words.values())):
+        try:
+            ids[word] = one_token(host, word, "answer").id
+        except InputError as error:
+            # without what one would do about a single prompt
+            why_not[word] = str(error).rpartition("; ")[0]
+    of_type = {
+        name: torch.tensor(sorted({ids[word] for word in of_it if word in ids}), dtype=torch.long)
+        for name, of_it in words.items()
+    }
+    return _Vocabulary(ids=ids, why_not=why_not, of_type=of_type)
+
+
+def _candidates(
+    host: Host,
+    asked: Sequence[KnowledgePrompt],
+    vocabulary: _Vocabulary,
+    prepend_bos: bool | None,
+) -> tuple[dict[int, TokenizedPrompt], dict[int, DroppedPrompt]]:
+    """What can be asked, and what cannot, by their places."""
+    candidates: dict[int, TokenizedPrompt] = {}
+    dropped: dict[int, DroppedPrompt] = {}
+    for row, prompt in enumerate(asked):
+        if not vocabulary.accepted(prompt):
+            detail = vocabulary.why_not[prompt.answer]
+            dropped[row] = DroppedPrompt(prompt=prompt, reason="not one token", detail=detail)
+            continue
+        question = Prompt(text=prompt.text, prepend_bos=prepend_bos, prompt_id=prompt.prompt_id)
+        try:
+            candidates[row] = tokenize(host, question)
+        except InputError as error:
+            dropped[row] = DroppedPrompt(prompt=prompt, reason="cannot be asked", detail=str(error))
+    return candidates, dropped
+
+
+def _without_rivals(asked: Sequence[KnowledgePrompt], vocabulary: _Vocabulary) -> tuple[str, ...]:
+    """A warning of types with nothing for their answers to be above."""
+    rivals: dict[str, bool] = {}
+    for prompt in asked:
+        name = prompt.fact.knowledge_type
+        own = vocabulary.accepted(prompt)
+        if own:
+            others = set(vocabulary.of_type[name].tolist()) - set(own)
+            rivals[name] = rivals.get(name, False) or bool(others)
+    alone = [repr(name) for name, found in rivals.items() if not found]
+    if not alone:
+        return ()
+    return (
+        f"of the knowledge type {', '.join(alone)} only one answer is one token, so that there is "
+        "none for it to be above: such prompts are kept by their rank alone",
+    )
 
 
 # --- what the model answers -------------------------------------------------------------------
@@ -280,7 +296,6 @@ def _answers(
     candidates: Mapping[int, TokenizedPrompt],
     asked: Sequence[KnowledgePrompt],
     vocabulary: _Vocabulary,
-    competing: Mapping[str, Int[Tensor, " answer"]],
     progress: bool,
 ) -> list[tuple[int, _Answer]]:
     found: list[tuple[int, _Answer]] = []
@@ -300,9 +315,7 @@ def _answers(
             for place in range(0, len(here), _ROWS_AT_A_TIME):
                 part = slice(place, place + _ROWS_AT_A_TIME)
                 some = [asked[row] for row in here[part]]
-                answers = _read(
-                    host, out, resid[part], tokenized[part], some, vocabulary, competing
-                )
+                answers = _read(host, out, resid[part], tokenized[part], some, vocabulary)
                 found += zip(here[part], answers, strict=True)
                 bar.update(len(some))
     return found
@@ -315,7 +328,6 @@ def _read(
     tokenized: Sequence[TokenizedPrompt],
     prompts: Sequence[KnowledgePrompt],
     vocabulary: _Vocabulary,
-    competing: Mapping[str, Int[Tensor, " answer"]],
 ) -> list[_Answer]:
     logits = out.logits(resid)
     accepted = _as_rows([vocabulary.accepted(prompt) for prompt in prompts]).to(logits.device)
@@ -324,12 +336,12 @@ def _read(
     ids = accepted.gather(1, best.indices[:, None])[:, 0].tolist()
     targets = [Target(id=token, text=host.token_text(token)) for token in ids]
     log_probs = out.log_prob_of_each(resid, targets).tolist()
-    rivals = _rivals(logits, best.values, accepted, prompts, competing)
+    rivals = _rivals(logits, best.values, accepted, prompts, vocabulary)
     return [
         _Answer(
             asked=AskedPrompt(
                 prompt=prompts[row],
-                tokenized=_with_target(tokenized[row], targets[row]),
+                tokenized=replace(tokenized[row], target=targets[row]),
                 log_prob=log_probs[row],
                 rank=place,
             ),
@@ -350,35 +362,21 @@ def _rivals(
     target: Float[Tensor, " row"],
     accepted: Int[Tensor, "row accepted"],
     prompts: Sequence[KnowledgePrompt],
-    competing: Mapping[str, Int[Tensor, " answer"]],
+    vocabulary: _Vocabulary,
 ) -> list[int | None]:
     """Of each row the best other answer of its type, where that is no less probable."""
     found: list[int | None] = [None] * len(prompts)
     types = [prompt.fact.knowledge_type for prompt in prompts]
     for name in dict.fromkeys(types):
         rows = torch.tensor([row for row, each in enumerate(types) if each == name])
-        ids = competing[name].to(logits.device)
-        own: Bool[Tensor, "row answer"] = (
-            (ids[None, :, None] == accepted[rows][:, None]).any(-1).to(logits.device)
-        )
+        rows = rows.to(logits.device)
+        ids = vocabulary.of_type[name].to(logits.device)
+        own: Bool[Tensor, "some answer"] = (ids[:, None] == accepted[rows][:, None]).any(-1)
         best = logits[rows][:, ids].masked_fill(own, -torch.inf).max(1)
-        for row, value, place in zip(
-            rows.tolist(), best.values.tolist(), best.indices.tolist(), strict=True
-        ):
-            if value >= float(target[row]):
-                found[row] = int(ids[place])
+        above = best.values >= target[rows]
+        for row, token in zip(rows[above].tolist(), ids[best.indices[above]].tolist(), strict=True):
+            found[row] = token
     return found
-
-
-def _with_target(prompt: TokenizedPrompt, target: Target) -> TokenizedPrompt:
-    return TokenizedPrompt(
-        prompt_id=prompt.prompt_id,
-        text=prompt.text,
-        tokens=prompt.tokens,
-        token_texts=prompt.token_texts,
-        read_pos=prompt.read_pos,
-        target=target,
-    )
 
 
 def _fault(found: _Answer, top: int | None, above_type: bool) -> Reason | None:

@@ -11,33 +11,35 @@ Four kinds of file are read; all are UTF-8, with or without a byte order mark.
   ``attribute``, ``relation_id``.
 
 An answer follows its text after one space, whether or not it was written with it. A text that
-occurs twice with the same answer is taken once, and a warning says so. A text with several answers
-is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by hand; the published files
-hold some, and there the later answers become aliases of the first.
+occurs twice in a relation with the same answer is taken once, and a warning says so. With different
+answers it is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by hand; the
+published files hold some, and there the later answers become aliases of the first.
 """
 
 import csv
 import io
 import json
 import os
-import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
 
+import pandas as pd
+
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
+from tl_neuron_attr.knowledge.entries import UNTYPED, Entry, prompt_of_text, without_repeats
 from tl_neuron_attr.knowledge.facts import (
     KNOWLEDGE_TYPES,
-    Fact,
     KnowledgePrompt,
+    in_order,
     knowledge_prompts,
     paper_prompts,
 )
+from tl_neuron_attr.knowledge.trivia_qa import load_trivia_qa
 
-UNTYPED = "untyped"
-"""The knowledge type of prompts that name none: their answers all belong together."""
+PROMPT_COLUMNS = ("knowledge_type", "relations", "facts", "answers", "prompts")
 
 _FIELDS = ("text", "answer", "aliases", "knowledge_type", "relation", "subject", "prompt_id")
 
@@ -46,8 +48,9 @@ def load_prompts(source: str | os.PathLike[str]) -> tuple[KnowledgePrompt, ...]:
     """The prompts that ``source`` names, in its order.
 
     ``source`` is a knowledge type (``"capital"``: every fact of it in every wording), ``"all"`` of
-    them, ``"paper"`` (``paper_prompts()``: every fact in two wordings), or the path of a file or
-    folder as this module's docstring says.
+    them, ``"paper"`` (``paper_prompts()``: every fact in two wordings), ``"triviaqa:SPLIT"``
+    (``load_trivia_qa``; asks the network), or the path of a file or folder as this module's
+    docstring says. A file that has one of these names is read as ``./capital``.
 
     Raises:
         InputError: One sentence with the file, the line and the fault; see above for what is one.
@@ -57,11 +60,13 @@ def load_prompts(source: str | os.PathLike[str]) -> tuple[KnowledgePrompt, ...]:
         return knowledge_prompts(name)
     if name in ("all", "paper"):
         return knowledge_prompts() if name == "all" else paper_prompts()
+    if name.startswith("triviaqa:"):
+        return load_trivia_qa(name.removeprefix("triviaqa:"))
     path = Path(name)
     entries = list(_entries(path))
     if not entries:
         raise InputError(f"there are no prompts in {name!r}")
-    return _without_repeats(entries, name)
+    return without_repeats(entries, name)
 
 
 def save_prompts(prompts: Sequence[KnowledgePrompt], path: str | os.PathLike[str]) -> None:
@@ -90,134 +95,29 @@ def save_prompts(prompts: Sequence[KnowledgePrompt], path: str | os.PathLike[str
     write_files(place.parent, {place.name: lambda there: there.write_text(text, encoding="utf-8")})
 
 
-# --- one prompt, wherever it stands -----------------------------------------------------------
+def prompt_table(prompts: Sequence[KnowledgePrompt]) -> pd.DataFrame:
+    """What there is of each knowledge type, and of all together.
 
-
-@dataclass(frozen=True, kw_only=True)
-class _Entry:
-    """A prompt as it was read, and where, for errors."""
-
-    prompt: KnowledgePrompt
-    where: str
-    published: bool
-    """Whether it is of a file that a user does not write: LRE, known_1000."""
-
-
-def prompt_of_text(
-    *,
-    prompt_id: str,
-    text: str,
-    answer: str,
-    aliases: Sequence[str] = (),
-    knowledge_type: str = UNTYPED,
-    relation: str | None = None,
-    subject: str = "",
-    where: str,
-) -> KnowledgePrompt:
-    """A prompt that is not of this package's facts; ``where`` names its place in errors.
-
-    Its wording is the text with ``{subject}`` for the subject, or the text itself where that does
-    not occur in it.
-
-    Raises:
-        InputError: If the text is empty or ends in a space, or an answer is empty, has more than
-            one space in front, or any behind.
+    Columns ``knowledge_type, relations, facts, answers, prompts``; a fact is a subject of a
+    relation, or a text where prompts name no subject.
     """
-    texts = (text, answer, *aliases, knowledge_type, relation or "", subject, prompt_id)
-    if any("\ud800" <= char <= "\udfff" for part in texts for char in part):
-        raise InputError(f"{where}: half a character (a lone surrogate) is not valid text")
-    if not text.strip():
-        raise InputError(f"{where}: the text is empty")
-    if text != text.rstrip():
-        raise InputError(
-            f"{where}: the text {text[-40:]!r} ends in a space; answers are joined to it with "
-            "one space, so leave that out"
-        )
-    for word in (answer, *aliases):
-        bare = word.removeprefix(" ")
-        if not bare or bare != bare.strip():
-            raise InputError(
-                f"{where}: the answer {word!r} must be some text, with at most one space in "
-                "front and none behind"
-            )
-    bare = answer.removeprefix(" ")
-    others = dict.fromkeys(alias.removeprefix(" ") for alias in aliases)
-    return KnowledgePrompt(
-        prompt_id=prompt_id,
-        text=text,
-        answer=f" {bare}",
-        fact=Fact(
-            knowledge_type=knowledge_type,
-            relation=relation or knowledge_type,
-            subject=subject,
-            answer=bare,
-            aliases=tuple(other for other in others if other != bare),
-        ),
-        phrasing=_phrasing(text, subject),
-        held_out=False,
-    )
-
-
-def _phrasing(text: str, subject: str) -> str:
-    if not subject:
-        return text
-    if subject in text:
-        return text.replace(subject, "{subject}", 1)
-    # at the start of a sentence it may have got a capital
-    begins = text[: len(subject)]
-    if begins[1:] == subject[1:] and begins[:1].lower() == subject[:1].lower():
-        return "{subject}" + text[len(subject) :]
-    return text
-
-
-def _without_repeats(entries: Sequence[_Entry], name: str) -> tuple[KnowledgePrompt, ...]:
-    """Each text once; a warning counts and names what occurred again."""
-    by_text: dict[str, _Entry] = {}
-    by_id: dict[str, _Entry] = {}
-    repeated: list[str] = []
-    joined: list[str] = []
-    for entry in entries:
-        prompt = entry.prompt
-        first = by_text.get(prompt.text)
-        if first is None:
-            namesake = by_id.setdefault(prompt.prompt_id, entry)
-            if namesake is not entry:
-                raise InputError(
-                    f"{entry.where}: the prompt_id {prompt.prompt_id!r} is that of "
-                    f"{namesake.where} already; ids must be unique"
-                )
-            by_text[prompt.text] = entry
-        elif set(prompt.fact.accepted) <= set(first.prompt.fact.accepted):
-            repeated.append(f"{entry.where} ({prompt.text!r}, as {first.where})")
-        elif entry.published:
-            joined.append(f"{prompt.text!r}{prompt.answer}")
-            by_text[prompt.text] = replace(first, prompt=_joined(first.prompt, prompt))
-        else:
-            raise InputError(
-                f"{entry.where}: the text {prompt.text!r} is that of {first.where}, with the "
-                f"answer {prompt.answer!r} instead of {first.prompt.answer!r}; if both are right, "
-                "make one an alias"
-            )
-    for what, listed in (
-        ("occur again and are taken once", repeated),
-        ("are a further answer to a text, and taken as its aliases", joined),
-    ):
-        if listed:
-            shown = "; ".join(listed[:5]) + ("; ..." if len(listed) > 5 else "")
-            warnings.warn(f"{len(listed)} prompts of {name!r} {what}: {shown}", stacklevel=3)
-    return tuple(entry.prompt for entry in by_text.values())
-
-
-def _joined(first: KnowledgePrompt, other: KnowledgePrompt) -> KnowledgePrompt:
-    words = dict.fromkeys((*first.fact.aliases, other.fact.answer, *other.fact.aliases))
-    aliases = tuple(word for word in words if word != first.fact.answer)
-    return replace(first, fact=replace(first.fact, aliases=aliases))
+    rows = []
+    for name in [*in_order(prompt.fact.knowledge_type for prompt in prompts), "all"]:
+        some = [prompt for prompt in prompts if name in ("all", prompt.fact.knowledge_type)]
+        relations = {(prompt.fact.knowledge_type, prompt.fact.relation) for prompt in some}
+        facts = {
+            (prompt.fact.knowledge_type, prompt.fact.relation, prompt.fact.subject or prompt.text)
+            for prompt in some
+        }
+        answers = {prompt.answer for prompt in some}
+        rows.append((name, len(relations), len(facts), len(answers), len(some)))
+    return pd.DataFrame(rows, columns=list(PROMPT_COLUMNS))
 
 
 # --- files ------------------------------------------------------------------------------------
 
 
-def _entries(path: Path) -> Iterator[_Entry]:
+def _entries(path: Path) -> Iterator[Entry]:
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -229,7 +129,7 @@ def _entries(path: Path) -> Iterator[_Entry]:
     elif not exists:
         raise InputError(
             f"there are no prompts called {str(path)!r}: it is neither a file nor one of "
-            f"{', '.join(KNOWLEDGE_TYPES)}, all, paper"
+            f"{', '.join(KNOWLEDGE_TYPES)}, all, paper, triviaqa:SPLIT"
         )
     else:
         raise InputError(
@@ -238,7 +138,7 @@ def _entries(path: Path) -> Iterator[_Entry]:
         )
 
 
-def _of_folder(path: Path) -> Iterator[_Entry]:
+def _of_folder(path: Path) -> Iterator[Entry]:
     found = sorted(path.rglob("*.json"))
     if not found:
         raise InputError(
@@ -265,7 +165,7 @@ def _text_of(path: Path) -> str:
     raise InputError(f"cannot read prompts from {str(path)!r}: {reason}")
 
 
-def _of_jsonl(path: Path, text: str) -> Iterator[_Entry]:
+def _of_jsonl(path: Path, text: str) -> Iterator[Entry]:
     # not splitlines(), which also splits at characters that may stand inside a JSON string
     for number, line in enumerate(text.split("\n"), start=1):
         if not line.strip():
@@ -286,7 +186,7 @@ def _of_jsonl(path: Path, text: str) -> Iterator[_Entry]:
         yield _entry(path, number, fields, where)
 
 
-def _of_csv(path: Path, text: str) -> Iterator[_Entry]:
+def _of_csv(path: Path, text: str) -> Iterator[Entry]:
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     try:
@@ -314,7 +214,7 @@ def _of_csv(path: Path, text: str) -> Iterator[_Entry]:
         raise InputError(f"line {rows.line_num} of {str(path)!r} is no CSV: {error}") from None
 
 
-def _entry(path: Path, number: int, fields: dict[str, Any], where: str) -> _Entry:
+def _entry(path: Path, number: int, fields: dict[str, Any], where: str) -> Entry:
     if "prompt" in fields:
         if "text" in fields:
             raise InputError(f"{where} has both text and prompt; give one of them")
@@ -330,10 +230,10 @@ def _entry(path: Path, number: int, fields: dict[str, Any], where: str) -> _Entr
             raise InputError(f"{where} lacks {name!r}")
     given = {name: value for name, value in fields.items() if value or name in ("text", "answer")}
     named = {"prompt_id": f"{path.stem}/{number}", **given}
-    return _Entry(prompt=prompt_of_text(**named, where=where), where=where, published=False)
+    return Entry(prompt=prompt_of_text(**named, where=where), where=where, published=False)
 
 
-def _of_json(path: Path, text: str) -> Iterator[_Entry]:
+def _of_json(path: Path, text: str) -> Iterator[Entry]:
     given = _json(text, str(path)) if text.strip() else []
     if _is_lre(given):
         yield from _of_lre(path, given)
@@ -350,7 +250,7 @@ def _is_lre(given: Any) -> TypeGuard[dict[str, Any]]:
     return isinstance(given, dict) and "prompt_templates" in given and "samples" in given
 
 
-def _of_lre(path: Path, given: dict[str, Any]) -> Iterator[_Entry]:
+def _of_lre(path: Path, given: dict[str, Any]) -> Iterator[Entry]:
     """Every sample in every template, those for zero-shot use included.
 
     The knowledge type is the range of the relation (``language``), by which answers of several
@@ -377,18 +277,18 @@ def _of_lre(path: Path, given: dict[str, Any]) -> Iterator[_Entry]:
         for wording, template in enumerate(dict.fromkeys(templates)):
             prompt = prompt_of_text(
                 prompt_id=f"{path.stem}/{number}/{wording}",
-                text=template.replace("{}", subject),
-                answer=answer,
+                text=template.replace("{}", subject.strip()),
+                answer=answer.strip(),  # the published files hold a few with spaces behind
                 knowledge_type=kind if isinstance(kind, str) and kind else path.stem,
                 relation=path.stem,
-                subject=subject,
+                subject=subject.strip(),
                 where=where,
             )
             phrasing = template.replace("{}", "{subject}")
-            yield _Entry(prompt=replace(prompt, phrasing=phrasing), where=where, published=True)
+            yield Entry(prompt=replace(prompt, phrasing=phrasing), where=where, published=True)
 
 
-def _of_known(path: Path, given: list[Any]) -> Iterator[_Entry]:
+def _of_known(path: Path, given: list[Any]) -> Iterator[Entry]:
     for number, row in enumerate(given):
         where = f"entry {number} of {str(path)!r}"
         text, answer = _texts(row, ("prompt", "attribute"), where)
@@ -397,12 +297,12 @@ def _of_known(path: Path, given: list[Any]) -> Iterator[_Entry]:
         prompt = prompt_of_text(
             prompt_id=f"{path.stem}/{number}",
             text=text,
-            answer=answer,
+            answer=answer.strip(),
             knowledge_type=kind,
             subject=subject if isinstance(subject, str) else "",
             where=where,
         )
-        yield _Entry(prompt=prompt, where=where, published=True)
+        yield Entry(prompt=prompt, where=where, published=True)
 
 
 def _texts(given: Any, names: Sequence[str], where: str) -> list[str]:
