@@ -35,6 +35,7 @@ from tl_neuron_attr.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
@@ -76,6 +77,7 @@ __all__ = [
     "Case",
     "Comparison",
     "ConformanceError",
+    "Evaluation",
     "FFNDecomposition",
     "FFNNeuron",
     "Graph",
@@ -112,6 +114,7 @@ __all__ = [
     "capture_zeroed",
     "check_method",
     "compare",
+    "evaluate",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
@@ -119,6 +122,7 @@ __all__ = [
     "layer_scores",
     "in_context_heads",
     "load_capture",
+    "load_evaluation",
     "load_model",
     "neuron_card",
     "mask_curve",
