@@ -35,6 +35,7 @@ from tl_neuron_attr.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
@@ -92,6 +93,7 @@ __all__ = [
     "Comparison",
     "ConformanceError",
     "Edit",
+    "Evaluation",
     "FFNDecomposition",
     "FFNNeuron",
     "Graph",
@@ -134,6 +136,7 @@ __all__ = [
     "clamp",
     "compare",
     "edit_weights",
+    "evaluate",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
@@ -143,6 +146,7 @@ __all__ = [
     "intervened",
     "intervention_hooks",
     "load_capture",
+    "load_evaluation",
     "load_model",
     "neuron_card",
     "mask_curve",

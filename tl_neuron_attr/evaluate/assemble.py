@@ -29,9 +29,16 @@ EXACT = "ablation"
 """The method that others are correlated with."""
 
 IN_NATS = frozenset(
-    {"log_prob_increase", "gradient_activation", "integrated_gradients", "ablation"}
+    {
+        "log_prob_increase",
+        "gradient_activation",
+        "attribution_patching",
+        "query",
+        "value_and_query",
+        "ablation",
+    }
 )
-"""Methods whose scores say by how many nats log p(answer) falls without the neuron."""
+"""Methods whose scores are changes of log p(answer) in nats, as what is measured is."""
 
 _TEXTS = ("prompt_id", "knowledge_type", "method", "kind", "metric")
 

@@ -39,7 +39,7 @@ KINDS_OF: Mapping[Which, tuple[Kind, ...]] = {
 RANDOM, NORM_MATCHED = "random", "norm_matched"
 CONTROLS = (RANDOM, NORM_MATCHED)
 
-Ranking = Mapping[Kind, Int[Tensor, " best"]]
+Ranking = Mapping[Kind, Int[Tensor, " _"]]
 """Numbers of one method's best neurons of each kind, best first."""
 
 

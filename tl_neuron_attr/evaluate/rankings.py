@@ -55,16 +55,8 @@ def contribution_norms(result: Attribution, kind: Kind) -> Float[Tensor, "layer 
     Its absolute coefficient (of an attention neuron summed over source positions) times the norm
     of its subvalue.
     """
-    if kind == "ffn":
-        blocks = result.ffns
-    else:
-        blocks = [block.over_sources() for block in result.attns]
-    return torch.stack(
-        [
-            block.all_coefficients().abs() * torch.linalg.vector_norm(block.rows().float(), dim=1)
-            for block in blocks
-        ]
-    )
+    blocks = result.ffns if kind == "ffn" else result.attns_over_sources
+    return torch.stack([block.all_coefficients().abs() * block.norms() for block in blocks])
 
 
 def random_beside(

@@ -1,12 +1,14 @@
 """What is asked of an evaluation, checked before anything is run."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, SupportsIndex, get_args
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate.effects import CONTROLS, KINDS_OF, Which
-from tl_neuron_attr.methods import METHODS, Method, method_name, method_of
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.methods import METHODS, Method, method_name, method_of, neuron_shape
 from tl_neuron_attr.prompts import at_least_one, integer
 from tl_neuron_attr.topk import Kind
 
@@ -36,6 +38,19 @@ class Request:
         """Of which neurons scores are needed."""
         needed = {kind for which in self.which for kind in KINDS_OF[which]}
         return tuple(kind for kind in get_args(Kind) if kind in needed)
+
+    def check_fits(self, host: Host) -> None:
+        """Stop where the model has fewer neurons than are to be zeroed.
+
+        Raises:
+            InputError: Saying how many there are.
+        """
+        for kind in self.kinds:
+            there_are = math.prod(neuron_shape(host, kind))
+            if self.tops[-1] > there_are:
+                raise InputError(
+                    f"top is {self.tops[-1]}, but the model has {there_are} {kind} neurons"
+                )
 
     @classmethod
     def of(cls, *, methods: Any, neurons: Any, top: Any, limit: Any, **others: Any) -> "Request":

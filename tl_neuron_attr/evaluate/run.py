@@ -118,6 +118,7 @@ def evaluate(
     )
     host = open_host(model)
     check_read_out(host, "recomputed", request.budget)
+    request.check_fits(host)
     known = _known(host, prompts, filtered, prepend_bos, progress)
     asked = drawn_evenly(known.kept, request.limit, request.seed)
     parts: list[Rows] = []
