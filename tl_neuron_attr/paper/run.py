@@ -61,6 +61,8 @@ FORMAT = 1
 
 RANDOM_HEADS = "random"
 
+_VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Paper:
@@ -192,8 +194,9 @@ def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) 
     if done:
         say(f"{done} prompts are done already; going on with {count}")
     index_directory = run.parts.directory / "index"
-    if todo:
-        index = projection_index(run.host, index_directory, progress=progress)
+    if not todo:
+        return
+    index = projection_index(run.host, index_directory, progress=progress)
     with progress_bar(count, "prompt", progress) as bar:
         for number, batch in enumerate(todo):
             started = time.perf_counter()
@@ -339,7 +342,7 @@ def _identity(
         "prepend_bos": prepend_bos,
         "example": sentence,
         "settings": asdict(settings),
-        "versions": {name: version(name) for name in ("torch", "transformer_lens", "transformers")},
+        "versions": {name: version(name) for name in _VERSIONED},
     }
 
 
