@@ -17,7 +17,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -187,16 +187,29 @@ class _Run:
 
 
 def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) -> None:
-    """Every batch that is not there yet; an estimate from the first of them."""
+    """Every batch that is not there yet."""
     todo = [batch for batch in run.batches if not run.parts.has(batch.name)]
     count = sum(len(batch.prompts) for batch in todo)
     done = sum(len(batch.prompts) for batch in run.batches) - count
     if done:
         say(f"{done} prompts are done already; going on with {count}")
     index_directory = run.parts.directory / "index"
-    if not todo:
-        return
-    index = projection_index(run.host, index_directory, progress=progress)
+    if todo:
+        index = projection_index(run.host, index_directory, progress=progress)
+        _attribute_each(run, todo, index, say, progress)
+    # of use until here alone, and large; what it led to is in the parts
+    shutil.rmtree(index_directory, ignore_errors=True)
+
+
+def _attribute_each(
+    run: _Run,
+    todo: Sequence[Batch],
+    index: ProjectionIndex,
+    say: Callable[[str], object],
+    progress: bool,
+) -> None:
+    """These batches, and an estimate of how long they take from the first."""
+    count = sum(len(batch.prompts) for batch in todo)
     with progress_bar(count, "prompt", progress) as bar:
         for number, batch in enumerate(todo):
             started = time.perf_counter()
@@ -204,8 +217,6 @@ def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) 
             bar.update(len(batch.prompts))
             if number == 0 and len(todo) > 1:
                 say(_estimate(run, batch, time.perf_counter() - started, count))
-    # of use until here alone, and large; what it led to is in the parts
-    shutil.rmtree(index_directory, ignore_errors=True)
 
 
 def _found(run: _Run, batch: Batch, index: ProjectionIndex) -> dict[str, pd.DataFrame]:
@@ -342,7 +353,7 @@ def _identity(
         "prepend_bos": prepend_bos,
         "example": sentence,
         "settings": asdict(settings),
-        "versions": {name: version(name) for name in _VERSIONED},
+        "versions": {name: _version(name) for name in _VERSIONED},
     }
 
 
@@ -378,6 +389,13 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
         "shared_neurons": shared_neurons(parts.read(names, "neurons"), prompts),
         "query_depth": query_depth(parts.read(names, "query_split")),
     }
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a source tree that was not installed
+        return "not installed"
 
 
 def _facts(run: _Run, called: str, summary: str, sentence: str) -> dict[str, Any]:
