@@ -27,6 +27,7 @@ from tl_neuron_attr.decompose import (
 )
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import (
+    ConformanceError,
     IdentityError,
     InputError,
     NeuronAttrError,
@@ -60,6 +61,7 @@ from tl_neuron_attr.interventions import (
     zero,
     zeroed_residuals,
 )
+from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -79,13 +81,16 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
     "Attribution",
     "Baselines",
     "Capture",
+    "Case",
     "Clamped",
     "Comparison",
+    "ConformanceError",
     "Edit",
     "FFNDecomposition",
     "FFNNeuron",
@@ -125,6 +130,7 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "check_method",
     "clamp",
     "compare",
     "edit_weights",

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -66,6 +67,11 @@ class Host:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """All weights there were when first asked: walking through the modules takes a while."""
+        return tuple(self.model.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -225,6 +231,14 @@ def open_host(model: Any) -> Host:
     )
 
 
+def weights_state(host: Host) -> int:
+    """A number that changes when weights are edited in place or replaced, in this process.
+
+    Cheap, where ``weights_hash`` reads every byte; it says nothing in another process.
+    """
+    return hash(tuple((p.data_ptr(), p._version) for p in host.parameters if not p.is_inference()))
+
+
 def weights_hash(host: Host) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of all weights as the model holds them.
 
@@ -317,6 +331,11 @@ def pre_activation_names(host: Host, layer: int) -> dict[str, str]:
     if host.W_gate(layer) is None:
         return {"pre": f"{mlp}hook_pre"}
     return {"gate": f"{mlp}hook_pre", "up": f"{mlp}hook_pre_linear"}
+
+
+def coefficient_name(host: Host, layer: int, kind: Literal["ffn", "attn"]) -> str:
+    """The hook of the neurons' coefficients in one layer: what ``W_out`` or ``W_O`` multiplies."""
+    return hook_names(host, layer)["mlp_post" if kind == "ffn" else "z"]
 
 
 def final_resid_name(host: Host) -> str:

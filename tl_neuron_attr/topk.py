@@ -230,7 +230,8 @@ def tangent_bounds(
     n_layers = len(runs[0])
     columns = []
     for layer, block in enumerate(runs[0]):
-        products, norms = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        products = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        norms = block.norms().to(out.dtype)
         columns.append(
             [
                 TangentBound(

@@ -14,6 +14,7 @@ from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
+from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 
 app = typer.Typer(
@@ -43,5 +44,5 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, query, graph, card, compare, heads, in_context, index):
+for command in (attribute, query, graph, card, compare, heads, in_context, index, prompts):
     app.command()(command)
