@@ -31,6 +31,7 @@ from tl_neuron_attr import (
     attribute,
     capture_zeroed,
     clamp,
+    compare,
     intervened,
     intervention_hooks,
     mean_coefficients,
@@ -637,6 +638,15 @@ def test_rows_are_zeroed_at_all_positions_or_refused(tiny_gpt2):
     host = open_host(tiny_gpt2)
     with pytest.raises(InputError, match="L1.H2 at position 3 was given; leave out position"):
         capture_zeroed(host, [tokenize(host, Prompt(tokens=TOKENS))], [zero("L1.H2", position=3)])
+
+
+def test_comparing_takes_zeroing_only(tiny_gpt2):
+    result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
+    with pytest.raises(InputError, match="can only be zeroed, got 2 times L1.H2; .* intervened"):
+        compare(result, scale("L1.H2", 2.0))
+    with pytest.raises(InputError, match="L1.H2 at position 3 was given; leave out position"):
+        compare(result, zero("L1.H2", position=3))
+    assert compare(result, zero("L1.H2"), top=1).other.zeroed == Zeroed((Head(1, 2),))
 
 
 def test_attributing_under_an_intervention_is_right_or_refused(tiny_model):

@@ -18,7 +18,7 @@ attention layer what comes from one source position is changed first, for ``z`` 
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, SupportsFloat, SupportsIndex
 
 import torch
@@ -257,9 +257,16 @@ def as_zeroed(parts: Any) -> Zeroed:
     """``zero(parts)``, or a ``Zeroed`` as it is.
 
     Raises:
-        InputError: If something is neither a label nor a part.
+        InputError: If something is neither a label nor a part; for another intervention.
     """
-    return parts if isinstance(parts, Zeroed) else zero(parts)
+    if isinstance(parts, Zeroed):
+        return parts
+    if isinstance(parts, Intervention):
+        raise InputError(
+            f"here heads and neurons can only be zeroed, got {parts}; for other interventions run "
+            "the model yourself: with intervened(model, ...)"
+        )
+    return zero(parts)
 
 
 def as_interventions(given: Any) -> tuple[Intervention, ...]:
@@ -302,13 +309,19 @@ def _parsed(labels: Any) -> tuple[Part, ...]:
 def _part(value: Any) -> Part:
     if not isinstance(value, Part):
         raise InputError(f"a head or a neuron can be changed, not {value!r}")
-    numbers = {each.name: getattr(value, each.name) for each in fields(value)}
-    if numbers.get("source_pos", 0) is None:
-        del numbers["source_pos"]
-    if all(type(number) is int for number in numbers.values()):
+    numbers = vars(value)
+    types = set(map(type, numbers.values()))
+    if types == _INT or (types == _INT_OR_NONE and getattr(value, "source_pos", 0) is None):
         return value
-    whole = {name: integer(number, f"a part's {name}") for name, number in numbers.items()}
+    whole = {
+        name: integer(number, f"a part's {name}")
+        for name, number in numbers.items()
+        if not (name == "source_pos" and number is None)
+    }
     return type(value)(**whole)
+
+
+_INT, _INT_OR_NONE = {int}, {int, type(None)}
 
 
 def _position(value: SupportsIndex | None) -> int | None:
