@@ -109,7 +109,7 @@ def test_every_family_gets_one_finite_score_a_neuron_and_its_best_are_the_best(a
         assert every.shape == neuron_shape(case.result.host, kind)
         assert every.dtype == torch.float32 and every.isfinite().all() and not every.requires_grad
         assert every.unique().numel() > 10
-        for top in (1, 4, 30):
+        for top in (4, 30):
             best = METHODS[name](case, kind, top).flatten()
             order = best.sort(descending=True, stable=True).indices[:top]
             wanted = every.flatten().sort(descending=True).values[:top]
@@ -183,7 +183,7 @@ def test_scores_do_not_depend_on_the_batch_the_prompt_was_attributed_in(tiny_mod
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(st.integers(2_000, 200_000), st.sampled_from(STATIC), st.sampled_from(KINDS))
 def test_the_budget_changes_no_score(tiny_gpt2, budget, name, kind):
     one = METHODS[name](case_of(tiny_gpt2), kind, None)

@@ -18,7 +18,7 @@ def cases():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_conforms(cases, name):
-    slow = name in ("ablation", "integrated_gradients")
+    slow = name in ("ablation", "attribution_patching", "integrated_gradients", "value_and_query")
     check_method(METHODS[name], cases[:1] if slow else cases)
 
 

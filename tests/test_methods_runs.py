@@ -84,7 +84,7 @@ def test_every_family_gets_finite_scores_and_ablation_is_that_of_single_forwards
         assert scores.dtype == torch.float32 and scores.isfinite().all(), name
         assert not scores.requires_grad and scores.unique().numel() > 10, name
     generator = torch.Generator().manual_seed(1)
-    drawn = torch.randperm(scores.numel(), generator=generator)[:4]
+    drawn = torch.randperm(scores.numel(), generator=generator)[:2]
     most = scores.flatten().abs().topk(2).indices
     for number in [*drawn.tolist(), *most.tolist()]:
         layer, *neuron = (int(i) for i in torch.unravel_index(torch.tensor(number), scores.shape))
@@ -273,22 +273,21 @@ def test_knowledge_neurons_convention_is_the_default(tiny_gpt2):
     assert torch.equal(default, told)
 
 
-@pytest.mark.parametrize("positions", ["read", "all"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "positions"), [("ffn", "read"), ("attn", "all")])
 def test_integrated_gradients_of_a_layer_sum_to_what_the_layer_changes(kind, positions):
     case = case_of(bridge_of("llama", dtype=torch.float64))
     host = case.result.host
-    scores = integrated_gradients(case, kind, steps=1000, positions=positions, quantity="log_prob")
+    scores = integrated_gradients(case, kind, steps=250, positions=positions, quantity="log_prob")
     for layer in range(host.n_layers):
         asked = FromActivation(host, kind, layer, positions, "log_prob")
         full = asked.clean if positions == "all" else asked.clean[:, -1:]
         with torch.no_grad():
             rise = float(asked(full) - asked(torch.zeros_like(full)))
-        assert float(scores[layer].sum()) == pytest.approx(rise, abs=3e-3 * max(1, abs(rise)))
+        assert float(scores[layer].sum()) == pytest.approx(rise, abs=1e-2 * max(1, abs(rise)))
 
 
-def test_steps_in_several_passes_give_the_same(tiny_model, monkeypatch):
-    case = case_of(tiny_model)
+def test_steps_in_several_passes_give_the_same(tiny_gpt2, monkeypatch):
+    case = case_of(tiny_gpt2)
     for kind in KINDS:
         at_once = METHODS["integrated_gradients"](case, kind, None)
         with monkeypatch.context() as patch:

@@ -255,6 +255,44 @@ class ReadOut:
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
     @full_precision()
+    def rivals(self, resid: Float[Tensor, " d_model"], target: Target, count: int) -> "Rivals":
+        """The target beside the ``count`` likeliest other tokens, and all others as one.
+
+        Of a contrast, the two tokens of it. The norm's scale is that of ``resid``. Cost: two
+        passes over the unembedding, for one vector.
+        """
+        centred = self._centred(resid)
+        one = centred.new_ones(1)
+        if target.against is not None:
+            tokens = torch.tensor([target.id, target.against.id], device=resid.device)
+            directions = self._transposed(self._columns(tokens), one)
+            prob = torch.tensor([0.0, 1.0], dtype=torch.float64, device=resid.device)
+        else:
+            # in float64: what the target leaves to others may be very little
+            left = self.logits(resid).double().softmax(-1)
+            own = left[target.id].clone()
+            left[target.id] = -1.0  # below all others
+            chosen = left.topk(min(count, len(left) - 1)).indices
+            tokens = torch.cat([chosen.new_tensor([target.id]), chosen])
+            prob = torch.cat([own[None], left[chosen]])
+            left[tokens] = 0.0
+            total = left.sum()
+            weights = (left / total.clamp(min=torch.finfo(left.dtype).tiny)).to(self.dtype)
+            mean = torch.zeros_like(centred)
+            for columns in self._vocabulary():
+                mean += self.W_U[:, columns].to(self.dtype) @ weights[columns]
+            directions = self._transposed(torch.cat([self._columns(tokens), mean[None]]), one)
+            prob = torch.cat([prob, total[None]])
+        return Rivals(
+            directions=directions,
+            prob=prob,
+            resid=centred,
+            norm_scale=(centred.pow(2).mean() + self.eps).sqrt(),
+            centered=self.centered,
+            eps=self.eps,
+        )
+
+    @full_precision()
     def deviations(self, baseline: "Baseline") -> "Deviations":
         """How far tokens' directions lie from the one each base expects.
 
@@ -511,6 +549,71 @@ class Deviations:
     """Expected square of the distance, under the base's prediction."""
     widest: float
     """Largest norm of a column of the unembedding."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """The target and what it competes with: how log p(target) bends as something is taken away.
+
+    Bins are the target, then its likeliest rivals, then all other tokens as one that lies where
+    they lie on average. For a contrast the two tokens alone, the second of which has it all.
+    """
+
+    directions: Float[Tensor, "bin d_model"]
+    """A normalised vector's dot product with it is its change of the bin's logit."""
+    prob: Float[Tensor, " bin"]
+    """What the model gives each bin, in float64; of a contrast 0 and 1."""
+    resid: Float[Tensor, " d_model"]
+    """The final residual, its mean taken out where the norm does."""
+    norm_scale: Float[Tensor, ""]
+    centered: bool
+    eps: float
+
+    @property
+    def gradient(self) -> Float[Tensor, " d_model"]:
+        """That of log p(target), of a contrast of the difference, with respect to the residual.
+
+        The norm's scale answers too: the model's own gradient.
+        """
+        apart = self.directions[0] - self.prob.to(self.directions.dtype) @ self.directions
+        unit = self.resid / self.norm_scale
+        return (apart - unit * (unit @ apart) / len(unit)) / self.norm_scale
+
+    @full_precision()
+    def loss(
+        self,
+        rows: Float[Tensor, "neuron d_model"],
+        coefficients: Float[Tensor, " neuron"],
+        first_order: Float[Tensor, " neuron"],
+    ) -> Float[Tensor, " neuron"]:
+        """What log p(target) loses without each neuron, in nats, from the loss at first order.
+
+        A neuron is ``coefficient * row`` in the residual stream here, and more that it does by way
+        of others. ``first_order`` is the loss of both, taken as linear. What it is here is taken
+        away as it is: each bin's logit moves, the norm is taken anew. The rest of ``first_order``
+        is laid upon the target's logit. Then the softmax is taken once, so that a neuron with
+        ``first_order`` alone loses what a logit that falls so far does.
+        """
+        d_model = len(self.resid)
+        probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
+        # float64, where what is linear is taken from what is not
+        products = torch.cat([probes @ block.to(probes).T for block in rows.split(_ROWS)], 1)
+        products = (products * coefficients.to(products)).double()
+        moves, along, total = products[:-2], products[-2], products[-1]
+        squares = torch.cat([block.to(probes).square().sum(1) for block in rows.split(_ROWS)])
+        size = (squares * coefficients.to(squares).square()).double()
+        if self.centered:
+            size = size - total.square() / d_model
+        scale = self.norm_scale.double()
+        left = scale.square() + (size - 2 * along) / d_model
+        logits = (self.directions @ self.resid).double()[:, None]
+        change = (logits - moves) / left.clamp(min=self.eps).sqrt() - logits / scale
+        linear = logits * along / (d_model * scale**3) - moves / scale
+        elsewhere = first_order.double() - (self.prob @ linear - linear[0])
+        rivalry = self.prob[1:].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        change[0] -= elsewhere / rivalry
+        after = (self.prob.log()[:, None] + change).logsumexp(0) - change[0]
+        return after.to(first_order.dtype)
 
 
 @full_precision()

@@ -7,7 +7,9 @@ from typing import Any
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.methods.ablation import ablation
+from tl_neuron_attr.methods.carried import carried_back, carried_once
 from tl_neuron_attr.methods.case import Method
+from tl_neuron_attr.methods.curved import curved_gradient
 from tl_neuron_attr.methods.gradients import (
     attribution_patching,
     gradient_activation,
@@ -42,6 +44,9 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "direct_logit": direct_logit,
         "query": query,
         "value_and_query": value_and_query,
+        "carried_once": carried_once,
+        "carried_back": carried_back,
+        "curved_gradient": curved_gradient,
         "ablation": ablation,
     }
 )
