@@ -46,6 +46,19 @@ from tl_neuron_attr.interventions import (
     head_scan,
     zeroed_residuals,
 )
+from tl_neuron_attr.knowledge import (
+    AskedPrompt,
+    Fact,
+    KnowledgePrompt,
+    KnownPrompts,
+    corrupted_of,
+    knowledge_prompts,
+    known_prompts,
+    load_prompts,
+    load_trivia_qa,
+    paper_prompts,
+    save_prompts,
+)
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -65,6 +78,7 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "AskedPrompt",
     "AttnDecomposition",
     "AttnNeuron",
     "Attribution",
@@ -73,6 +87,7 @@ __all__ = [
     "Comparison",
     "FFNDecomposition",
     "FFNNeuron",
+    "Fact",
     "Graph",
     "Head",
     "Host",
@@ -80,6 +95,8 @@ __all__ = [
     "InContextHeads",
     "InputError",
     "Intervals",
+    "KnowledgePrompt",
+    "KnownPrompts",
     "NeuronAttrError",
     "NeuronCard",
     "NonFiniteError",
@@ -106,18 +123,24 @@ __all__ = [
     "capture_sources",
     "capture_zeroed",
     "compare",
+    "corrupted_of",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
     "head_scores",
     "layer_scores",
     "in_context_heads",
+    "knowledge_prompts",
+    "known_prompts",
     "load_capture",
     "load_model",
+    "load_prompts",
+    "load_trivia_qa",
     "neuron_card",
     "mask_curve",
     "neuron_scores",
     "open_host",
+    "paper_prompts",
     "parse_neuron",
     "parse_part",
     "plan",
@@ -127,6 +150,7 @@ __all__ = [
     "query_scores",
     "read_out",
     "save_capture",
+    "save_prompts",
     "score_intervals",
     "suppressing_neurons",
     "tokenize",
