@@ -160,6 +160,11 @@ def test_the_bundled_model_is_trained_and_measured_on_the_prompts_it_always_was(
     )
 
 
+def test_there_is_as_much_as_the_page_on_prompts_says():
+    counts = (len(load_facts()), len(knowledge_prompts()), len(paper_prompts()))
+    assert counts == (3_028, 33_652, 6_056)
+
+
 def test_trained_facts_and_those_beyond_are_all_facts():
     trained, beyond = (load_facts(trained=flag) for flag in (True, False))
     assert Counter(trained + beyond) == Counter(load_facts())
