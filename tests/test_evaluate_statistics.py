@@ -1,5 +1,7 @@
 """Intervals, tests and areas: each against scipy, or a slow loop over the definition."""
 
+from importlib import import_module
+
 import numpy as np
 import pytest
 import scipy.stats
@@ -16,6 +18,8 @@ from tl_neuron_attr.evaluate.statistics import (
     sign_flip_p,
     spearman,
 )
+
+statistics = import_module(means.__module__)  # by attribute it is the function of that name
 
 
 def each_alone(values):
@@ -54,7 +58,7 @@ def test_an_interval_is_that_of_a_loop_over_the_same_draws(values):
 
 def test_draws_in_small_blocks_are_the_draws_at_once(values, monkeypatch):
     whole = means(values, each_alone(values), 3), sign_flip_p(values - 2, each_alone(values), 3)
-    monkeypatch.setattr("tl_neuron_attr.evaluate.statistics._CELLS_AT_A_TIME", 7 * len(values))
+    monkeypatch.setattr(statistics, "_CELLS_AT_A_TIME", 7 * len(values))
     blocks = means(values, each_alone(values), 3), sign_flip_p(values - 2, each_alone(values), 3)
     for some, others in zip((*whole[0], whole[1]), (*blocks[0], blocks[1]), strict=True):
         assert some == pytest.approx(others)

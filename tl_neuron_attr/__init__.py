@@ -62,6 +62,19 @@ from tl_neuron_attr.interventions import (
     zero,
     zeroed_residuals,
 )
+from tl_neuron_attr.knowledge import (
+    AskedPrompt,
+    Fact,
+    KnowledgePrompt,
+    KnownPrompts,
+    corrupted_of,
+    knowledge_prompts,
+    known_prompts,
+    load_prompts,
+    load_trivia_qa,
+    paper_prompts,
+    save_prompts,
+)
 from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
@@ -82,6 +95,7 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "AskedPrompt",
     "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
@@ -96,6 +110,7 @@ __all__ = [
     "Evaluation",
     "FFNDecomposition",
     "FFNNeuron",
+    "Fact",
     "Graph",
     "Head",
     "Host",
@@ -103,6 +118,8 @@ __all__ = [
     "InContextHeads",
     "InputError",
     "Intervals",
+    "KnowledgePrompt",
+    "KnownPrompts",
     "Intervention",
     "MeanCoefficients",
     "MeanReplaced",
@@ -135,6 +152,7 @@ __all__ = [
     "check_method",
     "clamp",
     "compare",
+    "corrupted_of",
     "edit_weights",
     "evaluate",
     "ffn_decomposition",
@@ -143,16 +161,21 @@ __all__ = [
     "head_scores",
     "layer_scores",
     "in_context_heads",
+    "knowledge_prompts",
+    "known_prompts",
     "intervened",
     "intervention_hooks",
     "load_capture",
     "load_evaluation",
     "load_model",
+    "load_prompts",
+    "load_trivia_qa",
     "neuron_card",
     "mask_curve",
     "mean_coefficients",
     "neuron_scores",
     "open_host",
+    "paper_prompts",
     "parse_neuron",
     "parse_part",
     "plan",
@@ -163,6 +186,7 @@ __all__ = [
     "read_out",
     "replace_mean",
     "save_capture",
+    "save_prompts",
     "scale",
     "score_intervals",
     "suppressing_neurons",
