@@ -99,7 +99,7 @@ def test_neurons_are_counted_over_prompts(results, queries, collected):
                     table = result.neurons(kind, by_source=False)
                 else:
                     table = result.query_neurons(300, of=of_attn)
-                    table = table[table["score"] != 0]
+                table = table[table["score"] > 0]
                 for label in labels_of(table.head(size)):
                     counts[label] = counts.get(label, 0) + 1
             found = collected["neurons"]
@@ -115,8 +115,11 @@ def test_query_neurons_are_split_into_those_that_are_value_neurons_and_others(
     size = sizes(results[0].host).top["ffn"]
     for name, result, (_, of_attn) in zip(PROMPTS, results, queries, strict=True):
         query = result.query_neurons(300, of=of_attn)
-        query = query[query["score"] != 0].head(size)
-        value = {tuple(each) for each in result.neurons("ffn", size)[["layer", "index"]].to_numpy()}
+        query = query[query["score"] > 0].head(size)
+        value = result.neurons("ffn", size)
+        value = {
+            tuple(each) for each in value.loc[value["score"] > 0, ["layer", "index"]].to_numpy()
+        }
         both = [tuple(each) in value for each in query[["layer", "index"]].to_numpy()]
         here = split[(split["prompt_id"] == name) & (split["top"] == size)]
         for layer in range(3):

@@ -55,8 +55,9 @@ def collect(
     ``layers``: ``prompt_id, layer, kind, score``. ``query_layers``: the same, with ``of``
     (``ffn`` or ``attn``: whose query layers). ``heads``: ``layer, head``, the sum of the prompts'
     scores and their number. ``neurons``: in how many prompts each is among the ``top``, by ``role``
-    and ``kind``, those that score above 0. ``query_split``: of each prompt's query FFN neurons, how many by layer are value
-    neurons too. ``segment``: log p(answer) by step. All with ``knowledge_type``; scores in nats.
+    and ``kind``, and scores above 0. ``query_split``: of each prompt's query FFN neurons, how many
+    by layer are value neurons too. ``segment``: log p(answer) by step. All with
+    ``knowledge_type``; scores in nats.
 
     Cost: the best attention neurons summed over source positions, and a few read-outs a prompt.
     """
