@@ -340,10 +340,9 @@ def _shared(figures: Mapping[str, go.Figure], top: int) -> Section:
         title="Neurons that sentences of a type share",
         text=[
             "Neurons that are among the best of more than half of a type's prompts, and raise the "
-            f"answer there, in per cent of how many the best are. The published numbers are for the top {TOP} of models that are much "
-            f"larger than a small model: for one, {TOP} is a large part of all neurons, so that "
-            f"many are shared by chance; hence also the top {top}, the same share as of "
-            "GPT2-large.",
+            "answer there, in per cent of how many the best are. The published numbers are for the "
+            f"top {TOP} of large models: of a small one {TOP} is a large part, so that many are "
+            f"shared by chance; hence also the top {top}, the same share as of GPT2-large.",
         ],
         items=[figures[f"shared_neurons_top_{size}"] for size in sorted({TOP, top}, reverse=True)],
     )
