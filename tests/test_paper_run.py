@@ -226,7 +226,7 @@ def test_hostile_text_is_shown_and_never_run():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.0, "0"), (12.0, "12"), (0.1234, "0.123"), (98.765, "98.8"), (-4.5e-9, "−4.5e−09")],
+    [(0.0, "0"), (12.0, "12.0"), (0.1234, "0.123"), (98.765, "98.8"), (-4.5e-9, "−4.5e−09")],
 )
 def test_numbers_have_three_digits(value, text):
     assert number(value) == text
