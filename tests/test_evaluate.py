@@ -543,7 +543,7 @@ def test_a_set_without_survivors_and_doubled_ids_are_refused_and_one_answer_is_t
         evaluate(model, [prompt(0, "Unguessable")], "d")
     with pytest.raises(InputError, match="two prompts have the prompt_id 'capital/0'"):
         evaluate(model, [prompt(0, "Paris"), prompt(0, "Paris")], "d")
-    with pytest.warns(UserWarning, match="all prompts of the knowledge type 'own' have the answer"):
+    with pytest.warns(UserWarning, match="'own' only one answer"):
         found = evaluate(model, [prompt(0, "Paris", kind="own")], "d", top=1)
     assert "'own'" in found.facts["warnings"][0]
 
