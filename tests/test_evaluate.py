@@ -207,6 +207,17 @@ def test_what_is_measured_does_not_depend_on_batches_or_on_what_else_is_asked(ti
     assert set(reseeded.loc[moved, "method"]) == {"random"}
 
 
+def test_each_prompt_has_random_neurons_of_its_own(tiny_gpt2):
+    tokens = SENTENCES["a/0"]
+    table = evaluate(tiny_gpt2, known(tiny_gpt2, {"a/0": tokens, "a/1": tokens}), "a").effects
+    after = table[table["metric"] == "log_prob"].pivot(
+        index="method", columns="prompt_id", values="after"
+    )
+    apart = (after["a/0"] - after["a/1"]).abs()
+    assert apart["log_prob_increase"] < 1e-5 and apart["norm_matched"] < 1e-5
+    assert apart["random"] > 1e-3
+
+
 def test_a_limit_draws_evenly_and_a_smaller_one_some_of_the_same(tiny_gpt2):
     sentences = {f"{name}/{n}": ((1, 2, 3), 9) for name in "aaabbc" for n in range(7)}
     asked = known(tiny_gpt2, sentences).kept
@@ -543,7 +554,7 @@ def test_a_set_without_survivors_and_doubled_ids_are_refused_and_one_answer_is_t
         evaluate(model, [prompt(0, "Unguessable")], "d")
     with pytest.raises(InputError, match="two prompts have the prompt_id 'capital/0'"):
         evaluate(model, [prompt(0, "Paris"), prompt(0, "Paris")], "d")
-    with pytest.warns(UserWarning, match="all prompts of the knowledge type 'own' have the answer"):
+    with pytest.warns(UserWarning, match="'own' only one answer"):
         found = evaluate(model, [prompt(0, "Paris", kind="own")], "d", top=1)
     assert "'own'" in found.facts["warnings"][0]
 
