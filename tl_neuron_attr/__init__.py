@@ -61,6 +61,19 @@ from tl_neuron_attr.interventions import (
     zero,
     zeroed_residuals,
 )
+    AskedPrompt,
+    Fact,
+    KnowledgePrompt,
+    KnownPrompts,
+    corrupted_of,
+    knowledge_prompts,
+    known_prompts,
+    load_prompts,
+    load_trivia_qa,
+    paper_prompts,
+    save_prompts,
+)
+from tl_neuron_attr.knowledge import (
 from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
@@ -81,6 +94,7 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "AskedPrompt",
     "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
@@ -94,6 +108,7 @@ __all__ = [
     "Edit",
     "FFNDecomposition",
     "FFNNeuron",
+    "Fact",
     "Graph",
     "Head",
     "Host",
@@ -102,6 +117,8 @@ __all__ = [
     "InputError",
     "Intervals",
     "Intervention",
+    "KnowledgePrompt",
+    "KnownPrompts",
     "MeanCoefficients",
     "MeanReplaced",
     "NeuronAttrError",
@@ -133,6 +150,7 @@ __all__ = [
     "check_method",
     "clamp",
     "compare",
+    "corrupted_of",
     "edit_weights",
     "ffn_decomposition",
     "head_inputs",
@@ -142,13 +160,18 @@ __all__ = [
     "in_context_heads",
     "intervened",
     "intervention_hooks",
+    "knowledge_prompts",
+    "known_prompts",
     "load_capture",
     "load_model",
+    "load_prompts",
+    "load_trivia_qa",
     "neuron_card",
     "mask_curve",
     "mean_coefficients",
     "neuron_scores",
     "open_host",
+    "paper_prompts",
     "parse_neuron",
     "parse_part",
     "plan",
@@ -159,6 +182,7 @@ __all__ = [
     "read_out",
     "replace_mean",
     "save_capture",
+    "save_prompts",
     "scale",
     "score_intervals",
     "suppressing_neurons",

@@ -119,7 +119,7 @@ def _show(
     lines = Table(box=None, pad_edge=False, header_style="dim")
     for name in table.columns:
         text = name == "knowledge_type"
-        lines.add_column(_HEADS.get(name, name), justify="left" if text else "right")
+        lines.add_column(_HEADS.get(str(name), str(name)), justify="left" if text else "right")
     for row in records(table):
         cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
         lines.add_row(*map(escape, cells), style="bold" if row["knowledge_type"] == "all" else "")

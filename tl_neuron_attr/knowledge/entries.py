@@ -89,13 +89,14 @@ def _phrasing(text: str, subject: str) -> str:
 
 
 def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePrompt, ...]:
-    """Each text of a relation once; a warning counts and names what occurred again.
+    """Each text with the same answer once; a warning counts and names what occurred again.
 
     Raises:
-        InputError: If two prompts have one id, or, in a file that a user wrote, one text but
-            different answers.
+        InputError: If two prompts have one id, or, in a file that a user wrote, one text and
+            relation but different answers.
     """
-    by_text: dict[tuple[str, str, str], Entry] = {}
+    taken: dict[tuple[str, str, str], Entry] = {}
+    of_text: dict[str, list[tuple[str, str, str]]] = {}
     by_id: dict[str, Entry] = {}
     repeated: list[str] = []
     joined: list[str] = []
@@ -103,21 +104,24 @@ def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePromp
         prompt = entry.prompt
         # the same words may well ask for something else in another relation
         key = (prompt.fact.knowledge_type, prompt.fact.relation, prompt.text)
-        first = by_text.get(key)
-        if first is None:
+        same = of_text.setdefault(prompt.text, [])
+        own = set(prompt.fact.accepted)
+        if any(own <= set(taken[each].prompt.fact.accepted) for each in same):
+            repeated.append(f"{prompt.text!r} ({entry.where})")
+        elif key not in taken:
             namesake = by_id.setdefault(prompt.prompt_id, entry)
             if namesake is not entry:
                 raise InputError(
                     f"{entry.where}: the prompt_id {prompt.prompt_id!r} is that of "
                     f"{namesake.where} already; ids must be unique"
                 )
-            by_text[key] = entry
-        elif set(prompt.fact.accepted) <= set(first.prompt.fact.accepted):
-            repeated.append(f"{prompt.text!r} ({entry.where})")
+            taken[key] = entry
+            same.append(key)
         elif entry.published:
             joined.append(f"{prompt.answer!r} of {prompt.text!r} ({entry.where})")
-            by_text[key] = replace(first, prompt=_joined(first.prompt, prompt))
+            taken[key] = replace(taken[key], prompt=_joined(taken[key].prompt, prompt))
         else:
+            first = taken[key]
             raise InputError(
                 f"{entry.where}: the text {prompt.text!r} is that of {first.where}, with the "
                 f"answer {prompt.answer!r} instead of {first.prompt.answer!r}; if both are right, "
@@ -130,7 +134,7 @@ def without_repeats(entries: Sequence[Entry], name: str) -> tuple[KnowledgePromp
         if listed:
             shown = "; ".join(listed[:3]) + ("; ..." if len(listed) > 3 else "")
             warnings.warn(f"in {name!r}, {len(listed)} {what}: {shown}", stacklevel=3)
-    return tuple(entry.prompt for entry in by_text.values())
+    return tuple(entry.prompt for entry in taken.values())
 
 
 def _joined(first: KnowledgePrompt, other: KnowledgePrompt) -> KnowledgePrompt:

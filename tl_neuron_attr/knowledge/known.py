@@ -27,7 +27,12 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, one_token, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
-from tl_neuron_attr.knowledge.facts import KnowledgePrompt, in_order, load_facts
+from tl_neuron_attr.knowledge.facts import (
+    KNOWLEDGE_TYPES,
+    KnowledgePrompt,
+    in_order,
+    load_facts,
+)
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 
@@ -222,9 +227,9 @@ class _Vocabulary:
 
 def _vocabulary(host: Host, asked: Sequence[KnowledgePrompt]) -> _Vocabulary:
     words: dict[str, set[str]] = {prompt.fact.knowledge_type: set() for prompt in asked}
-    for fact in (*(prompt.fact for prompt in asked), *load_facts()):
-        if fact.knowledge_type in words:
-            words[fact.knowledge_type].update(fact.accepted)
+    own = (fact for name in words if name in KNOWLEDGE_TYPES for fact in load_facts(name))
+    for fact in (*(prompt.fact for prompt in asked), *own):
+        words[fact.knowledge_type].update(fact.accepted)
     ids: dict[str, int] = {}
     why_not: dict[str, str] = {}
     for word in sorted(set().union(*words.values())):

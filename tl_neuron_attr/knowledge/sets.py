@@ -11,9 +11,9 @@ Four kinds of file are read; all are UTF-8, with or without a byte order mark.
   ``attribute``, ``relation_id``.
 
 An answer follows its text after one space, whether or not it was written with it. A text that
-occurs twice in a relation with the same answer is taken once, and a warning says so. With different
-answers it is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by hand; the
-published files hold some, and there the later answers become aliases of the first.
+occurs twice with the same answer is taken once, and a warning says so. Where a relation has several
+answers to one text, that is an error in a ``.jsonl`` or ``.csv`` file, whose lines can be joined by
+hand; the published files hold some, and there the later answers become aliases of the first.
 """
 
 import csv
