@@ -61,6 +61,7 @@ from tl_neuron_attr.interventions import (
     zero,
     zeroed_residuals,
 )
+from tl_neuron_attr.knowledge import (
     AskedPrompt,
     Fact,
     KnowledgePrompt,
@@ -73,7 +74,6 @@ from tl_neuron_attr.interventions import (
     paper_prompts,
     save_prompts,
 )
-from tl_neuron_attr.knowledge import (
 from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
