@@ -44,6 +44,7 @@ ORDER = (
     "methods",
     "plan",
     "knowledge",
+    "evaluate",
     "views",
     "cli",
 )
@@ -102,6 +103,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "compare",
             "curves",
             "knowledge",
+            "evaluate",
             "views",
             "cli",
         },

@@ -35,6 +35,7 @@ from tl_neuron_attr.errors import (
     OutputError,
     UnsupportedModelError,
 )
+from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
@@ -106,6 +107,7 @@ __all__ = [
     "Comparison",
     "ConformanceError",
     "Edit",
+    "Evaluation",
     "FFNDecomposition",
     "FFNNeuron",
     "Fact",
@@ -152,6 +154,7 @@ __all__ = [
     "compare",
     "corrupted_of",
     "edit_weights",
+    "evaluate",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
@@ -163,6 +166,7 @@ __all__ = [
     "knowledge_prompts",
     "known_prompts",
     "load_capture",
+    "load_evaluation",
     "load_model",
     "load_prompts",
     "load_trivia_qa",

@@ -99,6 +99,11 @@ class ReadOut:
         """How many vectors are read out at a time within the budget."""
         return _rows_per_block(self.W_U, self.dtype, self.budget)
 
+    @property
+    def _whole_rows(self) -> int:
+        """How many vectors' logits of the whole vocabulary fit."""
+        return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
+
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The frozen norm's linear part: what adding a vector adds to the final norm's output.
 
@@ -147,6 +152,24 @@ class ReadOut:
             InputError: If some targets are contrasts and others are not.
         """
         return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
+
+    @full_precision()
+    def answers(self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]) -> "Answers":
+        """What is made of each row's target token; of a contrast, of the first of the two.
+
+        Cost: one pass over the unembedding; the logits of a few hundred rows at a time.
+        """
+        ids = torch.tensor([target.id for target in targets], device=resid.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        for rows, tokens in zip(
+            resid.split(self._whole_rows), ids.split(self._whole_rows), strict=True
+        ):
+            logits = self.logits(rows)
+            # of these very logits: computed anew it might round to another place among them
+            own = logits.gather(1, tokens[:, None])
+            found.append(((own - logits.logsumexp(1, True))[:, 0], 1 + (logits > own).sum(1)))
+        log_prob, rank = zip(*found, strict=True)
+        return Answers(log_prob=torch.cat(log_prob), rank=torch.cat(rank))
 
     @full_precision()
     def ranks(self, vectors: Float[Tensor, "row d_model"], target: Target) -> Int[Tensor, " row"]:
@@ -504,6 +527,16 @@ class Tangent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What is made of one token by each of several residual vectors."""
+
+    log_prob: Float[Tensor, " row"]
+    """log p(token), in nats."""
+    rank: Int[Tensor, " row"]
+    """Its place among all tokens, from 1: how many are likelier, and one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Deviations:
     """How far tokens' directions lie from the one each base expects; never below the truth.
 
@@ -781,8 +814,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
     top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []
-    per_block = max(1, linear.rows_per_block * _COLUMNS // max(out.W_U.shape[1], _COLUMNS))
-    for block in rows.split(per_block):
+    for block in rows.split(linear._whole_rows):
         logits = linear.logits(block)
         values, ids = logits.topk(k, dim=-1)
         top_logits.append(values)

@@ -10,6 +10,7 @@ import typer
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
 from tl_neuron_attr.cli.compare import compare
+from tl_neuron_attr.cli.evaluate import evaluate
 from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
@@ -44,5 +45,16 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, query, graph, card, compare, heads, in_context, index, prompts):
+for command in (
+    attribute,
+    query,
+    graph,
+    card,
+    compare,
+    heads,
+    in_context,
+    prompts,
+    evaluate,
+    index,
+):
     app.command()(command)
