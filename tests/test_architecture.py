@@ -100,6 +100,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "graph",
             "compare",
             "curves",
+            "knowledge",
             "views",
             "cli",
         },

@@ -126,7 +126,7 @@ def _answer_probability(model: GPT2LMHeadModel, group: PromptGroup) -> Float[Ten
 
 
 def _drawn(knowledge_type: str, count: int, generator: torch.Generator) -> list[KnowledgePrompt]:
-    prompts = knowledge_prompts(knowledge_type, held_out=False)
+    prompts = knowledge_prompts(knowledge_type, held_out=False, trained=True)
     if not 1 <= count <= len(prompts):
         raise ValueError(
             f"{knowledge_type} has {len(prompts)} trained prompts, but {count} were asked for; "
