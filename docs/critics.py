@@ -29,6 +29,7 @@ from tl_neuron_attr.tiny_facts.editing import (
     answer_gradient,
     explained,
     fit_edits,
+    output_weight,
     probabilities_with,
     rank_correlations,
 )
@@ -56,6 +57,9 @@ SEED = 0
 
 REPAIR_PER_TYPE = 60
 VALUE_NEURONS = 10
+
+LEAST_EFFECT = 0.05
+"""Where the interval of a direct effect (logit) reaches below this, it is not divided by."""
 
 WORDINGS_PER_TYPE = 30
 TOPS = (10, 30, 100)
@@ -85,6 +89,11 @@ class Bundled:
     tokenizer: Tokenizer
     known: tuple[KnowledgePrompt, ...]
     """All prompts, held-out wordings too, whose answer is the model's first prediction."""
+
+    def nothing(self, n_prompts: int) -> Tensor:
+        """For each prompt no FFN neuron: shape [prompt, layer, d_mlp]."""
+        host = open_host(self.bridge)
+        return torch.zeros(n_prompts, host.n_layers, host.d_mlp, dtype=torch.bool)
 
     def token(self, answer: str) -> int:
         """The id of an answer with its leading space."""
@@ -210,6 +219,20 @@ def repair_table(facts: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def compensation_table(facts: dict[str, Any]) -> str:
+    """What each block gives the answer's logit back when an earlier one is zeroed, as Markdown."""
+    removed = facts["compensation"]["zero"]
+    names = [f"{kind}{layer}" for layer in range(len(removed) // 2) for kind in "AF"]
+    lines = ["| removed | " + " | ".join(names[1:]) + " |", "|---|" + "---|" * len(names[1:])]
+    layers = list(facts["parts"]["zero"].items())[: len(names) - 1]  # after the last comes none
+    for place, (name, row) in enumerate(layers):
+        if row["logit"]["direct"][1] < LEAST_EFFECT:
+            continue
+        cells = [f"{each:+.2f}" for each in removed[place][place + 1 :]]
+        lines.append(f"| {name} | " + "| " * place + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def repair_nats_table(facts: dict[str, Any]) -> str:
     """The same in nats, of neurons and of the layers that hold most, as Markdown."""
     lines = [
@@ -225,7 +248,7 @@ def repair_nats_table(facts: dict[str, Any]) -> str:
 
 def _share(row: dict[str, Any]) -> str:
     """A share of a direct effect, where there is an effect to speak of."""
-    if row["direct"][1] < 0.05:
+    if row["direct"][1] < LEAST_EFFECT:
         return "–"
     return _percent(row["repaired"])
 
@@ -249,8 +272,8 @@ def wordings(b: Bundled, per_type: int = WORDINGS_PER_TYPE) -> dict[str, Any]:
     ranked += [
         ranked_ffn_neurons(b.bridge, each, COMPARED, LISTED) for each in texts[len(prompts) :]
     ]
-    n_layers, d_mlp = b.model.config.n_layer, b.model.config.n_inner
-    nothing = torch.zeros(len(asked), n_layers, d_mlp, dtype=torch.bool)
+    nothing = b.nothing(len(asked))
+    _, n_layers, d_mlp = nothing.shape
     before = left_without(b.model, b.tokenizer, texts, nothing)
     facts: dict[str, Any] = {
         "prompts": len(prompts),
@@ -450,10 +473,10 @@ def _probes(
 
 def _layer_scores(b: Bundled, prompts: Sequence[KnowledgePrompt], new: Tensor) -> dict[str, Tensor]:
     """Of each prompt and layer: the project's score, a causal one, and the gradient's length."""
-    n_layers, d_mlp = b.model.config.n_layer, b.model.config.n_inner
+    nothing = b.nothing(len(prompts))
+    n_layers = nothing.shape[1]
     results = [attribute(b.bridge, each.text, target=each.answer, top=1) for each in prompts]
     increase = torch.stack([result.layer_scores.ffn for result in results])
-    nothing = torch.zeros(len(prompts), n_layers, d_mlp, dtype=torch.bool)
     before = left_without(b.model, b.tokenizer, prompts, nothing).probability
     zeroing = torch.zeros(len(prompts), n_layers)
     gradient = torch.zeros(len(prompts), n_layers)
@@ -463,8 +486,7 @@ def _layer_scores(b: Bundled, prompts: Sequence[KnowledgePrompt], new: Tensor) -
         left = left_without(b.model, b.tokenizer, prompts, without).probability
         zeroing[:, layer] = before.log() - left.log()
         for group in prompt_groups(b.tokenizer, prompts):
-            weight = b.model.transformer.h[layer].mlp.c_proj.weight
-            no_edit = torch.zeros(len(group.tokens), *weight.shape)
+            no_edit = torch.zeros(len(group.tokens), *output_weight(b.model, layer).shape)
             found = answer_gradient(b.model, layer, group.tokens, new[group.rows], no_edit)
             gradient[group.rows, layer] = found.flatten(1).norm(dim=1)
     return {"increase": increase, "zeroing": zeroing, "gradient": gradient}
@@ -474,9 +496,10 @@ def _outcomes(
     b: Bundled, prompts: Sequence[KnowledgePrompt], new: Tensor, probes: Probes, radius: float
 ) -> dict[str, Tensor]:
     """Mean probability looked for, of each outcome, by prompt and layer edited."""
-    weights = [block.mlp.c_proj.weight for block in b.model.transformer.h]
+    n_layers = b.model.config.n_layer
+    weights = [output_weight(b.model, layer) for layer in range(n_layers)]
     length = radius * float(torch.stack([weight.norm() for weight in weights]).mean())
-    found = {name: torch.zeros(len(prompts), len(weights)) for name in OUTCOMES}
+    found = {name: torch.zeros(len(prompts), n_layers) for name in OUTCOMES}
     for layer, weight in enumerate(weights):
         edits = torch.zeros(len(prompts), *weight.shape)
         for group in prompt_groups(b.tokenizer, prompts):
@@ -617,7 +640,7 @@ def measure() -> dict[str, Any]:
 
 
 TABLES = {
-    "self_repair": (repair_table, repair_nats_table),
+    "self_repair": (repair_table, compensation_table, repair_nats_table),
     "wordings": (wordings_table, first_table, overlap_table),
     "editing": (layers_table, explained_table, chosen_table),
 }

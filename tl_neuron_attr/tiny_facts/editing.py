@@ -21,6 +21,12 @@ Edits = Float[Tensor, "edit d_mlp d_model"]
 """What is added to ``W_out``."""
 
 
+def output_weight(model: GPT2LMHeadModel, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    """A layer's ``W_out``: the weight itself, not a copy."""
+    blocks: Any = model.transformer.h
+    return blocks[layer].mlp.c_proj.weight
+
+
 @contextmanager
 def edited(model: GPT2LMHeadModel, layer: int, edits: Edits) -> Iterator[None]:
     """Row i of a batch runs as if ``edits[i]`` had been added to the layer's ``W_out``."""
@@ -53,10 +59,8 @@ def fit_edits(
 
     Cost: ``steps`` forward and backward passes; an edit is d_mlp x d_model floats.
     """
-    blocks: Any = model.transformer.h
     step = 2.5 * length / steps  # enough to reach the border and to turn there
-    shape = (len(tokens), *blocks[layer].mlp.c_proj.weight.shape)
-    edits = torch.zeros(shape)
+    edits = torch.zeros(len(tokens), *output_weight(model, layer).shape)
     for _ in range(steps):
         gradient = answer_gradient(model, layer, tokens, answers, edits)
         edits = edits + step * gradient / _norms(gradient).clamp_min(1e-30)

@@ -59,7 +59,10 @@ def layers_as_parts(host: Host) -> Parts:
 
 
 def best_as_parts(
-    host: Host, ffn_scores: Float[Tensor, "layer d_mlp"], attn_scores: Tensor, top: int
+    host: Host,
+    ffn_scores: Float[Tensor, "layer d_mlp"],
+    attn_scores: Float[Tensor, "layer head d_head"],
+    top: int,
 ) -> Parts:
     """The ``top`` best FFN neurons one by one, then all of them at once; the same for attention."""
     ffn, attn = _nothing(host, 2 * (top + 1))

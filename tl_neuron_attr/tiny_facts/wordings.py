@@ -116,7 +116,7 @@ def ranked_ffn_neurons(
 
 def mask_of(
     neurons: Int[Tensor, " neuron"], n_layers: int, d_mlp: int
-) -> Bool[Tensor, "layer neuron"]:
+) -> Bool[Tensor, "layer d_mlp"]:
     """Which neurons those are that are numbered across layers."""
     mask = torch.zeros(n_layers * d_mlp, dtype=torch.bool)
     mask[neurons] = True
