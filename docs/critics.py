@@ -645,6 +645,85 @@ TABLES = {
     "editing": (layers_table, explained_table, chosen_table),
 }
 
+
+def sentences(facts: dict[str, Any]) -> list[str]:
+    """Words of the page that hold figures, as they must read."""
+    parts = facts["self_repair"]["parts"]["zero"]
+    gives_back = facts["self_repair"]["compensation"]["zero"][6]  # without attention layer 3
+    asked = facts["wordings"]
+    left = asked["rankings"]["log_prob_increase"]
+    edits = facts["editing"]["radii"]["0.1"]
+    layer = edits["explained"]["rewrite"]
+    by_score = edits["chosen"]["increase"]
+    all_prompts = len(knowledge_prompts(trained=True))
+
+    def probability(method: str, kinship: str, top: str = "30") -> str:
+        found = asked["rankings"][method][top]["probability"][kinship]
+        return f"{found['mean'][0]:.2f}"
+
+    def shared(method: str, kinship: str) -> str:
+        return f"{asked['overlap'][method][kinship]['mean'][0] * 100:.0f} %"
+
+    def first(top: str) -> str:
+        return f"{left[top]['first']['itself']['mean'][0] * 100:.0f} %"
+
+    singly, together = (
+        parts[f"{VALUE_NEURONS} value neurons, FFN, {how}"]["logit"]
+        for how in ("one by one", "all at once")
+    )
+    attention = parts[f"{VALUE_NEURONS} value neurons, attention, all at once"]["log_prob"]
+    first_layer = parts["attention layer 0"]["logit"]
+    same_fact, held_out, reverse, same_wording, same_answer, relation, subject, _ = KINSHIPS
+    return [
+        f"{facts['facts']:,} facts",
+        f"{facts['known_prompts']:,} of the {all_prompts:,} there are",
+        f"{facts['self_repair']['prompts']} prompts. Each layer",
+        f"give back {gives_back[8]:+.2f} and {gives_back[10]:+.2f}",
+        f"another {-gives_back[7]:.2f}, {-gives_back[9]:.2f} and {-gives_back[11]:.2f} away",
+        f"direct effect of {first_layer['direct'][0]:.2f} and a total one of "
+        f"{first_layer['total'][0]:.2f}",
+        f"direct effect of {attention['direct'][0]:.3f} and a total one of "
+        f"{attention['total'][0]:.3f}",
+        f"lose {singly['direct'][0]:.2f} of logit directly; zeroed singly they cost "
+        f"{singly['total'][0]:.2f} in all, zeroed together {together['total'][0]:.2f}",
+        f"(one by one {singly['total'][0]:.2f} of {singly['direct'][0]:.2f})",
+        f"({attention['direct'][0]:.3f} nats to {attention['total'][0]:.3f})",
+        f"{asked['prompts']} facts, each in one trained wording. ({asked['prompts_left_out']} more",
+        f"leave {asked['random'][0]:.2f} of *itself*",
+        f"({probability('log_prob_increase', held_out)} left), and the lists share "
+        f"{shared('log_prob_increase', same_fact)} or more",
+        f"({probability('log_prob_increase', same_wording)} left, "
+        f"{shared('log_prob_increase', same_wording)} shared)",
+        f"({probability('log_prob_increase', same_answer)}, "
+        f"{shared('log_prob_increase', same_answer)})",
+        f"falls to {probability('log_prob_increase', relation)}",
+        f"({probability('log_prob_increase', reverse)} left; "
+        f"{asked['before'][reverse]['prompts']} prompts only",
+        f"asked for something else ({probability('log_prob_increase', subject)})",
+        f"keeps {probability('gradient_activation', same_answer)} and "
+        f"{probability('ablation', same_answer)}",
+        f"share {shared('query', subject)} with the same subject asked for something else, where "
+        f"value neurons share {shared('log_prob_increase', subject)}",
+        f"({probability('query', subject)} left against "
+        f"{probability('log_prob_increase', subject)})",
+        f"({probability('query', same_wording)} against "
+        f"{probability('log_prob_increase', same_wording)})",
+        f"still falls to {probability('query', same_answer)}, and the prompt itself only to "
+        f"{probability('query', 'itself')}",
+        f"falls to {probability('log_prob_increase', 'itself', '10')}, but it stays first in "
+        f"{first('10')}",
+        f"With 30 it stays first in {first('30')}, with a hundred in {first('100')}",
+        f"{facts['editing']['prompts']} facts. Each FFN layer",
+        f"layer alone explains {layer['layer']:.3f} of the variance, the score alone "
+        f"{layer['increase']['alone']:.3f}, and the score adds {layer['increase']['added'][0]:.3f}",
+        f"For the causal score it is {layer['zeroing']['added'][0]:.3f}",
+        f"layer 0 in {by_score['layers'][0]} of {facts['editing']['prompts']} prompts, and a "
+        f"success of {by_score['rewrite'][0]:.2f}",
+        f"correlation falls to {edits['rank_correlation']['increase']['after_first'][0]:.2f}",
+        f"({layer['gradient']['added'][0]:.3f} at 10 %",
+    ]
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     # numbers that name things become texts, as they are when read back
