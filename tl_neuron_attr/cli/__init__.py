@@ -15,6 +15,7 @@ from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
+from tl_neuron_attr.cli.paper import paper_app
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 
@@ -58,3 +59,4 @@ for command in (
     index,
 ):
     app.command()(command)
+app.add_typer(paper_app, name="paper")
