@@ -866,7 +866,7 @@ def test_numbers_that_make_no_sense_are_refused(tiny_gpt2):
             host, captured, result.out, result.target, [AttnNeuron(1, 0, 0, 2)]
         )
         query_scores(host, captured, [value])
-    over = attributed(tiny_gpt2)._over_sources[0]
+    over = attributed(tiny_gpt2).attn_neurons_over_sources
     with pytest.raises(InputError, match="by source position"):
         query_scores(host, captured, [over])
     with pytest.raises(InputError, match="source position 6 is out of range"):

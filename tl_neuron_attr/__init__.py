@@ -27,6 +27,7 @@ from tl_neuron_attr.decompose import (
 )
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import (
+    ConformanceError,
     IdentityError,
     InputError,
     NeuronAttrError,
@@ -41,9 +42,23 @@ from tl_neuron_attr.in_context import InContextHeads, head_inputs, in_context_he
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
 from tl_neuron_attr.interventions import (
+    Clamped,
+    Edit,
+    Intervention,
+    MeanCoefficients,
+    MeanReplaced,
+    Scaled,
     Zeroed,
     capture_zeroed,
+    clamp,
+    edit_weights,
     head_scan,
+    intervened,
+    intervention_hooks,
+    mean_coefficients,
+    replace_mean,
+    scale,
+    zero,
     zeroed_residuals,
 )
 from tl_neuron_attr.knowledge import (
@@ -59,6 +74,7 @@ from tl_neuron_attr.knowledge import (
     paper_prompts,
     save_prompts,
 )
+from tl_neuron_attr.methods import METHODS, Case, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -79,12 +95,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AskedPrompt",
+    "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
     "Attribution",
     "Baselines",
     "Capture",
+    "Case",
+    "Clamped",
     "Comparison",
+    "ConformanceError",
+    "Edit",
     "FFNDecomposition",
     "FFNNeuron",
     "Fact",
@@ -97,6 +118,9 @@ __all__ = [
     "Intervals",
     "KnowledgePrompt",
     "KnownPrompts",
+    "Intervention",
+    "MeanCoefficients",
+    "MeanReplaced",
     "NeuronAttrError",
     "NeuronCard",
     "NonFiniteError",
@@ -109,6 +133,7 @@ __all__ = [
     "RankedDifferences",
     "RankedNeurons",
     "ReadOut",
+    "Scaled",
     "Side",
     "Sources",
     "Target",
@@ -122,8 +147,11 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "check_method",
+    "clamp",
     "compare",
     "corrupted_of",
+    "edit_weights",
     "ffn_decomposition",
     "head_inputs",
     "head_scan",
@@ -132,12 +160,15 @@ __all__ = [
     "in_context_heads",
     "knowledge_prompts",
     "known_prompts",
+    "intervened",
+    "intervention_hooks",
     "load_capture",
     "load_model",
     "load_prompts",
     "load_trivia_qa",
     "neuron_card",
     "mask_curve",
+    "mean_coefficients",
     "neuron_scores",
     "open_host",
     "paper_prompts",
@@ -149,8 +180,10 @@ __all__ = [
     "projection_index",
     "query_scores",
     "read_out",
+    "replace_mean",
     "save_capture",
     "save_prompts",
+    "scale",
     "score_intervals",
     "suppressing_neurons",
     "tokenize",
@@ -160,5 +193,6 @@ __all__ = [
     "value_neurons",
     "value_query_graph",
     "verify",
+    "zero",
     "zeroed_residuals",
 ]

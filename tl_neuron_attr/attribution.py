@@ -185,11 +185,27 @@ class Attribution:
             elif by_source:
                 neurons, blocks = self.attn_neurons, self.attns
             else:
-                neurons, blocks = self._over_sources
+                neurons, blocks = self.attn_neurons_over_sources, self.attns_over_sources
             if top is not None:
                 neurons = _first(neurons, blocks, at_least_one(top, "top"))
             tables.append(self._table(neurons, blocks, tokens))
         return pd.concat(tables, ignore_index=True)
+
+    @cached_property
+    def attns_over_sources(self) -> tuple[AttnDecomposition, ...]:
+        """The attention of each layer, source positions summed: a sum over heads and dimensions."""
+        return tuple(block.over_sources() for block in self.attns)
+
+    @cached_property
+    def attn_neurons_over_sources(self) -> RankedNeurons:
+        """The best attention neurons summed over source positions, with their certificate.
+
+        As many as were ranked by source position (all, if there are fewer).
+        """
+        with torch.no_grad():
+            return top_neurons(
+                self.attns_over_sources, self.out, self.target, len(self.attn_neurons)
+            )
 
     def suppressing(
         self, kind: Kind | None = None, top: int | None = None, *, tokens: int = 0
@@ -489,13 +505,6 @@ class Attribution:
         # those of another run would not be this one's
         stale = [name for name in ("suppressing", "shares") if name not in tables]
         write_tables(path, tables, {"run.json": facts + "\n"}, stale)
-
-    @cached_property
-    def _over_sources(self) -> tuple[RankedNeurons, Sequence[AttnDecomposition]]:
-        blocks = [block.over_sources() for block in self.attns]
-        with torch.no_grad():
-            ranked = top_neurons(blocks, self.out, self.target, len(self.attn_neurons))
-        return ranked, blocks
 
     def _blocks(self, kind: Kind) -> Sequence[Decomposition]:
         return self.ffns if kind == "ffn" else self.attns

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import safetensors
 import safetensors.torch
@@ -21,6 +21,7 @@ from tl_neuron_attr.host import (
     block_outputs,
     cache_is_of,
     check_left_padding,
+    coefficient_name,
     final_resid_name,
     has_hooks,
     hook_names,
@@ -199,6 +200,14 @@ def capture_rows(
     return captures
 
 
+def run_rows(host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]) -> None:
+    """One forward pass for what ``hooks`` see in it: row i is prompt i, padded on the right.
+
+    Nothing is kept and nothing unembedded. The prompts must be of one ``rotary_regime``.
+    """
+    _forward(host, [prompt.tokens for prompt in prompts], hooks, [[]] * len(prompts))
+
+
 def capture_blocks(host: Host, prompt: TokenizedPrompt) -> list[Any]:
     """What each block returned in a run of ``prompt``, for ``final_residuals`` to start from.
 
@@ -215,11 +224,13 @@ def final_residuals(
     hooks: Sequence[Hook] = (),
     *,
     start: tuple[int, Sequence[Any]] | None = None,
+    differentiable: bool = False,
 ) -> Float[Tensor, "row d_model"]:
     """The residual stream after the last block, at each prompt's read position; rows as above.
 
     ``start`` is a layer and the outputs of ``capture_blocks``: all rows are then runs of that
-    prompt, and what comes before the layer is taken from there.
+    prompt, and what comes before the layer is taken from there. ``differentiable`` keeps the graph
+    that leads from what hooks put in to the result; hooks then see every layer at all positions.
 
     Raises:
         NonFiniteError: If one is NaN or infinite.
@@ -232,19 +243,41 @@ def final_residuals(
     reads = torch.tensor([prompt.read_pos for prompt in prompts])
 
     def keep(activation: Tensor, hook: Any) -> None:
-        seen.append(_scoring_copy(activation[rows, reads]))
+        resid = activation[rows, reads]
+        wide = torch.promote_types(resid.dtype, torch.float32)
+        seen.append(resid.to(wide) if differentiable else _scoring_copy(resid))
 
-    every = [*hooks, *_last_ffn_hooks(host, prompts), (final_resid_name(host), keep)]
+    sparing = [] if differentiable else _last_ffn_hooks(host, prompts)
+    every = [*hooks, *sparing, (final_resid_name(host), keep)]
     layer, outputs = (0, []) if start is None else start
+    tokens = [prompt.tokens for prompt in prompts]
     with starting_at(host, layer, outputs, len(prompts)):
-        _forward(host, [prompt.tokens for prompt in prompts], every, [[]] * len(prompts))
-    for row, resid in enumerate(seen[0]):
-        if not resid.isfinite().all():
-            raise NonFiniteError(
-                f"the model's activations are not finite: in {_name(prompts[row])}, edited, what "
-                "comes out of the last block holds NaN or infinity"
-            )
+        _forward(host, tokens, every, [[]] * len(prompts), differentiable=differentiable)
+    finite = seen[0].detach().isfinite().all(-1)
+    if not finite.all():
+        first = prompts[int(finite.int().argmin())]
+        raise NonFiniteError(
+            f"the model's activations are not finite: in {_name(first)}, edited, what comes out of "
+            "the last block holds NaN or infinity"
+        )
     return seen[0]
+
+
+def coefficients_everywhere(
+    host: Host, prompt: TokenizedPrompt, kind: Literal["ffn", "attn"]
+) -> Float[Tensor, "layer pos neuron"]:
+    """The coefficient of every neuron at every position: of attention neurons, ``z``.
+
+    Attention neurons are numbered by head, then index. Cost: one forward pass.
+    """
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, *, name: str) -> None:
+        seen[name] = _scoring_copy(activation[0].flatten(1))
+
+    names = [coefficient_name(host, layer, kind) for layer in range(host.n_layers)]
+    _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
+    return torch.stack([seen[name] for name in names])
 
 
 def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
@@ -428,6 +461,8 @@ def _forward(
     hooks: Sequence[Hook],
     reads: Sequence[Sequence[int]],
     padding_side: PaddingSide = "right",
+    *,
+    differentiable: bool = False,
 ) -> Float[Tensor, "row read d_vocab"]:
     """The logits at each row's positions ``reads`` from one forward pass, ``hooks`` in force.
 
@@ -454,7 +489,7 @@ def _forward(
     narrowed = not has_hooks(host.model)  # the caller's may look at all of them
     if narrowed:
         hooks = [*hooks, (unembedding_input_name(host), narrow)]
-    with torch.no_grad():
+    with torch.set_grad_enabled(differentiable):
         logits = host.model.run_with_hooks(
             tokens,
             return_type="logits",

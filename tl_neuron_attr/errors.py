@@ -23,3 +23,7 @@ class NonFiniteError(NeuronAttrError, ArithmeticError):
 
 class OutputError(NeuronAttrError, OSError):
     """A result could not be written; what was there before is untouched."""
+
+
+class ConformanceError(NeuronAttrError, AssertionError):
+    """A function given as a method is not one; the message says what is wrong with it."""

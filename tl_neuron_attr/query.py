@@ -70,11 +70,12 @@ class QueryScores:
     """What entered through the biases in front of the value neurons; 0 in ``published``."""
     attn: Float[Tensor, " layer"]
     ffn: Float[Tensor, " layer"]
-    heads: Float[Tensor, "layer head"]
+    attn_neurons: Float[Tensor, "layer head d_head"]
+    """Each attention neuron, over all positions and all sources."""
     ffn_by_position: Float[Tensor, "source layer d_mlp"]
     """Each FFN neuron, for what it writes at each position of ``sources``."""
     attn_slopes: Float[Tensor, "source layer head d_head"]
-    """The same for attention neurons, per unit of coefficient: they are too many to keep."""
+    """Attention neurons by source, per unit of coefficient: they are too many to keep."""
     ffn_depth: int
     """FFN neurons of layers below this are earlier than some value neuron."""
     attn_depth: int
@@ -86,6 +87,11 @@ class QueryScores:
     def ffn_neurons(self) -> Float[Tensor, "layer d_mlp"]:
         """Each FFN neuron, over all positions: the published score."""
         return self.ffn_by_position.sum(0)
+
+    @property
+    def heads(self) -> Float[Tensor, "layer head"]:
+        """Each head, over all positions."""
+        return self.attn_neurons.sum(-1)
 
     @property
     def left_out(self) -> Bool[Tensor, " value"]:
@@ -152,17 +158,17 @@ def query_scores(
     attn_depth = int((rows.layer + rows.after_attn).max())
     ffn = torch.zeros_like(sources.mlp_post).transpose(0, 1).contiguous()
     attn_slopes = ffn.new_zeros(len(ffn), host.n_layers, host.n_heads, host.d_head)
-    heads = ffn.new_zeros(host.n_layers, host.n_heads)
+    attn_neurons = ffn.new_zeros(host.n_layers, host.n_heads, host.d_head)
     for layer in range(ffn_depth):
         live = to_ffn[layer].any(-1).nonzero()[:, 0]  # positions that some value neuron reads later
-        slope, _ = slopes(host.W_out(layer), to_ffn[layer, live])
+        slope = slopes(host.W_out(layer), to_ffn[layer, live])
         ffn[live, layer] = slope * sources.mlp_post[layer, live]
     for layer in range(attn_depth):
         live = to_attn[layer].any(-1).nonzero()[:, 0]
-        slope, _ = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
+        slope = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
         attn_slopes[live, layer] = slope.unflatten(1, (host.n_heads, host.d_head))
         z = sources.pattern[layer] @ values_by_head(host, captured, layer)
-        heads[layer] = (z * attn_slopes[:, layer].transpose(0, 1)).sum((1, 2))
+        attn_neurons[layer] = (z * attn_slopes[:, layer].transpose(0, 1)).sum(1)
     return QueryScores(
         values=tuple(each.neurons for each in placed),
         convention=convention,
@@ -171,7 +177,7 @@ def query_scores(
         bias=(inputs.weight * inputs.bias).sum(),
         attn=by_source[1::2],
         ffn=by_source[2::2],
-        heads=heads,
+        attn_neurons=attn_neurons,
         ffn_by_position=ffn,
         attn_slopes=attn_slopes,
         ffn_depth=ffn_depth,

@@ -15,7 +15,7 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.norms import column_norms, weight_norms
 from tl_neuron_attr.prompts import Target
 
 Convention = Literal["exact", "published", "recomputed"]
@@ -85,6 +86,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
+    known_norms: Float[Tensor, " d_vocab"] | None = field(default=None, init=False, repr=False)
+    """Norms of tokens' directions, where the model's are known; ``replace`` forgets them."""
 
     @property
     def affine(self) -> bool:
@@ -145,6 +148,35 @@ class ReadOut:
         """
         return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
 
+    @full_precision()
+    def ranks(self, vectors: Float[Tensor, "row d_model"], target: Target) -> Int[Tensor, " row"]:
+        """The target's place among all tokens by how much each vector raises their logits, from 1.
+
+        This is the linear part of the read-out, as in ``project``, and a place no scale of the
+        norm changes. Ties count against the target: a vector of zeros puts it last. Cost: one pass
+        over the unembedding; peak memory: the budget.
+
+        Raises:
+            InputError: Of a contrast, which has no place among tokens.
+        """
+        if target.against is not None:
+            raise InputError(
+                "a contrast has no rank among the tokens; attribute the prompt without against"
+            )
+        parts = [torch.zeros(0, dtype=torch.long, device=vectors.device)]
+        for rows in vectors.split(self.rows_per_block):
+            added = self._weighted(self._centred(rows))
+            own = added @ self.W_U[:, target.id].to(self.dtype)
+            places = torch.ones(len(rows), dtype=torch.long, device=rows.device)
+            for columns in self._vocabulary():
+                logits = self._product(added, columns)
+                if columns.start <= target.id < columns.stop:
+                    # the same number from another product may round to another
+                    logits[:, target.id - columns.start] = -torch.inf
+                places += (logits >= own[:, None]).sum(-1)
+            parts.append(places)
+        return torch.cat(parts)
+
     def directions(
         self, tokens: Int[Tensor, " token"], norm_scale: Float[Tensor, ""]
     ) -> Float[Tensor, "token d_model"]:
@@ -198,6 +230,44 @@ class ReadOut:
                 partial.append(delta.logsumexp(-1))
             parts.append(token_delta - torch.stack(partial).logsumexp(0))
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
+
+    @full_precision()
+    def rivals(self, resid: Float[Tensor, " d_model"], target: Target, count: int) -> "Rivals":
+        """The target beside the ``count`` likeliest other tokens, and all others as one.
+
+        Of a contrast, the two tokens of it. The norm's scale is that of ``resid``. Cost: two
+        passes over the unembedding, for one vector.
+        """
+        centred = self._centred(resid)
+        one = centred.new_ones(1)
+        if target.against is not None:
+            tokens = torch.tensor([target.id, target.against.id], device=resid.device)
+            directions = self._transposed(self._columns(tokens), one)
+            prob = torch.tensor([0.0, 1.0], dtype=torch.float64, device=resid.device)
+        else:
+            # in float64: what the target leaves to others may be very little
+            left = self.logits(resid).double().softmax(-1)
+            own = left[target.id].clone()
+            left[target.id] = -1.0  # below all others
+            chosen = left.topk(min(count, len(left) - 1)).indices
+            tokens = torch.cat([chosen.new_tensor([target.id]), chosen])
+            prob = torch.cat([own[None], left[chosen]])
+            left[tokens] = 0.0
+            total = left.sum()
+            weights = (left / total.clamp(min=torch.finfo(left.dtype).tiny)).to(self.dtype)
+            mean = torch.zeros_like(centred)
+            for columns in self._vocabulary():
+                mean += self.W_U[:, columns].to(self.dtype) @ weights[columns]
+            directions = self._transposed(torch.cat([self._columns(tokens), mean[None]]), one)
+            prob = torch.cat([prob, total[None]])
+        return Rivals(
+            directions=directions,
+            prob=prob,
+            resid=centred,
+            norm_scale=(centred.pow(2).mean() + self.eps).sqrt(),
+            centered=self.centered,
+            eps=self.eps,
+        )
 
     @full_precision()
     def deviations(self, baseline: "Baseline") -> "Deviations":
@@ -286,7 +356,7 @@ class ReadOut:
             if leans:
                 weights, shrink = weights[some].T.contiguous(), shrink[some]
                 expected = torch.addmm(expected * shrink, directions, weights)
-                expected_norm = expected_norm * shrink + self._norms(directions) @ weights
+                expected_norm = expected_norm * shrink + self._norms(columns) @ weights
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
@@ -297,11 +367,11 @@ class ReadOut:
         found.expected_norm[some] = expected_norm / total[some]
         return found
 
-    def _norms(self, directions: Float[Tensor, "d_model token"]) -> Float[Tensor, " token"]:
-        """Norms of the directions, each entry weighted by the final norm's gain."""
-        if self.gain is None:
-            return torch.linalg.vector_norm(directions, dim=0)
-        return (self.gain.to(self.dtype).square() @ directions.square()).sqrt()
+    def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
+        """Norms of these tokens' directions, each entry weighted by the final norm's gain."""
+        if self.known_norms is None:
+            return column_norms(self.W_U[:, tokens], self.gain).to(self.dtype)
+        return self.known_norms[tokens].to(self.dtype)
 
     def _transposed(self, vectors: Tensor, norm_scale: Tensor) -> Tensor:
         """The transpose of the frozen norm's linear part, at each row's own scale."""
@@ -448,6 +518,71 @@ class Deviations:
     """Largest norm of a column of the unembedding."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rivals:
+    """The target and what it competes with: how log p(target) bends as something is taken away.
+
+    Bins are the target, then its likeliest rivals, then all other tokens as one that lies where
+    they lie on average. For a contrast the two tokens alone, the second of which has it all.
+    """
+
+    directions: Float[Tensor, "bin d_model"]
+    """A normalised vector's dot product with it is its change of the bin's logit."""
+    prob: Float[Tensor, " bin"]
+    """What the model gives each bin, in float64; of a contrast 0 and 1."""
+    resid: Float[Tensor, " d_model"]
+    """The final residual, its mean taken out where the norm does."""
+    norm_scale: Float[Tensor, ""]
+    centered: bool
+    eps: float
+
+    @property
+    def gradient(self) -> Float[Tensor, " d_model"]:
+        """That of log p(target), of a contrast of the difference, with respect to the residual.
+
+        The norm's scale answers too: the model's own gradient.
+        """
+        apart = self.directions[0] - self.prob.to(self.directions.dtype) @ self.directions
+        unit = self.resid / self.norm_scale
+        return (apart - unit * (unit @ apart) / len(unit)) / self.norm_scale
+
+    @full_precision()
+    def loss(
+        self,
+        rows: Float[Tensor, "neuron d_model"],
+        coefficients: Float[Tensor, " neuron"],
+        first_order: Float[Tensor, " neuron"],
+    ) -> Float[Tensor, " neuron"]:
+        """What log p(target) loses without each neuron, in nats, from the loss at first order.
+
+        A neuron is ``coefficient * row`` in the residual stream here, and more that it does by way
+        of others. ``first_order`` is the loss of both, taken as linear. What it is here is taken
+        away as it is: each bin's logit moves, the norm is taken anew. The rest of ``first_order``
+        is laid upon the target's logit. Then the softmax is taken once, so that a neuron with
+        ``first_order`` alone loses what a logit that falls so far does.
+        """
+        d_model = len(self.resid)
+        probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
+        # float64, where what is linear is taken from what is not
+        products = torch.cat([probes @ block.to(probes).T for block in rows.split(_ROWS)], 1)
+        products = (products * coefficients.to(products)).double()
+        moves, along, total = products[:-2], products[-2], products[-1]
+        squares = torch.cat([block.to(probes).square().sum(1) for block in rows.split(_ROWS)])
+        size = (squares * coefficients.to(squares).square()).double()
+        if self.centered:
+            size = size - total.square() / d_model
+        scale = self.norm_scale.double()
+        left = scale.square() + (size - 2 * along) / d_model
+        logits = (self.directions @ self.resid).double()[:, None]
+        change = (logits - moves) / left.clamp(min=self.eps).sqrt() - logits / scale
+        linear = logits * along / (d_model * scale**3) - moves / scale
+        elsewhere = first_order.double() - (self.prob @ linear - linear[0])
+        rivalry = self.prob[1:].sum().clamp(min=torch.finfo(torch.float64).tiny)
+        change[0] -= elsewhere / rivalry
+        after = (self.prob.log()[:, None] + change).logsumexp(0) - change[0]
+        return after.to(first_order.dtype)
+
+
 @full_precision()
 def baseline_of_runs(
     outs: Sequence[ReadOut],
@@ -496,7 +631,7 @@ def baseline_of_runs(
     else:
         log_prob = out._contrast(normalized[source], aims.token, aims.against)
         expected = out._columns(aims.against)
-        expected_norm = out._norms(expected.T)
+        expected_norm = out._norms(aims.against)
     if tangent and norm_scale is not None:
         picture = _tangent(out, aims, norm_scale, expected, expected_norm)
     return Baseline(
@@ -521,7 +656,7 @@ def _tangent(
     column = out._columns(aims.token)
     return Tangent(
         gradient=out._transposed(column - expected, norm_scale),
-        reach=(out._norms(column.T) + expected_norm) / norm_scale,
+        reach=(out._norms(aims.token) + expected_norm) / norm_scale,
     )
 
 
@@ -564,7 +699,9 @@ def read_out(
     resid = resid_final.to(dtype)
     if out.centered:
         resid = resid - resid.mean()
-    return replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    out = replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    object.__setattr__(out, "known_norms", weight_norms(host).tokens)
+    return out
 
 
 def check_read_out(

@@ -1,0 +1,237 @@
+"""Every method conforms; whatever is no method is told what is wrong with it."""
+
+import pytest
+import torch
+from conftest import TOKENS, bridge_of
+from test_methods import case_of
+
+from tl_neuron_attr import Case, ConformanceError, InputError, check_method
+from tl_neuron_attr.methods import METHOD_CHECKS, METHODS, example_cases
+from tl_neuron_attr.methods.static import coefficient, norm
+
+
+@pytest.fixture(scope="module")
+def cases():
+    model = bridge_of("llama")
+    return tuple(case_of(model, tokens) for tokens in (TOKENS[:3], TOKENS[:4]))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_conforms(cases, name):
+    slow = name in ("ablation", "attribution_patching", "integrated_gradients", "value_and_query")
+    check_method(METHODS[name], cases[:1] if slow else cases)
+
+
+def test_a_user_s_own_function_is_checked_on_the_bundled_model():
+    def loudest(case, kind, top):
+        return coefficient(case, kind) / norm(case, kind)
+
+    check_method(loudest)
+
+
+def test_the_checks_can_be_run_one_by_one_on_the_examples():
+    cases = example_cases()
+    assert len({len(case.result.captured.prompt.tokens) for case in cases}) == 2
+    assert all(case.corrupted is not None for case in cases)
+    for check in METHOD_CHECKS:
+        check(METHODS["direct_logit"], cases)
+
+
+# --- what is no method ------------------------------------------------------------------------
+
+
+def scores(case, kind):
+    return coefficient(case, kind)
+
+
+def flat(case, kind, top):
+    return scores(case, kind).flatten()
+
+
+def other_shape(case, kind, top):
+    return scores(case, kind)[:, :-1]
+
+
+def a_list(case, kind, top):
+    return scores(case, kind).tolist()
+
+
+def integers(case, kind, top):
+    return (100 * scores(case, kind)).long()
+
+
+def half(case, kind, top):
+    return scores(case, kind).half()
+
+
+def nan(case, kind, top):
+    return scores(case, kind).log().sqrt()
+
+
+def minus_infinity(case, kind, top):
+    return scores(case, kind).masked_fill(scores(case, kind) < 0.01, -torch.inf)
+
+
+def hanging_on_a_graph(case, kind, top):
+    with torch.enable_grad():
+        return scores(case, kind).requires_grad_() * 2
+
+
+def the_case_s_own(case, kind, top):
+    captured = case.result.captured
+    return captured.mlp_post if kind == "ffn" else captured.z
+
+
+def wrong_arguments(case, kind):
+    return scores(case, kind)
+
+
+def failing(case, kind, top):
+    raise KeyError("no such layer")
+
+
+def never(case, kind, top):
+    raise InputError("not today")
+
+
+def training(case, kind, top):
+    case.result.host.model.train()
+    return scores(case, kind)
+
+
+def hooking(case, kind, top):
+    model = case.result.host.model
+    model.blocks[0].register_forward_hook(lambda *_: None)
+    return scores(case, kind)
+
+
+def editing(case, kind, top):
+    with torch.no_grad():
+        case.result.host.model.blocks[0].mlp.W_out.mul_(1.0)
+    return scores(case, kind)
+
+
+def gathering_gradients(case, kind, top):
+    model = case.result.host.model
+    with torch.enable_grad():
+        model(torch.tensor([TOKENS])).sum().backward()
+    return scores(case, kind)
+
+
+def freezing(case, kind, top):
+    for weight in case.result.host.model.parameters():
+        weight.requires_grad_(not weight.requires_grad)
+    return scores(case, kind)
+
+
+def switching_gradients_off(case, kind, top):
+    torch.set_grad_enabled(False)
+    return scores(case, kind)
+
+
+def in_float64_from_now_on(case, kind, top):
+    torch.set_default_dtype(torch.float64)
+    return scores(case, kind)
+
+
+def drawing(case, kind, top):
+    return torch.rand_like(scores(case, kind))
+
+
+def drawing_on_its_own(case, kind, top, _generator=torch.Generator().manual_seed(0)):  # noqa: B008
+    like = scores(case, kind)
+    return torch.rand(like.shape, generator=_generator)
+
+
+def writing(case, kind, top):
+    case.result.captured.mlp_post.clamp_(min=0)
+    return scores(case, kind)
+
+
+def best_of_another_order(case, kind, top):
+    found = scores(case, kind)
+    return found if top is None else -found
+
+
+def best_by_other_numbers(case, kind, top):
+    found = scores(case, kind)
+    return found if top is None else 2 * found
+
+
+def too_few(case, kind, top):
+    found = scores(case, kind)
+    if top is None:
+        return found
+    return found.masked_fill(found < found.max(), -torch.inf)
+
+
+def by_gradient_mode(case, kind, top):
+    return scores(case, kind) + float(torch.is_grad_enabled())
+
+
+def by_batch(case, kind, top):
+    # a batch pads prompts, and what is timed together is timed otherwise
+    return scores(case, kind) + case.result.seconds
+
+
+@pytest.mark.parametrize(
+    ("method", "message"),
+    [
+        (flat, r"scores of shape \[\d+\]; give \[3, .*which is \[layer, d_mlp\]"),
+        (other_shape, r"scores of shape"),
+        (a_list, "gives a list; give a torch tensor"),
+        (integers, "scores in torch.int64; give torch.float32"),
+        (half, "scores in torch.float16"),
+        (nan, "scores that are NaN or infinite"),
+        (minus_infinity, "scores that are NaN or infinite"),
+        (hanging_on_a_graph, "require gradients; detach them"),
+        (the_case_s_own, "a tensor of the case or of the model itself; clone it"),
+        (wrong_arguments, r"raises TypeError when called with \(case, 'ffn', None\)"),
+        (failing, "raises KeyError when called .*should raise InputError"),
+        (never, r"raises InputError for every case and kind \(not today\)"),
+        (training, "changes training mode of the model"),
+        (hooking, "changes the modules' own hooks of the model"),
+        (editing, "changes the weights of the model"),
+        (gathering_gradients, r"changes the gradients \(.grad\) of the model"),
+        (freezing, "changes requires_grad of the model"),
+        (switching_gradients_off, "changes the gradient mode of torch"),
+        (in_float64_from_now_on, "changes the default dtype of torch"),
+        (drawing, "draws from torch's global random numbers"),
+        (drawing_on_its_own, "other scores of ffn neurons when it is called a second time"),
+        (writing, "writes into the tensors of the case"),
+        (best_of_another_order, "with top=1 does not give the 1 best ffn neurons"),
+        (best_by_other_numbers, "with top=1 does not give the 1 best ffn neurons"),
+        (too_few, "with top=10 does not give the 10 best ffn neurons"),
+        (by_gradient_mode, "where gradients are recorded than under no_grad"),
+        (by_batch, "another score where the prompt was attributed in a batch"),
+    ],
+)
+def test_what_is_no_method_is_told_why(method, message):
+    model = bridge_of("gpt2")
+    cases = [case_of(model, tokens) for tokens in (TOKENS, TOKENS[:4])]
+    with torch.random.fork_rng(), pytest.raises(ConformanceError, match=message) as raised:
+        try:
+            check_method(method, cases)
+        finally:
+            torch.set_grad_enabled(True)
+            torch.set_default_dtype(torch.float32)
+    assert str(raised.value).startswith(method.__name__)
+
+
+def test_a_method_for_one_kind_alone_conforms(cases):
+    def of_ffn(case, kind, top):
+        if kind != "ffn":
+            raise InputError("this is for FFN neurons")
+        return coefficient(case, kind)
+
+    check_method(of_ffn, cases)
+
+
+def test_there_must_be_something_to_check(cases):
+    with pytest.raises(InputError, match="there are no cases"):
+        check_method(METHODS["norm"], [])
+
+
+def test_a_case_without_corrupted_prompt_is_passed_over(cases):
+    (first, second) = cases
+    check_method(METHODS["attribution_patching"], [Case(result=first.result), second])

@@ -1,0 +1,107 @@
+"""What a method is asked: one attributed prompt, and whose neurons to score."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import get_args
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.decompose import Decomposition
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one
+from tl_neuron_attr.topk import Kind, RankedNeurons
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One prompt whose neurons are to be scored, by whatever method.
+
+    Raises:
+        InputError: If the corrupted prompt does not line up with the prompt attributed.
+    """
+
+    result: Attribution
+    """What ``attribute`` found: the model, the run, the answer asked about."""
+    corrupted: TokenizedPrompt | None = field(default=None, repr=False)
+    """The prompt changed so that the answer is another, token by token as long: what attribution
+    patching takes activations from. Of the model's tokenizer: ``tokenize(host, Prompt(...))``."""
+
+    def __post_init__(self) -> None:
+        if self.corrupted is None:
+            return
+        prompt = self.result.captured.prompt
+        ours, theirs = len(prompt.tokens), len(self.corrupted.tokens)
+        if ours != theirs:
+            raise InputError(
+                f"the corrupted prompt is {theirs} tokens and the prompt {ours}; activations are "
+                "compared position by position, so give one of the same number of tokens"
+            )
+        if self.corrupted.tokens == prompt.tokens:
+            raise InputError("the corrupted prompt is the prompt itself; give one that differs")
+
+
+Method = Callable[[Case, Kind, int | None], Tensor]
+"""``method(case, kind, top)``: a score for every neuron of a kind, higher = more important.
+
+Of shape [layer, d_mlp] for ``"ffn"`` and [layer, head, d_head] for ``"attn"``: attention neurons
+are the position-free ones, which zeroing a row of ``W_O`` removes. With ``top`` it is enough that
+the ``top`` best are true: others may be -inf. With ``None`` all are. Where a method cannot be used
+(there is no corrupted prompt, say) it raises ``InputError``.
+"""
+
+
+def neuron_shape(host: Host, kind: str) -> tuple[int, ...]:
+    """The shape of a score for every neuron of a kind.
+
+    Raises:
+        InputError: If the kind is unknown.
+    """
+    if kind not in get_args(Kind):
+        raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
+    if kind == "ffn":
+        return (host.n_layers, host.d_mlp)
+    return (host.n_layers, host.n_heads, host.d_head)
+
+
+def blocks_of(case: Case, kind: Kind) -> Sequence[Decomposition]:
+    """Each layer as a sum over its neurons of a kind; attention summed over source positions."""
+    neuron_shape(case.result.host, kind)
+    return case.result.ffns if kind == "ffn" else case.result.attns_over_sources
+
+
+def in_layers(case: Case, kind: Kind, scores: Float[Tensor, " neuron"]) -> Float[Tensor, "..."]:
+    """Scores in the order neurons are numbered across layers, in the shape of a method's."""
+    return scores.view(neuron_shape(case.result.host, kind))
+
+
+def of_ranked(case: Case, ranked: RankedNeurons) -> Float[Tensor, "..."]:
+    """The scores of ranked neurons in the shape of a method's, all others -inf."""
+    shape = neuron_shape(case.result.host, ranked.kind)
+    scores = ranked.score.new_full(shape, -math.inf)
+    where = [ranked.layer, ranked.index]
+    if ranked.head is not None:
+        where.insert(1, ranked.head)
+    scores[tuple(where)] = ranked.score
+    return scores
+
+
+def how_many(top: int | None, case: Case, kind: Kind) -> int | None:
+    """``top`` once it is known to count something; ``None`` where that is about all there are."""
+    total = math.prod(neuron_shape(case.result.host, kind))
+    return None if top is None or 2 * at_least_one(top, "top") >= total else top
+
+
+def layer_of_each(case: Case, kind: Kind) -> Int[Tensor, " neuron"]:
+    """The layer of every neuron, in the order they are numbered across layers."""
+    n_layers, *rest = neuron_shape(case.result.host, kind)
+    layers = torch.arange(n_layers, device=case.result.captured.mlp_post.device)
+    return layers.repeat_interleave(math.prod(rest))
+
+
+TOKENS_AT_A_TIME = 4096
+"""Rows times positions in one forward pass: enough for matrix products to run at full speed."""
