@@ -207,6 +207,17 @@ def test_what_is_measured_does_not_depend_on_batches_or_on_what_else_is_asked(ti
     assert set(reseeded.loc[moved, "method"]) == {"random"}
 
 
+def test_each_prompt_has_random_neurons_of_its_own(tiny_gpt2):
+    tokens = SENTENCES["a/0"]
+    table = evaluate(tiny_gpt2, known(tiny_gpt2, {"a/0": tokens, "a/1": tokens}), "a").effects
+    after = table[table["metric"] == "log_prob"].pivot(
+        index="method", columns="prompt_id", values="after"
+    )
+    apart = (after["a/0"] - after["a/1"]).abs()
+    assert apart["log_prob_increase"] < 1e-5 and apart["norm_matched"] < 1e-5
+    assert apart["random"] > 1e-3
+
+
 def test_a_limit_draws_evenly_and_a_smaller_one_some_of_the_same(tiny_gpt2):
     sentences = {f"{name}/{n}": ((1, 2, 3), 9) for name in "aaabbc" for n in range(7)}
     asked = known(tiny_gpt2, sentences).kept
