@@ -3,8 +3,8 @@
 Writes pages/closest.json and prints the tables that the page "Closest to zeroing" shows. Of
 ``tiny-facts``, on prompts in trained wordings drawn with seed 0, and of the three small models in
 ``../shared/models`` where they are at hand, on beginnings of texts that they wrote themselves
-(closest_texts.json). Everything in float64. About 25 minutes on one CPU core; the costs, which
-want a quiet machine, one minute more (``--costs`` measures them alone).
+(closest_texts.json). Everything in float64. Names of models measure those alone, ``--costs`` the
+costs alone, which want a quiet machine; ``--tables`` prints what was measured before.
 """
 
 import json
@@ -37,6 +37,7 @@ PROMPTS = {"tiny-facts": 60, "slm4096": 60, "babyllama105": 24, "stories260K": 6
 KNOWN = (0.3, 0.999)
 """What probability the answer has at least, and, of models on their own texts, at most."""
 HERE = Path(__file__).parent
+FIGURES = HERE / "pages" / "closest.json"
 SHARED = HERE.parents[1] / "shared" / "models"
 DIRECTORIES = {
     "tiny-facts": tiny_facts_dir(),
@@ -272,47 +273,76 @@ def costs(rounds=7):
 # --- tables -------------------------------------------------------------------------------------
 
 
-def table(facts, kind):
-    """A model's rows as Markdown."""
-    lines = [
-        "| score | rank correlation | of the largest | correlation "
-        "| top 10 / 30 / 100 / 300 shared | left after zeroing 10 / 30 / 100 / 300 |",
-        "|---|---|---|---|---|---|",
-    ]
-    names = [name for group in SHIPPED.values() for name in group]
-    for name in (*names, "curved_gradient, one rival", *TRIED, "ablation"):
-        row = facts[kind][name]
+def names_of():
+    """Scores in the order of the tables: what ships by what it costs, what was tried, the truth."""
+    shipped = [name for group in SHIPPED.values() for name in group]
+    return [*shipped, "curved_gradient, one rival", *TRIED, "ablation"]
+
+
+def table(facts, kind, cell, names=None):
+    """One row a score and one column a model, as Markdown; ``cell`` writes a score's figures."""
+    models = [name for name in DIRECTORIES if name in facts]
+    heads = [f"{name} ({facts[name]['prompts']})" for name in models]
+    lines = [f"| score | {' | '.join(heads)} |", "|---" * (1 + len(models)) + "|"]
+    for name in names or names_of():
         shown = f"`{name}`" if name in METHODS else name
-        shared = " / ".join(f"{row[f'overlap_{top}']:.2f}" for top in TOPS)
-        left = " / ".join(f"{row[f'left_{top}']:.3f}" for top in TOPS)
-        lines.append(
-            f"| {shown} | {row['rank_correlation']:.3f} | {row['rank_correlation_largest']:.3f} "
-            f"| {row['correlation']:.3f} | {shared} | {left} |"
-        )
+        cells = (cell(facts[model][kind][name]) for model in models)
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def close(row):
+    """Rank correlation over all neurons, over the largest, and Pearson's."""
+    keys = ("rank_correlation", "rank_correlation_largest", "correlation")
+    return " / ".join(f"{row[key]:.2f}" for key in keys)
+
+
+def shared(row):
+    """The part of ablation's top neurons that are among as many of the score's."""
+    return " / ".join(f"{row[f'overlap_{top}']:.2f}" for top in TOPS)
+
+
+def left(row):
+    """The answer's mean probability without the top neurons."""
+    return " / ".join(f"{row[f'left_{top}']:.3f}" for top in TOPS)
+
+
+def tables(facts):
+    """Every table of the page."""
+    before = ", ".join(
+        f"{name} {facts[name]['before']:.3f}" for name in DIRECTORIES if name in facts
+    )
+    parts = [f"before: {before}"]
+    for kind in KINDS:
+        shipped = [name for name in names_of() if name in METHODS]
+        parts += [f"## {kind}: closeness", table(facts, kind, close)]
+        parts += [
+            f"## {kind}: shared with the top of ablation",
+            table(facts, kind, shared, shipped),
+        ]
+        parts += [f"## {kind}: left", table(facts, kind, left, shipped)]
+    return "\n\n".join(parts)
+
+
+def saved():
+    """What was measured before."""
+    return json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
 
 
 def write(facts):
     """Keep the figures, those of other models and the costs as they were."""
-    path = HERE / "pages" / "closest.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(known | facts, indent=1) + "\n", "utf-8")
+    FIGURES.write_text(json.dumps(saved() | facts, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--costs" not in sys.argv:
-        chosen = [name for name in DIRECTORIES if name in sys.argv[1:]] or [*DIRECTORIES]
-        for name in chosen:
+    asked = sys.argv[1:]
+    if not asked or set(asked) & set(DIRECTORIES):
+        for name in [name for name in DIRECTORIES if name in asked] or DIRECTORIES:
             if not DIRECTORIES[name].exists():
                 print(f"{name}: skipped, it is not in {SHARED}")
                 continue
-            measured = measure(name)
-            write({name: measured})
-            for kind in KINDS:
-                print(f"\n{name}, {kind}: {measured['before']:.3f} before\n", flush=True)
-                print(table(measured, kind), flush=True)
-    if "--costs" in sys.argv or len(sys.argv) == 1:
-        measured = costs()
-        write({"cost": measured, "torch": torch.__version__})
-        print(json.dumps(measured, indent=1))
+            write({name: measure(name)})
+    if not asked or "--costs" in asked:
+        write({"cost": costs(), "torch": torch.__version__})
+    print(tables(saved()), json.dumps(saved().get("cost"), indent=1), sep="\n\n")
