@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import transformers
 from frozen import CHORDS, HALVES, NORMS, PATTERNS, FrozenModel, few_steps, frozen_gradient
-from scipy.stats import rankdata
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_neuron_attr import InputError, attribute
@@ -151,7 +150,9 @@ def closeness(score, exact):
 
 
 def _ranks(values):
-    return torch.from_numpy(rankdata(values.numpy()))
+    """From 1; those that tie share the middle of their places."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[which].double()
 
 
 def _correlation(first, second):
@@ -238,7 +239,7 @@ def gpt2_small(n_tokens=64):
 
 
 def costs(rounds=7):
-    """Each score's time in plain forward passes, measured in turns in one process, in float32."""
+    """Each score's CPU time in plain forward passes, in turns in one process, in float32."""
     tiny = load_model("tiny-facts", device="cpu")
     models = {
         "tiny-facts": (tiny, tuple(tiny.to_tokens("The capital of France is")[0].tolist())),
@@ -260,9 +261,9 @@ def costs(rounds=7):
         times = {method: [] for method in calls}
         for _ in range(rounds):
             for method, call in calls.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 call()
-                times[method].append(time.perf_counter() - started)
+                times[method].append(time.process_time() - started)
         median = {method: statistics.median(each) for method, each in times.items()}
         facts[name] = {
             method: round(value / median["forward"], 2) for method, value in median.items()
@@ -308,20 +309,26 @@ def left(row):
 
 
 def tables(facts):
-    """Every table of the page."""
-    before = ", ".join(
-        f"{name} {facts[name]['before']:.3f}" for name in DIRECTORIES if name in facts
-    )
-    parts = [f"before: {before}"]
+    """Every table of the page, by what it shows."""
+    shipped = [name for name in names_of() if name in METHODS]
+    found = {}
     for kind in KINDS:
-        shipped = [name for name in names_of() if name in METHODS]
-        parts += [f"## {kind}: closeness", table(facts, kind, close)]
-        parts += [
-            f"## {kind}: shared with the top of ablation",
-            table(facts, kind, shared, shipped),
-        ]
-        parts += [f"## {kind}: left", table(facts, kind, left, shipped)]
-    return "\n\n".join(parts)
+        found[f"{kind} close"] = table(facts, kind, close)
+        found[f"{kind} shared"] = table(facts, kind, shared, shipped)
+        found[f"{kind} left"] = table(facts, kind, left, shipped)
+    found["cost"] = cost_table(facts["cost"])
+    return found
+
+
+def cost_table(facts):
+    """Forward passes' time, one row a score."""
+    models = [name for name in facts if isinstance(facts[name], dict)]
+    lines = [f"| score | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for name in facts[models[0]]:
+        if name not in ("forward", "forward_seconds"):
+            shown = f"`{name}`" if name in METHODS else name
+            lines.append(f"| {shown} | {' | '.join(f'{facts[m][name]:.2f}' for m in models)} |")
+    return "\n".join(lines)
 
 
 def saved():
@@ -345,4 +352,5 @@ if __name__ == "__main__":
             write({name: measure(name)})
     if not asked or "--costs" in asked:
         write({"cost": costs(), "torch": torch.__version__})
-    print(tables(saved()), json.dumps(saved().get("cost"), indent=1), sep="\n\n")
+    for name, text in tables(saved()).items():
+        print(f"\n{name}\n\n{text}")
