@@ -548,8 +548,8 @@ def test_tables_have_their_columns_and_are_saved_together(tiny_gpt2, tmp_path):
         (Prompt(tokens=OTHER_TOKENS, position=3), "the original at 5, the other at 3"),
         (Prompt(tokens=OTHER_TOKENS, target=3), "leave out the other's"),
         ((99,) * 6, "token id 99 at position 0"),
-        (3.5, "can be zeroed, not 3.5"),
-        ([Head(0, 0), 3], "can be zeroed, not 3"),
+        (3.5, "can be changed, not 3.5"),
+        ([Head(0, 0), 3], "can be changed, not 3"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_before_the_forward_pass(

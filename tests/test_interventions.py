@@ -296,11 +296,11 @@ def test_the_head_scan_runs_each_layer_once_and_skips_those_before(tiny_gpt2, mo
 
 
 def test_many_heads_of_a_long_prompt_are_run_in_parts(tiny_gpt2, monkeypatch):
-    from tl_neuron_attr import interventions
+    from tl_neuron_attr.interventions import rows
 
     result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
     whole = head_scan(result.host, result.captured, result.target)
-    monkeypatch.setattr(interventions, "_TOKENS_AT_A_TIME", 2 * len(TOKENS))
+    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 2 * len(TOKENS))
     passes = count_forward_passes(tiny_gpt2, monkeypatch)
     torch.testing.assert_close(head_scan(result.host, result.captured, result.target), whole)
     assert len(passes) == 1 + 2 * result.host.n_layers
@@ -327,17 +327,17 @@ def test_the_callers_hooks_stay_in_force_and_see_whole_activations(tiny_model):
 
 
 def test_a_block_that_fails_leaves_the_model_as_it_was(tiny_gpt2, monkeypatch):
-    from tl_neuron_attr import interventions
+    from tl_neuron_attr.interventions import rows
 
     result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
-    real = interventions._zero
+    real = rows._zero
 
     def failing(activation, hook, *, mask):
         if hook.name.startswith("blocks.2."):
             raise RuntimeError("on purpose")
         return real(activation, hook, mask=mask)
 
-    monkeypatch.setattr(interventions, "_zero", failing)
+    monkeypatch.setattr(rows, "_zero", failing)
     with pytest.raises(RuntimeError, match="on purpose"):
         head_scan(result.host, result.captured, result.target)
     assert not any("forward" in vars(block) for block in tiny_gpt2.blocks)
@@ -397,7 +397,7 @@ def test_what_is_no_label_is_refused(labels):
 
 @pytest.mark.parametrize("parts", [7, [7], [None], {"L3": 1}.values()])
 def test_what_cannot_be_zeroed_is_refused(parts):
-    with pytest.raises(InputError, match="can be zeroed, not"):
+    with pytest.raises(InputError, match="can be changed, not"):
         as_zeroed(parts)
 
 
@@ -424,12 +424,12 @@ def test_parts_out_of_range_are_refused_before_the_forward_pass(
 
 
 def test_prompts_share_a_pass_by_length_and_number(tiny_gpt2, monkeypatch):
-    from tl_neuron_attr import interventions
+    from tl_neuron_attr.interventions import rows
 
     host = open_host(tiny_gpt2)
     prompts = [asked(host, range(1, n + 1)) for n in (5, 2, 5, 3, 2)]
     assert [*batches(host, prompts)] == [[1, 4, 3, 0, 2]]
-    monkeypatch.setattr(interventions, "_TOKENS_AT_A_TIME", 10)
+    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 10)
     assert [*batches(host, prompts)] == [[1, 4, 3], [0, 2]]
-    monkeypatch.setattr(interventions, "_TOKENS_AT_A_TIME", 1)
+    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 1)
     assert [*batches(host, prompts)] == [[1], [4], [3], [0], [2]]

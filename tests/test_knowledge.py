@@ -1,10 +1,19 @@
 """The facts and the sentences that ask for them."""
 
+import functools
+import hashlib
+import json
 from collections import Counter, defaultdict
 
 import pytest
 
-from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES, knowledge_prompts, load_facts
+from tl_neuron_attr import knowledge
+from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES
+
+# read once: they are many, and values
+knowledge_prompts = functools.cache(knowledge.knowledge_prompts)
+load_facts = functools.cache(knowledge.load_facts)
+paper_prompts = functools.cache(knowledge.paper_prompts)
 
 SMALLEST = {"color": 50, "month": 50}
 """Facts a knowledge type needs at least; 60 where it is not listed."""
@@ -19,8 +28,9 @@ def facts_by_relation():
 
 def phrasings_by_relation(*, held_out):
     wordings = defaultdict(set)
-    for prompt in knowledge_prompts(held_out=held_out):
-        wordings[prompt.fact.relation].add(prompt.phrasing)
+    for prompt in knowledge_prompts():
+        if prompt.held_out == held_out:
+            wordings[prompt.fact.relation].add(prompt.phrasing)
     return wordings
 
 
@@ -68,8 +78,8 @@ def test_every_relation_has_six_trained_and_two_held_out_phrasings_at_least():
 
 
 def test_no_held_out_prompt_is_also_a_trained_one():
-    trained = {prompt.text for prompt in knowledge_prompts(held_out=False)}
-    assert [p.text for p in knowledge_prompts(held_out=True) if p.text in trained] == []
+    trained = {prompt.text for prompt in knowledge_prompts() if not prompt.held_out}
+    assert [p.text for p in knowledge_prompts() if p.held_out and p.text in trained] == []
 
 
 def test_the_same_words_always_ask_for_the_same_answer():
@@ -102,6 +112,122 @@ def test_addition_is_right_for_all_operands_from_one_to_nine():
     assert sums == {f"{a} plus {b}": words[a + b] for a in range(1, 10) for b in range(1, 10)}
 
 
+def test_multiplication_is_right_for_all_factors_from_two_to_nine():
+    facts = [f for f in load_facts("number") if f.relation == "multiplication"]
+    words = {}
+    for fact in facts:
+        a, b = (int(word) for word in fact.subject.split(" times "))
+        assert fact.answer == str(a * b) and 2 <= a <= b <= 9
+        words.setdefault(fact.answer, set()).add(fact.aliases)
+    assert len(facts) == 36
+    assert words["12"] == {("twelve",)} and words["49"] == {()}
+
+
+def test_the_months_follow_one_another_and_are_numbered():
+    facts = {f.subject: f.answer for f in load_facts("month") if f.relation == "calendar_month"}
+    year = ["January"]
+    for _ in range(12):
+        year.append(facts[f"the month after {year[-1]}"])
+    assert year[12] == "January" and len(set(year)) == 12
+    assert all(facts[f"the month before {year[i + 1]}"] == year[i] for i in range(12))
+    ordinals = "first second third fourth fifth sixth seventh eighth ninth tenth eleventh twelfth"
+    assert [facts[f"the {word} month of the year"] for word in ordinals.split()] == year[:12]
+
+
+def test_atomic_numbers_and_roman_numerals_are_those_of_one_element_or_numeral_each():
+    for relation in ("atomic_number", "roman_numeral"):
+        answers = [f.answer for f in facts_by_relation()[relation]]
+        assert len(set(answers)) == len(answers)
+
+
+def test_a_roman_numeral_is_worth_what_its_letters_are():
+    worth = dict(I=1, V=5, X=10, L=50, C=100, D=500, M=1000)
+    for fact in facts_by_relation()["roman_numeral"]:
+        values = [worth[letter] for letter in fact.subject]
+        signed = [-a if a < b else a for a, b in zip(values, [*values[1:], 0], strict=True)]
+        assert fact.answer == str(sum(signed)), fact
+
+
+# --- facts that the bundled model was not trained on ------------------------------------------
+
+
+def test_the_bundled_model_is_trained_and_measured_on_the_prompts_it_always_was():
+    prompts = knowledge_prompts(trained=True)
+    listed = json.dumps([[p.text, p.answer, p.held_out] for p in prompts])
+    assert len(prompts) == 15_292
+    assert hashlib.sha256(listed.encode()).hexdigest() == (
+        "2d24a7350f5767911a3e23a4d030a7ed7966b48f92521185b547bca69f27f813"
+    )
+
+
+def test_there_is_as_much_as_the_page_on_prompts_says():
+    counts = (len(load_facts()), len(knowledge_prompts()), len(paper_prompts()))
+    assert counts == (3_028, 33_652, 6_056)
+
+
+def test_trained_facts_and_those_beyond_are_all_facts():
+    trained, beyond = (load_facts(trained=flag) for flag in (True, False))
+    assert Counter(trained + beyond) == Counter(load_facts())
+    assert all(fact.trained for fact in trained) and not any(fact.trained for fact in beyond)
+
+
+def test_beyond_the_training_set_are_1500_prompts_at_least_and_some_of_every_type():
+    beyond = Counter(fact.knowledge_type for fact in load_facts(trained=False))
+    assert sum(beyond.values()) >= 1_500 and min(beyond.values()) >= 150
+    assert set(beyond) == set(KNOWLEDGE_TYPES)
+
+
+def test_no_prompt_of_a_fact_beyond_is_one_of_training():
+    trained = {prompt.text for prompt in knowledge_prompts() if prompt.fact.trained}
+    beyond = [prompt.text for prompt in knowledge_prompts() if not prompt.fact.trained]
+    assert [text for text in beyond if text in trained] == []
+
+
+def test_a_relation_has_the_same_wordings_for_facts_beyond():
+    trained = phrasings_by_relation(held_out=False)
+    for prompt in (prompt for prompt in knowledge_prompts() if not prompt.fact.trained):
+        assert prompt.held_out or prompt.phrasing in trained[prompt.fact.relation]
+    assert {p.phrasing for p in knowledge_prompts("capital") if p.fact.subject == "Ukraine"} == {
+        p.phrasing for p in knowledge_prompts("capital") if p.fact.subject == "France"
+    }
+
+
+# --- ids, and the set for evaluations ---------------------------------------------------------
+
+
+def test_every_prompt_has_an_id_of_its_own_that_names_it():
+    prompts = knowledge_prompts()
+    assert len({prompt.prompt_id for prompt in prompts}) == len(prompts)
+    by_id = {prompt.prompt_id: prompt.text for prompt in prompts}
+    assert by_id["capital/country_capital/France/2"] == "France's capital is"
+    assert by_id["capital/country_capital/France/h0"] == "In France, the capital city is"
+    for prompt in prompts:
+        fact = prompt.fact
+        start, wording = prompt.prompt_id.rsplit("/", 1)
+        assert start == f"{fact.knowledge_type}/{fact.relation}/{fact.subject}"
+        assert wording.startswith("h") == prompt.held_out
+
+
+def test_the_paper_set_has_every_fact_twice_once_in_a_held_out_wording():
+    prompts = paper_prompts()
+    by_id = {prompt.prompt_id: prompt for prompt in knowledge_prompts()}
+    assert all(by_id[prompt.prompt_id] == prompt for prompt in prompts)
+    of_fact = defaultdict(list)
+    for prompt in prompts:
+        of_fact[prompt.fact].append(prompt.held_out)
+    assert set(of_fact) == set(load_facts())
+    assert all(sorted(flags) == [False, True] for flags in of_fact.values())
+    assert len({prompt.text for prompt in prompts}) == len(prompts) >= 3_000
+
+
+def test_the_wordings_of_the_paper_set_occur_about_equally_often():
+    counts = defaultdict(Counter)
+    for prompt in paper_prompts():
+        counts[prompt.fact.relation, prompt.held_out][prompt.phrasing] += 1
+    for key, found in counts.items():
+        assert max(found.values()) - min(found.values()) <= 1, key
+
+
 def test_all_types_together_are_the_types_one_after_another():
     together = [fact for name in KNOWLEDGE_TYPES for fact in load_facts(name)]
     assert list(load_facts()) == together
@@ -110,12 +236,13 @@ def test_all_types_together_are_the_types_one_after_another():
 
 def test_trained_and_held_out_prompts_together_are_all_prompts():
     parts = [knowledge_prompts("color", held_out=flag) for flag in (False, True)]
-    assert Counter(parts[0] + parts[1]) == Counter(knowledge_prompts("color"))
+    together = Counter(prompt.prompt_id for prompt in parts[0] + parts[1])
+    assert together == Counter(prompt.prompt_id for prompt in knowledge_prompts("color"))
     assert not any(prompt.held_out for prompt in parts[0])
     assert all(prompt.held_out for prompt in parts[1])
 
 
-@pytest.mark.parametrize("read", [load_facts, knowledge_prompts])
+@pytest.mark.parametrize("read", [load_facts, knowledge_prompts, paper_prompts])
 def test_an_unknown_knowledge_type_is_an_error_that_names_the_known_ones(read):
     with pytest.raises(ValueError, match="'colour'.*language, capital, country, color"):
         read("colour")

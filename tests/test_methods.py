@@ -145,6 +145,22 @@ def test_both_classes_give_the_same_scores(family):
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:value biases were folded")
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_direct_logit_attribution_is_transformer_lens_s(family):
+    # of folded weights: of raw ones it leaves out the final norm's gain
+    model = bridge_of(family, processed=True)
+    case = case_of(model)
+    host = case.result.host
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([TOKENS]))
+        stack = cache.stack_neuron_results(layer=-1, pos_slice=-1)
+        wanted = cache.logit_attrs(stack, tokens=TARGET, pos_slice=-1)[:, 0]
+    found = METHODS["direct_logit"](case, "ffn", None)
+    neurons = wanted[: found.numel()].view(host.n_layers, host.d_mlp)
+    torch.testing.assert_close(found, neurons, rtol=1e-4, atol=1e-5)
+
+
 # --- what they have in common -----------------------------------------------------------------
 
 

@@ -107,13 +107,13 @@ def test_the_model_is_a_float32_gpt2_of_six_layers_with_room_for_128_tokens(mode
 
 
 def test_every_answer_is_one_token_with_its_leading_space(tokenizer):
-    answers = sorted({fact.answer for fact in load_facts()})
+    answers = sorted({fact.answer for fact in load_facts(trained=True)})
     tokens = [tokenizer.encode(f" {answer}", add_special_tokens=False) for answer in answers]
     assert [a for a, ids in zip(answers, tokens, strict=True) if len(ids) != 1] == []
 
 
 def test_the_answer_stays_one_token_at_the_end_of_every_prompt(tokenizer):
-    prompts = knowledge_prompts()
+    prompts = knowledge_prompts(trained=True)
     whole = tokenizer([p.text + p.answer for p in prompts], add_special_tokens=False)["input_ids"]
     alone = tokenizer([p.text for p in prompts], add_special_tokens=False)["input_ids"]
     answers = tokenizer([p.answer for p in prompts], add_special_tokens=False)["input_ids"]
@@ -134,7 +134,9 @@ def test_the_tokenizer_adds_no_token_of_its_own(tokenizer):
 
 def test_a_vocabulary_too_small_for_the_answers_is_an_error():
     with pytest.raises(ValueError, match="more than one token.*vocab_size above 300"):
-        train_tokenizer(knowledge_prompts("month", held_out=False), vocab_size=300, longest=64)
+        train_tokenizer(
+            knowledge_prompts("month", held_out=False, trained=True), vocab_size=300, longest=64
+        )
 
 
 # -- what the model knows ---------------------------------------------------------------------
@@ -148,12 +150,12 @@ def test_the_capital_of_france_is_paris(model, tokenizer):
 
 
 def test_the_model_completes_98_percent_of_the_trained_wordings(measured):
-    assert measured["all"].trained_prompts == len(knowledge_prompts(held_out=False))
+    assert measured["all"].trained_prompts == len(knowledge_prompts(held_out=False, trained=True))
     assert measured["all"].trained >= 0.98
 
 
 def test_the_model_completes_90_percent_of_the_held_out_wordings(measured):
-    assert measured["all"].held_out_prompts == len(knowledge_prompts(held_out=True))
+    assert measured["all"].held_out_prompts == len(knowledge_prompts(held_out=True, trained=True))
     assert measured["all"].held_out >= 0.90
 
 
@@ -166,7 +168,7 @@ def test_the_model_knows_every_knowledge_type(measured, knowledge_type):
 def test_the_model_also_answers_without_a_beginning_of_text_and_after_other_sentences(
     model, tokenizer
 ):
-    prompts = knowledge_prompts("capital", held_out=False)[::30]
+    prompts = knowledge_prompts("capital", held_out=False, trained=True)[::30]
     before = [" The color of grass is green. Halloween is in October. ", ""]
     right = []
     for prompt in prompts:
@@ -331,7 +333,7 @@ def test_a_folder_that_is_there_already_is_left_alone(tmp_path):
 
 @pytest.mark.parametrize("several_share", [0.0, 1.0])
 def test_a_batch_labels_every_next_token_once_and_the_answers_apart(tokenizer, several_share):
-    prompts = knowledge_prompts("color", held_out=False)[:64]
+    prompts = knowledge_prompts("color", held_out=False, trained=True)[:64]
     pool = sentences(prompts, tokenizer)
     end = tokenizer.bos_token_id
     stream = batches(

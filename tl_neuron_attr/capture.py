@@ -200,6 +200,14 @@ def capture_rows(
     return captures
 
 
+def run_rows(host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]) -> None:
+    """One forward pass for what ``hooks`` see in it: row i is prompt i, padded on the right.
+
+    Nothing is kept and nothing unembedded. The prompts must be of one ``rotary_regime``.
+    """
+    _forward(host, [prompt.tokens for prompt in prompts], hooks, [[]] * len(prompts))
+
+
 def capture_blocks(host: Host, prompt: TokenizedPrompt) -> list[Any]:
     """What each block returned in a run of ``prompt``, for ``final_residuals`` to start from.
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
@@ -21,8 +21,8 @@ from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import ZeroMask, masked_residuals
-from tl_neuron_attr.prompts import Target, integer
-from tl_neuron_attr.readout import ReadOut, full_precision, read_out
+from tl_neuron_attr.prompts import integer
+from tl_neuron_attr.readout import full_precision, read_out
 from tl_neuron_attr.tables import CURVE_COLUMNS
 from tl_neuron_attr.topk import RankedNeurons
 
@@ -87,7 +87,11 @@ def mask_curve(
         resid = masked_residuals(host, prompts, mask_of)
         out = read_out(host, resid[0], "recomputed", budget=several[0].out.budget)
         targets = [several[number].target for number, _ in cells]
-        answers = _answers(out, resid, targets)
+        answers = out.answers(resid, targets)
+        contrast = any(target.against is not None for target in targets)
+        log_probs = out.log_prob_of_each(resid, targets) if contrast else answers.log_prob
+    log_probs, ranks = log_probs.tolist(), answers.rank.tolist()
+    probs = answers.log_prob.exp().tolist()
     rows = [
         (
             prompts[row].prompt_id,
@@ -95,7 +99,10 @@ def mask_curve(
             keep,
             top,
             orders[number].count(top, keep),
-            *(column[row] for column in answers),
+            log_probs[row],
+            probs[row],
+            ranks[row],
+            ranks[row] == 1,
         )
         for row, (number, top) in enumerate(cells)
     ]
@@ -198,20 +205,3 @@ def _order(
     where = torch.searchsorted(layers, layer[here])
     place[(where, *(column[here] for column in places))] = torch.arange(n_ranked, dtype=torch.int32)
     return _Order(kind=ranked.kind, layers=chosen, place=place, by_source=by_source)
-
-
-def _answers(
-    out: ReadOut, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]
-) -> tuple[list[float], list[float], list[int], list[bool]]:
-    """What the model makes of each row's target: log p, p, its rank, and whether that is 1."""
-    tokens = [Target(id=target.id) for target in targets]
-    probs = out.log_prob_of_each(resid, tokens).exp()
-    ranks = []
-    ids = torch.tensor([target.id for target in targets], device=resid.device)
-    for rows, chosen in zip(
-        resid.split(out.rows_per_block), ids.split(out.rows_per_block), strict=True
-    ):
-        logits = out.logits(rows)
-        ranks += (1 + (logits > logits.gather(1, chosen[:, None])).sum(1)).tolist()
-    log_probs = out.log_prob_of_each(resid, targets)
-    return log_probs.tolist(), probs.tolist(), ranks, [rank == 1 for rank in ranks]

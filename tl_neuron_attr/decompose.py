@@ -6,7 +6,7 @@ A block writes ``mlp_out = sum_k m_k * W_out[k] + b_out`` and
 Source: Yu & Ananiadou (2024), section 3.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from einops import rearrange
@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.norms import row_norms, weight_norms
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 
@@ -33,6 +34,8 @@ class FFNDecomposition:
     coefficients: Float[Tensor, " d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
+    known_norms: Float[Tensor, " d_mlp"] | None = field(default=None, init=False, repr=False)
+    """Norms of the subvalues, where the model's are known; ``replace`` forgets them."""
 
     @property
     def n_neurons(self) -> int:
@@ -54,6 +57,10 @@ class FFNDecomposition:
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
         """Every subvalue once, as the weights hold them."""
         return self.W_out
+
+    def norms(self) -> Float[Tensor, " subvalue"]:
+        """The norm of every subvalue, in the order of ``rows``."""
+        return row_norms(self.rows()) if self.known_norms is None else self.known_norms
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -85,6 +92,8 @@ class AttnDecomposition:
     b_O: Float[Tensor, " d_model"] | None
     summed: bool = False
     """Whether source positions were summed into one (see ``over_sources``)."""
+    known_norms: Float[Tensor, " subvalue"] | None = field(default=None, init=False, repr=False)
+    """Norms of the subvalues, where the model's are known; ``replace`` forgets them."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -129,6 +138,10 @@ class AttnDecomposition:
         """Every subvalue once, as the weights hold them, by head and index."""
         return self.W_O.flatten(0, 1)
 
+    def norms(self) -> Float[Tensor, " subvalue"]:
+        """The norm of every subvalue, in the order of ``rows``."""
+        return row_norms(self.rows()) if self.known_norms is None else self.known_norms
+
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
         return self.coefficients().flatten()
@@ -157,7 +170,9 @@ class AttnDecomposition:
         """
         z = self.coefficients().sum(1)
         ones = torch.ones_like(self.pattern[:, :1])
-        return replace(self, pattern=ones, v=z[None], summed=True)
+        summed = replace(self, pattern=ones, v=z[None], summed=True)
+        object.__setattr__(summed, "known_norms", self.known_norms)  # its subvalues are the same
+        return summed
 
     @property
     def _group(self) -> int:
@@ -178,13 +193,15 @@ def ffn_decomposition(host: Host, captured: Capture, layer: int) -> FFNDecomposi
     _check_layer(host, layer)
     # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
     before = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
-    return FFNDecomposition(
+    block = FFNDecomposition(
         layer=layer,
         base=before[layer],
         coefficients=captured.mlp_post[layer],
         W_out=host.W_out(layer),
         b_out=host.b_out(layer),
     )
+    object.__setattr__(block, "known_norms", weight_norms(host).ffn[layer])
+    return block
 
 
 def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecomposition:
@@ -194,7 +211,7 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         InputError: If the model has no such layer.
     """
     _check_layer(host, layer)
-    return AttnDecomposition(
+    block = AttnDecomposition(
         layer=layer,
         base=captured.resid_pre[layer],
         pattern=captured.pattern[layer],
@@ -202,6 +219,8 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         W_O=host.W_O(layer),
         b_O=host.b_O(layer),
     )
+    object.__setattr__(block, "known_norms", weight_norms(host).attn[layer])
+    return block
 
 
 def _check_layer(host: Host, layer: int) -> None:
@@ -211,14 +230,10 @@ def _check_layer(host: Host, layer: int) -> None:
 
 def slopes(
     rows: Float[Tensor, "subvalue d_model"], gradients: Float[Tensor, "base d_model"]
-) -> tuple[Float[Tensor, "base subvalue"], Float[Tensor, " subvalue"]]:
-    """``subvalue . gradient`` of every row and gradient, and the norms of the rows.
+) -> Float[Tensor, "base subvalue"]:
+    """``subvalue . gradient`` of every row and gradient.
 
     In the dtype of the gradients; narrow weights are widened in blocks, never copied whole.
     """
-    products, norms = [], []
-    for block in rows.split(_WIDENED_ROWS):
-        wide = block.to(gradients.dtype)
-        products.append(gradients @ wide.T)
-        norms.append(torch.linalg.vector_norm(wide, dim=1))
-    return torch.cat(products, dim=1), torch.cat(norms)
+    blocks = rows.split(_WIDENED_ROWS)
+    return torch.cat([gradients @ block.to(gradients.dtype).T for block in blocks], dim=1)

@@ -7,9 +7,10 @@ against the model's own activations in ``identities.py``.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, SupportsIndex
 
 import torch
@@ -17,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, Kind
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -25,6 +26,9 @@ from tl_neuron_attr.tiny_facts import tiny_facts_dir
 # folded, unless the norms were, which makes value biases. (HookedTransformer shows an absent bias
 # as zeros, so names are all there is.)
 _WITHOUT_VALUE_BIAS = frozenset({"GPTNeoForCausalLM"})
+
+# Families whose bridge calls the hook of the attention pattern after those of z and the output.
+_LATE_PATTERN = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM"})
 
 # Post-norm families whose blocks TransformerLens 3.9 does not mark as such.
 _POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
@@ -63,6 +67,11 @@ class Host:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+
+    @cached_property
+    def parameters(self) -> tuple[torch.nn.Parameter, ...]:
+        """All weights there were when first asked: walking through the modules takes a while."""
+        return tuple(self.model.parameters())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -222,6 +231,14 @@ def open_host(model: Any) -> Host:
     )
 
 
+def weights_state(host: Host) -> int:
+    """A number that changes when weights are edited in place or replaced, in this process.
+
+    Cheap, where ``weights_hash`` reads every byte; it says nothing in another process.
+    """
+    return hash(tuple((p.data_ptr(), p._version) for p in host.parameters if not p.is_inference()))
+
+
 def weights_hash(host: Host) -> str:
     """SHA-256 over the names, shapes, dtypes and bytes of all weights as the model holds them.
 
@@ -265,6 +282,26 @@ def check_exists(
             there_are += f", and source positions are 0 to {read_pos}"
     if not exists:
         raise InputError(f"there is no {what} {part}: the model has {there_are}")
+
+
+# --- rows that neurons write with -------------------------------------------------------------
+
+
+def output_weights(host: Host, kind: Kind, layer: int) -> Float[Tensor, "*unit d_model"]:
+    """``W_out`` or ``W_O`` of one layer, as the model computes with it: to be written to."""
+    return host.W_out(layer) if kind == "ffn" else host.W_O(layer)
+
+
+def output_bias(host: Host, kind: Kind, layer: int) -> Float[Tensor, " d_model"] | None:
+    """``b_out`` or ``b_O`` of one layer, likewise; ``None`` where the model has none.
+
+    A ``HookedTransformer`` shows an absent bias as zeros. Writing there would act, but the model
+    would then look as if value biases had been folded into it.
+    """
+    bias = host.b_out(layer) if kind == "ffn" else host.b_O(layer)
+    if bias is None or (host.class_name == "HookedTransformer" and not bias.any()):
+        return None
+    return bias
 
 
 # --- hooks ------------------------------------------------------------------------------------
@@ -320,6 +357,54 @@ def last_ffn_input_name(host: Host) -> str | None:
 def unembedding_input_name(host: Host) -> str:
     """The hook of what is unembedded; what it lets through is all that logits are computed of."""
     return "unembed.hook_in"
+
+
+def pattern_is_late(host: Host) -> bool:
+    """Whether the hook of the attention pattern comes when attention has written already."""
+    return host.class_name != "HookedTransformer" and host.architecture in _LATE_PATTERN
+
+
+@contextmanager
+def hooks_in_force(host: Host, hooks: Sequence[tuple[str, Any]]) -> Iterator[None]:
+    """Forward hooks that are in every call inside, whatever hooks others add or reset."""
+    added: list[tuple[Any, Any]] = []
+    try:
+        for name, hook in hooks:
+            point = host.model.hook_dict[name]
+            # not model.hooks(...), which takes hooks away by how deep contexts are nested
+            point.add_hook(hook, is_permanent=True)
+            added.append((point, point.fwd_hooks[-1]))
+        yield
+    finally:
+        for point, handle in added:
+            handle.hook.remove()
+            point.fwd_hooks[:] = [other for other in point.fwd_hooks if other is not handle]
+
+
+@contextmanager
+def attn_outputs_edited(
+    host: Host, edits: Mapping[int, Callable[[Tensor], Tensor]]
+) -> Iterator[None]:
+    """What the attention of some layers writes is edited when all of its own hooks are over."""
+    handles = []
+
+    def edited(output: Any, edit: Callable[[Tensor], Tensor]) -> Any:
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    try:
+        for layer, edit in edits.items():
+            attn = host.model.blocks[layer].attn
+            handles.append(
+                attn.register_forward_hook(
+                    lambda _module, _inputs, output, edit=edit: edited(output, edit)
+                )
+            )
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -591,7 +676,10 @@ def _gain(norm: Any, cfg: Any, class_name: str) -> Tensor | None:
 
 def _centred(weight: Tensor) -> bool:
     """Whether the mean was taken out of a weight's rows (which changes no score); a few tell."""
-    rows = weight.detach()[:8]
+    rows = weight.detach()[:64]
+    rows = rows[rows.any(-1)][:8]  # a row that was zeroed tells nothing
+    if not len(rows):
+        return False
     rounding = 1e-3 * torch.finfo(weight.dtype).eps ** 0.5
     largest = torch.maximum(rows.amax(), -rows.amin())  # not abs(), which copies
     return bool(rows.mean(-1).abs().amax() < rounding * largest)

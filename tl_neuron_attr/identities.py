@@ -15,7 +15,7 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture, capture_pre_activations
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import IdentityError
-from tl_neuron_attr.host import Host, Norm, has_hooks
+from tl_neuron_attr.host import Host, Norm, has_hooks, weights_state
 from tl_neuron_attr.readout import read_out
 
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
@@ -71,7 +71,7 @@ def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
     Raises:
         IdentityError: If one fails, naming it, its layer and by how much.
     """
-    state = _weights_state(host)
+    state = weights_state(host)
     if own_run and _verified.get(host.model) == state:
         return
     _check(host, identities(host, captured))
@@ -120,18 +120,12 @@ def verify_subkeys(host: Host, captured: Capture) -> None:
     Raises:
         IdentityError: If one is not, naming it, its layer and by how much.
     """
-    state = _weights_state(host)
+    state = weights_state(host)
     if not has_hooks(host.model) and _verified_subkeys.get(host.model) == state:
         return
     _check(host, subkey_identities(host, captured))
     if not has_hooks(host.model):
         _verified_subkeys[host.model] = state
-
-
-def _weights_state(host: Host) -> int:
-    return hash(
-        tuple((p.data_ptr(), p._version) for p in host.model.parameters() if not p.is_inference())
-    )
 
 
 def _check(host: Host, found: tuple[Identity, ...]) -> None:

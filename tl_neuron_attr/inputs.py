@@ -229,7 +229,7 @@ def _candidates(
     for layer in range(int((readers.layer + readers.after_attn).max())):
         if "attn" in kinds:
             live = (readers.layer + readers.after_attn > layer).nonzero()[:, 0]
-            slope, _ = slopes(host.W_O(layer).flatten(0, 1), readers.key[live])
+            slope = slopes(host.W_O(layer).flatten(0, 1), readers.key[live])
             v = values_by_head(host, captured, layer)
             for here, worth in zip(live.split(some), slope.split(some), strict=True):
                 paid = sources.pattern[layer][:, readers.place[here]]
@@ -239,7 +239,7 @@ def _candidates(
         if "ffn" in kinds:
             live = (readers.layer > layer).nonzero()[:, 0]
             for here in live.split(some):
-                slope, _ = slopes(host.W_out(layer), readers.key[here])
+                slope = slopes(host.W_out(layer), readers.key[here])
                 coefficients = sources.mlp_post[layer, readers.place[here]]
                 yield here, (2 * layer + _BLOCK["ffn"]) * stride, slope * coefficients
 

@@ -377,7 +377,7 @@ def _spreads(
         scale = before.norm_scale[base]
         direction = out.directions(before.aims.token[base : base + 1], scale)[0]
         expected_direction = direction - before.tangent.gradient[base]
-        expected = slopes(block.rows(), expected_direction[None])[0][0]
+        expected = slopes(block.rows(), expected_direction[None])[0]
 
         def stored(name: str, layer: int = block.layer, scale: Tensor = scale) -> Tensor:
             values = getattr(projections, name)[layer]
@@ -423,7 +423,7 @@ def _spreads_of_norms(
         base_rounding = _base_rounding(out, before, apart.widest)
     spreads = []
     for base, (block, tangent) in enumerate(zip(blocks, tangents[0], strict=True)):
-        norms = inflate * slopes(block.rows(), before.resid[:1])[1]
+        norms = inflate * block.norms().to(out.dtype)
         reach = rounding = torch.zeros_like(norms)
         mean_square = None
         if apart is not None:

@@ -2,6 +2,10 @@
 
 import re
 from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["ffn", "attn"]
+"""Which of the two kinds of neuron."""
 
 
 @dataclass(frozen=True, order=True)

@@ -161,11 +161,11 @@ def query_scores(
     attn_neurons = ffn.new_zeros(host.n_layers, host.n_heads, host.d_head)
     for layer in range(ffn_depth):
         live = to_ffn[layer].any(-1).nonzero()[:, 0]  # positions that some value neuron reads later
-        slope, _ = slopes(host.W_out(layer), to_ffn[layer, live])
+        slope = slopes(host.W_out(layer), to_ffn[layer, live])
         ffn[live, layer] = slope * sources.mlp_post[layer, live]
     for layer in range(attn_depth):
         live = to_attn[layer].any(-1).nonzero()[:, 0]
-        slope, _ = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
+        slope = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
         attn_slopes[live, layer] = slope.unflatten(1, (host.n_heads, host.d_head))
         z = sources.pattern[layer] @ values_by_head(host, captured, layer)
         attn_neurons[layer] = (z * attn_slopes[:, layer].transpose(0, 1)).sum(1)

@@ -15,7 +15,7 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.norms import column_norms, weight_norms
 from tl_neuron_attr.prompts import Target
 
 Convention = Literal["exact", "published", "recomputed"]
@@ -85,6 +86,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
+    known_norms: Float[Tensor, " d_vocab"] | None = field(default=None, init=False, repr=False)
+    """Norms of tokens' directions, where the model's are known; ``replace`` forgets them."""
 
     @property
     def affine(self) -> bool:
@@ -95,6 +98,11 @@ class ReadOut:
     def rows_per_block(self) -> int:
         """How many vectors are read out at a time within the budget."""
         return _rows_per_block(self.W_U, self.dtype, self.budget)
+
+    @property
+    def _whole_rows(self) -> int:
+        """How many vectors' logits of the whole vocabulary fit."""
+        return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
 
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The frozen norm's linear part: what adding a vector adds to the final norm's output.
@@ -144,6 +152,24 @@ class ReadOut:
             InputError: If some targets are contrasts and others are not.
         """
         return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
+
+    @full_precision()
+    def answers(self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]) -> "Answers":
+        """What is made of each row's target token; of a contrast, of the first of the two.
+
+        Cost: one pass over the unembedding; the logits of a few hundred rows at a time.
+        """
+        ids = torch.tensor([target.id for target in targets], device=resid.device)
+        found: list[tuple[Tensor, Tensor]] = []
+        for rows, tokens in zip(
+            resid.split(self._whole_rows), ids.split(self._whole_rows), strict=True
+        ):
+            logits = self.logits(rows)
+            # of these very logits: computed anew it might round to another place among them
+            own = logits.gather(1, tokens[:, None])
+            found.append(((own - logits.logsumexp(1, True))[:, 0], 1 + (logits > own).sum(1)))
+        log_prob, rank = zip(*found, strict=True)
+        return Answers(log_prob=torch.cat(log_prob), rank=torch.cat(rank))
 
     @full_precision()
     def ranks(self, vectors: Float[Tensor, "row d_model"], target: Target) -> Int[Tensor, " row"]:
@@ -353,7 +379,7 @@ class ReadOut:
             if leans:
                 weights, shrink = weights[some].T.contiguous(), shrink[some]
                 expected = torch.addmm(expected * shrink, directions, weights)
-                expected_norm = expected_norm * shrink + self._norms(directions) @ weights
+                expected_norm = expected_norm * shrink + self._norms(columns) @ weights
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
@@ -364,11 +390,11 @@ class ReadOut:
         found.expected_norm[some] = expected_norm / total[some]
         return found
 
-    def _norms(self, directions: Float[Tensor, "d_model token"]) -> Float[Tensor, " token"]:
-        """Norms of the directions, each entry weighted by the final norm's gain."""
-        if self.gain is None:
-            return torch.linalg.vector_norm(directions, dim=0)
-        return (self.gain.to(self.dtype).square() @ directions.square()).sqrt()
+    def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
+        """Norms of these tokens' directions, each entry weighted by the final norm's gain."""
+        if self.known_norms is None:
+            return column_norms(self.W_U[:, tokens], self.gain).to(self.dtype)
+        return self.known_norms[tokens].to(self.dtype)
 
     def _transposed(self, vectors: Tensor, norm_scale: Tensor) -> Tensor:
         """The transpose of the frozen norm's linear part, at each row's own scale."""
@@ -501,6 +527,16 @@ class Tangent:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Answers:
+    """What is made of one token by each of several residual vectors."""
+
+    log_prob: Float[Tensor, " row"]
+    """log p(token), in nats."""
+    rank: Int[Tensor, " row"]
+    """Its place among all tokens, from 1: how many are likelier, and one."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Deviations:
     """How far tokens' directions lie from the one each base expects; never below the truth.
 
@@ -628,7 +664,7 @@ def baseline_of_runs(
     else:
         log_prob = out._contrast(normalized[source], aims.token, aims.against)
         expected = out._columns(aims.against)
-        expected_norm = out._norms(expected.T)
+        expected_norm = out._norms(aims.against)
     if tangent and norm_scale is not None:
         picture = _tangent(out, aims, norm_scale, expected, expected_norm)
     return Baseline(
@@ -653,7 +689,7 @@ def _tangent(
     column = out._columns(aims.token)
     return Tangent(
         gradient=out._transposed(column - expected, norm_scale),
-        reach=(out._norms(column.T) + expected_norm) / norm_scale,
+        reach=(out._norms(aims.token) + expected_norm) / norm_scale,
     )
 
 
@@ -696,7 +732,9 @@ def read_out(
     resid = resid_final.to(dtype)
     if out.centered:
         resid = resid - resid.mean()
-    return replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    out = replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
+    object.__setattr__(out, "known_norms", weight_norms(host).tokens)
+    return out
 
 
 def check_read_out(
@@ -776,8 +814,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
     top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []
-    per_block = max(1, linear.rows_per_block * _COLUMNS // max(out.W_U.shape[1], _COLUMNS))
-    for block in rows.split(per_block):
+    for block in rows.split(linear._whole_rows):
         logits = linear.logits(block)
         values, ids = logits.topk(k, dim=-1)
         top_logits.append(values)

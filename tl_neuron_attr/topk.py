@@ -17,7 +17,6 @@ times smaller.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -25,12 +24,10 @@ from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
-
-Kind = Literal["ffn", "attn"]
 
 Bounds = Callable[[], tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]]
 """Gives, for one block, a number that no neuron's score exceeds, -inf for neurons that are off
@@ -233,7 +230,8 @@ def tangent_bounds(
     n_layers = len(runs[0])
     columns = []
     for layer, block in enumerate(runs[0]):
-        products, norms = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        products = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        norms = block.norms().to(out.dtype)
         columns.append(
             [
                 TangentBound(

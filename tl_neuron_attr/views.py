@@ -61,6 +61,30 @@ _NODE_NAMES = {"ffn": "FFN neuron", "attn": "attention neuron", "token": "token"
 # ribbons lie on each other; the rarer and darker sign is to be seen on top
 _RIBBONS = {1: "rgba(27, 120, 55, 0.32)", -1: "rgba(118, 42, 131, 0.5)"}
 _SANKEY_WIDTH = 900
+# Paul Tol's muted scheme, for up to nine methods
+_METHOD_COLOURS = (
+    "#332288",
+    "#CC6677",
+    "#117733",
+    "#DDCC77",
+    "#88CCEE",
+    "#882255",
+    "#44AA99",
+    "#999933",
+    "#AA4499",
+)
+_CONTROLS = ("random", "norm_matched")
+_DASHES = {"random": "dash", "norm_matched": "dashdot"}
+_WHICH = {
+    "ffn": "FFN neurons",
+    "attn": "attention neurons",
+    "both": "FFN and as many attention neurons",
+}
+_METRIC_AXES = {
+    "reciprocal_rank": "mean reciprocal rank of the answer",
+    "prob": "mean probability of the answer",
+    "log_prob": "mean log p(answer), nats",
+}
 _GAP = "#C8C8C8"
 _LABELLED_ROWS = 80
 _TOKEN_CHARS = 18
@@ -654,6 +678,286 @@ def mask_curves(points: pd.DataFrame, *, title: str | None = None) -> go.Figure:
     )
     figure.update_yaxes(title_text="log p(target), nats", **_zero_line())
     return figure
+
+
+def effect_bars(
+    summary: pd.DataFrame,
+    metric: str = "prob",
+    *,
+    top: int | None = None,
+    kind: str | None = None,
+    knowledge_type: str = "all",
+    title: str | None = None,
+) -> go.Figure:
+    """One bar a method: the answer's mean without its best neurons, with 95 % intervals.
+
+    Drawn from ``Evaluation.summary()``. The dotted line is the mean with nothing zeroed; controls
+    are grey. Where the table has several numbers of neurons or kinds, say which.
+
+    Raises:
+        InputError: If ``summary`` is empty, lacks columns, or has no such rows.
+    """
+    rows = _effects(
+        summary,
+        "summary",
+        ("before", "after", "after_low", "after_high"),
+        {"metric": metric, "top": top, "kind": kind, "knowledge_type": knowledge_type},
+        value="after",
+    )
+    figure = go.Figure()
+    for row in rows.to_dict("records"):
+        mean, low, high = row["after"], row["after_low"], row["after_high"]
+        figure.add_bar(
+            x=[row["method"]],
+            y=[mean],
+            error_y={
+                "type": "data",
+                "symmetric": False,
+                "array": [high - mean],
+                "arrayminus": [mean - low],
+                "thickness": 1.5,
+                "color": "#222222",
+            },
+            marker_color=_GREY if row["method"] in _CONTROLS else _KIND_COLOURS["attn"],
+            showlegend=False,
+            hovertemplate=(
+                f"%{{x}}: %{{y:.3g}}, 95 %: {low:.3g} to {high:.3g}, "
+                f"{row['prompts']} prompts<extra></extra>"
+            ),
+        )
+    before = float(np.mean(rows["before"].to_numpy(dtype=float)))
+    figure.add_hline(y=before, line={"color": _GREY, "dash": "dot", "width": 1.5})
+    default = (
+        f"Without the top {int(rows['top'].iloc[0])} {_WHICH[str(rows['kind'].iloc[0])]}"
+        f"{_of_type(knowledge_type)}; dotted: nothing zeroed"
+    )
+    _finish(figure, title, default, height=400)
+    figure.update_yaxes(title_text=_METRIC_AXES[metric], **_zero_line())
+    figure.update_xaxes(title_text="method", zeroline=False)
+    return figure
+
+
+def effect_curves(
+    curves: pd.DataFrame,
+    metric: str = "prob",
+    *,
+    kind: str | None = None,
+    knowledge_type: str = "all",
+    title: str | None = None,
+) -> go.Figure:
+    """One line a method: the answer's mean by the number of neurons zeroed, with 95 % bands.
+
+    Drawn from ``Evaluation.curves()``. The numbers stand at log(1 + N), as areas under the curves
+    are taken; controls are grey and dashed.
+
+    Raises:
+        InputError: If ``curves`` is empty, lacks columns, or has no such rows.
+    """
+    rows = _effects(
+        curves,
+        "curves",
+        ("mean", "low", "high"),
+        {"metric": metric, "kind": kind, "knowledge_type": knowledge_type},
+        value="mean",
+    )
+    figure = go.Figure()
+    methods = list(dict.fromkeys(rows["method"].tolist()))
+    for method in methods:
+        line = rows.loc[rows["method"] == method].sort_values("top", kind="stable")
+        tops = line["top"].tolist()
+        x = np.log1p(tops).tolist()
+        colour = _method_colour(method, methods)
+        figure.add_scatter(
+            x=[*x, *reversed(x)],
+            y=[*line["high"].tolist(), *reversed(line["low"].tolist())],
+            fill="toself",
+            mode="lines",
+            line={"width": 0, "color": colour},
+            fillcolor=colour,
+            opacity=0.18,
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        figure.add_scatter(
+            x=x,
+            y=line["mean"].tolist(),
+            mode="lines+markers",
+            name=method,
+            line={
+                "color": colour,
+                "width": 2.5,
+                "dash": _DASHES.get(method) or _dash_of(method, methods),
+            },
+            marker={"size": 7},
+            customdata=tops,
+            hovertemplate=f"{method}, top %{{customdata}}: %{{y:.3g}}<extra></extra>",
+        )
+    tops = sorted(set(rows["top"].tolist()))
+    kinds = _WHICH[str(rows["kind"].iloc[0])]
+    default = f"Without the top N {kinds}{_of_type(knowledge_type)}, with 95 % intervals"
+    _finish(figure, title, default, height=480)
+    figure.update_layout(legend={"orientation": "v", "x": 1.02, "xanchor": "left", "y": 1})
+    figure.update_layout(legend_yanchor="top")
+    figure.update_xaxes(
+        title_text=f"number of {kinds} zeroed, N",
+        tickmode="array",
+        tickvals=np.log1p(tops).tolist(),
+        ticktext=[str(top) for top in tops],
+        zeroline=False,
+    )
+    figure.update_yaxes(title_text=_METRIC_AXES[metric], **_zero_line())
+    return figure
+
+
+def effect_heatmap(
+    summary: pd.DataFrame,
+    metric: str = "prob",
+    *,
+    top: int | None = None,
+    kind: str | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """One cell a knowledge type and method: the answer's mean without the method's best neurons.
+
+    Drawn from ``Evaluation.summary()``. The first row is the mean with nothing zeroed. Where the
+    table has several numbers of neurons or kinds, say which.
+
+    Raises:
+        InputError: If ``summary`` is empty, lacks columns, or has no such rows.
+    """
+    rows = _effects(
+        summary,
+        "summary",
+        ("before", "after"),
+        {"metric": metric, "top": top, "kind": kind},
+        value="after",
+    )
+    types = list(dict.fromkeys(rows["knowledge_type"].tolist()))
+    methods = list(dict.fromkeys(rows["method"].tolist()))
+    after = rows.pivot(index="method", columns="knowledge_type", values="after")
+    before = rows.groupby("knowledge_type")["before"].first()
+    grid = [[before[name] for name in types]]
+    grid += [[after.loc[method, name] for name in types] for method in methods]
+    names = ["as it is", *methods]
+    figure = go.Figure(
+        go.Heatmap(
+            x=types,
+            y=names,
+            z=grid,
+            text=[[f"{value:.2f}" for value in row] for row in grid],
+            texttemplate="%{text}",
+            colorscale="Viridis",
+            xgap=1,
+            ygap=1,
+            hoverongaps=False,
+            colorbar={"title": {"text": _METRIC_AXES[metric], "side": "right"}, "thickness": 14},
+            hovertemplate="%{y}, %{x}: %{z:.3g}<extra></extra>",
+        )
+    )
+    default = f"Without the top {int(rows['top'].iloc[0])} {_WHICH[str(rows['kind'].iloc[0])]}"
+    _finish(figure, title, f"{default}, by knowledge type", height=160 + 24 * len(names))
+    figure.update_layout(plot_bgcolor=_GAP, margin_l=150)
+    figure.update_xaxes(title_text="knowledge type", showgrid=False)
+    figure.update_yaxes(autorange="reversed", showgrid=False, title_text="method")
+    return figure
+
+
+def predicted_scatter(
+    predicted: pd.DataFrame,
+    *,
+    top: int | None = None,
+    kind: str | None = None,
+    title: str | None = None,
+) -> go.Figure:
+    """One point a prompt: the predicted change of log p(answer) against the measured one, in nats.
+
+    Drawn from ``Evaluation.predicted``, for those methods whose scores are nats; choose them
+    beforehand. On the dotted line the sum of the scores of what was zeroed is what zeroing did.
+
+    Raises:
+        InputError: If ``predicted`` is empty, lacks columns, or has no such rows.
+    """
+    rows = _effects(
+        predicted,
+        "predicted",
+        ("predicted", "measured"),
+        {"top": top, "kind": kind},
+        value="measured",
+    )
+    ends = [*rows["predicted"].tolist(), *rows["measured"].tolist(), 0.0]
+    figure = go.Figure()
+    figure.add_scatter(
+        x=[min(ends), max(ends)],
+        y=[min(ends), max(ends)],
+        mode="lines",
+        line={"color": _GREY, "width": 1, "dash": "dot"},
+        name="as predicted",
+        hoverinfo="skip",
+    )
+    methods = list(dict.fromkeys(rows["method"].tolist()))
+    for method in methods:
+        points = rows.loc[rows["method"] == method]
+        figure.add_scatter(
+            x=points["predicted"].tolist(),
+            y=points["measured"].tolist(),
+            mode="markers",
+            name=method,
+            marker={"color": _method_colour(method, methods), "size": 6, "opacity": 0.7},
+            customdata=[_escaped(prompt_id) for prompt_id in points["prompt_id"].tolist()],
+            hovertemplate=(
+                "%{customdata}<br>predicted %{x:.3g}, measured %{y:.3g} nats<extra></extra>"
+            ),
+        )
+    which = f"the top {int(rows['top'].iloc[0])} {_WHICH[str(rows['kind'].iloc[0])]}"
+    _finish(figure, title, f"Change of log p without {which}, prompt by prompt", height=480)
+    figure.update_xaxes(title_text="predicted: less the sum of scores, nats", **_zero_line())
+    figure.update_yaxes(title_text="measured change of log p(answer), nats", **_zero_line())
+    return figure
+
+
+def _effects(
+    table: pd.DataFrame,
+    name: str,
+    numbers: Sequence[str],
+    wanted: dict[str, Any],
+    *,
+    value: str,
+) -> pd.DataFrame:
+    """The rows that are wanted, of one number of neurons and one kind, once they can be drawn."""
+    keys = {"method", "kind", "top", *wanted}
+    source = f"Evaluation.{name}" + ("" if name == "predicted" else "()")
+    table = _checked(
+        table, name, [*sorted(keys), *numbers], key=None, value=value, finite=False, source=source
+    )
+    for column, choice in wanted.items():
+        found = list(dict.fromkeys(table[column].tolist()))
+        if choice is None and len(found) > 1:
+            raise InputError(
+                f"the {name} table has several values of {column}: {', '.join(map(str, found))}; "
+                f"say which is to be drawn, for example {column}={found[0]!r}"
+            )
+        if choice is not None and choice not in found:
+            raise InputError(
+                f"the {name} table has no {column} {choice!r}; there is "
+                f"{', '.join(map(str, found))}"
+            )
+        table = table.loc[table[column] == (found[0] if choice is None else choice)]
+    return table
+
+
+def _of_type(knowledge_type: str) -> str:
+    return "" if knowledge_type == "all" else f", {knowledge_type}"
+
+
+def _method_colour(method: str, methods: Sequence[str]) -> str:
+    if method in _CONTROLS:
+        return _GREY
+    return _METHOD_COLOURS[methods.index(method) % len(_METHOD_COLOURS)]
+
+
+def _dash_of(method: str, methods: Sequence[str]) -> str:
+    """Colours come round; the second time lines are dotted."""
+    return "solid" if methods.index(method) < len(_METHOD_COLOURS) else "dot"
 
 
 def _labels(neurons: pd.DataFrame) -> list[str]:

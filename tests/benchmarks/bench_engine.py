@@ -240,7 +240,7 @@ TRAINED = [name for name in MODELS if "shape" not in name]
 @pytest.mark.parametrize("name", TRAINED)
 def test_exact_evaluations_for_the_best_100_on_knowledge_prompts(name, benchmark):
     model = MODELS[name]()
-    texts = [prompt.text for prompt in knowledge_prompts()][::50]
+    texts = [prompt.text for prompt in knowledge_prompts(trained=True)][::50]
     bos_id = model.tokenizer.bos_token_id
     bos = None if bos_id is not None and bos_id < model.cfg.d_vocab else False
     benchmark.group = f"{name}, {len(texts)} knowledge prompts"

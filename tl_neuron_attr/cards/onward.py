@@ -100,7 +100,7 @@ def _reach(
     bias: Float[Tensor, " neuron"] | None,
 ) -> _Reach:
     vectors = torch.stack([through_norm(host, norm, x, one.subvalue), read_by(host, norm, x)])
-    (product, total), _ = slopes(rows, vectors)
+    product, total = slopes(rows, vectors)
     if bias is not None:
         total = total + bias.to(total.dtype)
     return _Reach(kind=kind, layer=layer, input=name, product=product, total=total)

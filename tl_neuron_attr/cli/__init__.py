@@ -10,10 +10,13 @@ import typer
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
 from tl_neuron_attr.cli.compare import compare
+from tl_neuron_attr.cli.evaluate import evaluate
 from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
+from tl_neuron_attr.cli.paper import paper_app
+from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 
 app = typer.Typer(
@@ -43,5 +46,17 @@ def main(
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal that cannot show a token
 
 
-for command in (attribute, query, graph, card, compare, heads, in_context, index):
+for command in (
+    attribute,
+    query,
+    graph,
+    card,
+    compare,
+    heads,
+    in_context,
+    prompts,
+    evaluate,
+    index,
+):
     app.command()(command)
+app.add_typer(paper_app, name="paper")

@@ -162,10 +162,8 @@ def _before(case: Case, blocks: Sequence[Decomposition]) -> Baseline:
 @torch.no_grad()
 def norm(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]:
     """d. The Euclidean norm of the subvalue, a property of the weights alone."""
-    dtype = case.result.out.dtype
-    nothing = torch.zeros(1, case.result.host.d_model, dtype=dtype, device=_device(case))
-    norms = [slopes(block.rows(), nothing)[1] for block in blocks_of(case, kind)]
-    return in_layers(case, kind, torch.cat(norms))
+    norms = torch.cat([block.norms() for block in blocks_of(case, kind)])
+    return in_layers(case, kind, norms.to(case.result.out.dtype))
 
 
 @torch.no_grad()
@@ -230,7 +228,7 @@ def direct_logit(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     directions = out.directions(torch.tensor(tokens, device=_device(case)), out.norm_scale)
     direction = directions[0] - directions[1] if len(tokens) > 1 else directions[0]
     scores = [
-        block.all_coefficients() * slopes(block.rows(), direction[None])[0][0]
+        block.all_coefficients() * slopes(block.rows(), direction[None])[0]
         for block in blocks_of(case, kind)
     ]
     return in_layers(case, kind, torch.cat(scores))

@@ -50,11 +50,11 @@ def top1_correct(
 
 
 def accuracies(model: GPT2LMHeadModel, tokenizer: Tokenizer) -> list[Accuracy]:
-    """Top-1 accuracy over every prompt there is, for all facts and for each knowledge type."""
+    """Top-1 accuracy over all facts it was trained on, in every wording; then for each type."""
     correct: dict[tuple[str, bool], Tensor] = {}
     for knowledge_type in KNOWLEDGE_TYPES:
         for held_out in (False, True):
-            prompts = knowledge_prompts(knowledge_type, held_out=held_out)
+            prompts = knowledge_prompts(knowledge_type, held_out=held_out, trained=True)
             correct[knowledge_type, held_out] = top1_correct(model, tokenizer, prompts).float()
     for held_out in (False, True):
         correct["all", held_out] = torch.cat([correct[t, held_out] for t in KNOWLEDGE_TYPES])

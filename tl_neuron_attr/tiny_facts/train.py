@@ -103,7 +103,7 @@ def train(out: Path, settings: TrainingSettings, *, report: Callable[[str], None
 
 
 def _train_into(folder: Path, settings: TrainingSettings, report: Callable[[str], None]) -> None:
-    trained = knowledge_prompts(held_out=False)
+    trained = knowledge_prompts(held_out=False, trained=True)
     tokenizer = train_tokenizer(
         trained, vocab_size=settings.vocab_size, longest=settings.n_positions
     )
@@ -119,7 +119,7 @@ def _train_into(folder: Path, settings: TrainingSettings, report: Callable[[str]
     )
     samples = {
         "trained_accuracy": _sample(trained, settings.seed),
-        "held_out_accuracy": _sample(knowledge_prompts(held_out=True), settings.seed),
+        "held_out_accuracy": _sample(knowledge_prompts(held_out=True, trained=True), settings.seed),
     }
     optimizer = _optimizer(model, settings)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, settings))

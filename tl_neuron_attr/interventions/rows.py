@@ -1,19 +1,10 @@
-"""What if: heads and neurons zeroed, and the forward pass run without them.
+"""Many runs, each without other parts: rows of one forward pass, each with its own parts zeroed.
 
-What is zeroed is a value, ``Zeroed``, made of labels; building one changes nothing. It takes
-effect in runs of this module alone, through hooks that are gone when the run is over, and every
-row of a batch may be without other parts. Zeroed is zeroed at all positions:
-
-- a head: its ``z``, as if its rows of ``W_O`` were 0;
-- an FFN neuron: its coefficient, as if its row of ``W_out`` were 0;
-- an attention neuron without a source position: its dimension of ``z``, as if its row of ``W_O``
-  were 0;
-
-except an attention neuron of one source position: what it carries from there to the read position
-is taken out of ``z`` at the read position, and nothing else changes.
+A part is zeroed as ``values`` says, at all positions; but an attention neuron of one source
+position is taken out of ``z`` at the read position of its row's prompt, and nothing else changes.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -31,78 +22,19 @@ from tl_neuron_attr.capture import (
     check_same_run,
     final_residuals,
 )
-from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, check_exists, hook_names, residual_of, rotary_regime
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_part
+from tl_neuron_attr.host import Host, hook_names, residual_of, rotary_regime
+from tl_neuron_attr.interventions.values import (
+    Zeroed,
+    check_zeroed,
+    sources_by_layer,
+    units_by_layer,
+)
+from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
 from tl_neuron_attr.readout import full_precision, read_out
 
-Part = Head | FFNNeuron | AttnNeuron
-"""What can be zeroed."""
-
 # Rows times positions in one forward pass: enough for matrix products to run at full speed.
 _TOKENS_AT_A_TIME = 4096
-
-
-@dataclass(frozen=True)
-class Zeroed:
-    """Heads and neurons held at zero: a value, which changes nothing until it is run."""
-
-    parts: tuple[Part, ...] = ()
-    """Each once, in the order given."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parts", tuple(dict.fromkeys(map(_part, self.parts))))
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self.parts)) or "nothing"
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-    @classmethod
-    def parse(cls, labels: str) -> "Zeroed":
-        """Read labels separated by commas, as ``str`` writes them: ``"L3.H2,L9.N12,L9.H3.D17@5"``.
-
-        Raises:
-            InputError: If one of them is no label.
-        """
-        try:
-            return cls(tuple(parse_part(label.strip()) for label in labels.split(",")))
-        except ValueError as error:
-            raise InputError(f"cannot tell what to zero: {error}") from error
-
-
-def as_zeroed(parts: Any) -> Zeroed:
-    """A ``Zeroed`` from one, from a part, from labels, or from several of either.
-
-    Raises:
-        InputError: If something is neither a label nor a part.
-    """
-    if isinstance(parts, Zeroed):
-        return parts
-    if isinstance(parts, str):
-        return Zeroed.parse(parts)
-    each = parts if isinstance(parts, Iterable) else [parts]
-    read = [Zeroed.parse(part).parts if isinstance(part, str) else (_part(part),) for part in each]
-    return Zeroed(tuple(part for group in read for part in group))
-
-
-def _part(value: Any) -> Part:
-    if not isinstance(value, Part):
-        raise InputError(f"a head or a neuron can be zeroed, not {value!r}")
-    return value
-
-
-def check_zeroed(host: Host, zeroed: Zeroed, prompt: TokenizedPrompt | None = None) -> None:
-    """Stop before the forward pass where the model has no such head or neuron.
-
-    Raises:
-        InputError: Naming the first part that does not exist; with ``prompt`` also one whose
-            source position comes after the read position.
-    """
-    for part in zeroed.parts:
-        check_exists(host, part, None if prompt is None else prompt.read_pos)
 
 
 def capture_zeroed(
@@ -208,20 +140,12 @@ def _masks(
 
 def _mask(host: Host, prompt: TokenizedPrompt, zeroed: Zeroed) -> ZeroMask:
     mask = ZeroMask(ffn={}, attn={}, sources={})
+    for (kind, layer), units in units_by_layer(host, zeroed.parts).items():
+        (mask.ffn if kind == "ffn" else mask.attn)[layer] = units
     n_pos = prompt.read_pos + 1
-    for part in zeroed.parts:
-        if isinstance(part, FFNNeuron):
-            of_layer = mask.ffn.setdefault(part.layer, _no(host.d_mlp))
-            of_layer[part.index] = True
-        elif isinstance(part, AttnNeuron) and part.source_pos is not None:
-            nothing = _no(host.n_heads, n_pos, host.d_head)
-            mask.sources.setdefault(part.layer, nothing)[part.head, part.source_pos, part.index] = (
-                True
-            )
-        else:
-            index = part.index if isinstance(part, AttnNeuron) else slice(None)
-            of_layer = mask.attn.setdefault(part.layer, _no(host.n_heads, host.d_head))
-            of_layer[part.head, index] = True
+    for layer, where in sources_by_layer(zeroed.parts).items():
+        mask.sources[layer] = _no(host.n_heads, n_pos, host.d_head)
+        mask.sources[layer][where.unbind(1)] = True
     return mask
 
 

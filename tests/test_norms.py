@@ -1,0 +1,114 @@
+"""Norms of the weights: right, measured once, and measured anew when the weights change."""
+
+import pytest
+import torch
+from conftest import FAMILIES, TOKENS, bridge_of, needs_hooked_transformer
+
+import tl_neuron_attr.norms as norms_module
+from tl_neuron_attr import attribute, attribute_all, capture, open_host, read_out, tokenize
+from tl_neuron_attr.norms import weight_norms
+from tl_neuron_attr.prompts import Prompt
+
+
+def by_definition(host):
+    """Every norm in float64, from the weights as they lie there now."""
+    gain = 1.0 if host.final_gain is None else host.final_gain.double()[:, None]
+    tokens = (host.W_U.double() * gain).square().sum(0).sqrt()
+    ffn = [host.W_out(layer).double().square().sum(1).sqrt() for layer in range(host.n_layers)]
+    attn = [
+        host.W_O(layer).double().square().sum(2).sqrt().flatten() for layer in range(host.n_layers)
+    ]
+    return tokens, ffn, attn
+
+
+def assert_right(host):
+    found = weight_norms(host)
+    tokens, ffn, attn = by_definition(host)
+    for ours, theirs in zip(
+        [found.tokens, *found.ffn, *found.attn], [tokens, *ffn, *attn], strict=True
+    ):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("processed", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_norms_are_those_of_the_weights_as_they_are(family, processed):
+    assert_right(open_host(bridge_of(family, processed=processed)))
+
+
+@needs_hooked_transformer
+def test_norms_of_a_folded_hooked_transformer_are_those_of_its_folded_weights():
+    from conftest import hooked_of
+
+    assert_right(open_host(hooked_of("gpt2", processed=True)))
+
+
+def test_narrow_weights_have_norms_of_full_precision():
+    host = open_host(bridge_of("gpt2", dtype=torch.bfloat16))
+    assert weight_norms(host).tokens.dtype == torch.float32
+    assert_right(host)
+
+
+def test_norms_are_measured_once_for_all_runs_of_a_model(monkeypatch):
+    model = bridge_of("llama")
+    measured = []
+    real = norms_module.row_norms
+    monkeypatch.setattr(norms_module, "row_norms", lambda rows: (measured.append(1), real(rows))[1])
+    attribute(model, TOKENS, top=5)
+    assert len(measured) == 2 * open_host(model).n_layers
+    attribute(model, TOKENS[:3], top=5)
+    attribute_all(model, [TOKENS, TOKENS[:4]], top=5)
+    assert len(measured) == 2 * open_host(model).n_layers
+
+
+@pytest.mark.parametrize("edited", ["W_U", "W_out", "W_O", "gain"])
+def test_weights_edited_in_place_are_measured_anew(edited):
+    model = bridge_of("gpt2")
+    host = open_host(model)
+    assert_right(host)
+    weight = {
+        "W_U": lambda: host.W_U,
+        "W_out": lambda: host.W_out(1),
+        "W_O": lambda: host.W_O(2),
+        "gain": lambda: model.ln_final.weight.detach(),
+    }[edited]()
+    with torch.no_grad():
+        weight.mul_(3.0)
+    assert_right(host)  # the host at hand
+    assert_right(open_host(model))  # and one opened now
+
+
+def test_a_weight_replaced_by_another_is_measured_anew():
+    model = bridge_of("gpt2")
+    assert_right(open_host(model))
+    linear = model.blocks[0].mlp.out.original_component
+    linear.weight = torch.nn.Parameter(linear.weight.detach() * 3)
+    assert_right(open_host(model))
+
+
+@pytest.mark.parametrize("convention", ["exact", "published"])
+def test_the_allowance_for_rounding_is_the_same_from_norms_at_hand_and_taken_anew(convention):
+    from dataclasses import replace
+
+    from tl_neuron_attr.decompose import ffn_decomposition
+    from tl_neuron_attr.prompts import Target
+    from tl_neuron_attr.scores import baselines
+    from tl_neuron_attr.topk import tangent_bounds
+
+    host = open_host(bridge_of("gpt2"))
+    captured = capture(host, tokenize(host, Prompt(tokens=TOKENS)))
+    out = read_out(host, captured.resid_final, convention)
+    for target in (Target(5), Target(5, against=Target(9))):
+        slacks = []
+        for known in (True, False):
+            here = out if known else replace(out)  # which forgets them
+            blocks = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
+            if not known:
+                blocks = [replace(block) for block in blocks]
+            assert (here.known_norms is not None) is known
+            assert all((block.known_norms is not None) is known for block in blocks)
+            before = baselines(captured, here, target).ffn
+            bounds = tangent_bounds([blocks], here, before)
+            slacks.append(torch.stack([bound.slack for bound in bounds[0]]))
+        torch.testing.assert_close(slacks[0], slacks[1], rtol=1e-5, atol=0)
+        assert (slacks[0] > 0).all()

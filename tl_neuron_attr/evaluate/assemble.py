@@ -1,0 +1,210 @@
+"""What was measured, batch by batch, put together as tables."""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.evaluate.effects import CONTROLS, Effect, Ranked
+from tl_neuron_attr.evaluate.evaluation import (
+    CORRELATION_COLUMNS,
+    EFFECT_COLUMNS,
+    METRICS,
+    PREDICTED_COLUMNS,
+    PROMPT_COLUMNS,
+    SKIPPED_COLUMNS,
+    Evaluation,
+)
+from tl_neuron_attr.evaluate.request import Request
+from tl_neuron_attr.evaluate.statistics import spearman
+from tl_neuron_attr.knowledge import AskedPrompt, KnowledgePrompt, KnownPrompts
+from tl_neuron_attr.methods import METHODS
+
+EXACT = "ablation"
+"""The method that others are correlated with."""
+
+IN_NATS = frozenset(
+    {
+        "log_prob_increase",
+        "gradient_activation",
+        "attribution_patching",
+        "query",
+        "value_and_query",
+        "ablation",
+    }
+)
+"""Methods whose scores are changes of log p(answer) in nats, as what is measured is."""
+
+_TEXTS = ("prompt_id", "knowledge_type", "method", "kind", "metric")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rows:
+    """What was measured of some prompts, as rows of the tables to be; no tensor among them."""
+
+    effects: tuple[tuple, ...]
+    """Prompt, type, method, kind, number of neurons; log p and rank before, and after."""
+    predicted: tuple[tuple, ...]
+    correlations: tuple[tuple, ...]
+    refused: tuple[tuple[str, str, str], ...]
+    """Prompt, method, reason."""
+    short: int
+    """Controls smaller than what they stand beside."""
+
+
+def rows_of(
+    request: Request,
+    asked: AskedPrompt,
+    found: Ranked,
+    before: tuple[float, int],
+    after: Sequence[Effect],
+) -> Rows:
+    """The rows of one prompt."""
+    prompt_id, knowledge_type = asked.prompt.prompt_id, asked.prompt.fact.knowledge_type
+    effects, predicted = [], []
+    for effect in after:
+        condition = effect.condition
+        key = (prompt_id, knowledge_type, condition.method, condition.kind, condition.top)
+        effects.append((*key, *before, effect.log_prob, effect.rank))
+        if condition.predicted is not None:
+            predicted.append((*key, condition.predicted, effect.log_prob - before[0]))
+    correlations = _correlations(request, found) if request.correlate else ()
+    return Rows(
+        effects=tuple(effects),
+        predicted=tuple(predicted),
+        correlations=tuple((prompt_id, knowledge_type, *row) for row in correlations),
+        refused=tuple((prompt_id, name, why) for name, why in found.refused.items()),
+        short=sum(effect.condition.short > 0 for effect in after),
+    )
+
+
+def _correlations(request: Request, found: Ranked) -> Iterator[tuple[str, str, float]]:
+    """Method, kind, rank correlation with exact ablation over all neurons."""
+    for kind in request.kinds:
+        exact = found.scores[EXACT][kind] if EXACT in found.scores else None
+        if exact is None:
+            exact = METHODS[EXACT](found.case, kind, None)
+        truth = exact.detach().flatten().double().cpu().numpy()
+        for name, scores in found.scores.items():
+            yield name, kind, spearman(scores[kind].flatten().double().numpy(), truth)
+
+
+def evaluation_of(
+    request: Request,
+    known: KnownPrompts,
+    asked: Sequence[AskedPrompt],
+    parts: Iterable[Rows],
+    origin: Mapping[str, Any],
+) -> Evaluation:
+    """All of it as one result.
+
+    Raises:
+        InputError: If a method could be used on no prompt at all.
+    """
+    parts = list(parts)
+    refused = [row for part in parts for row in part.refused]
+    without = _without(request, len(asked), refused)
+    short = sum(part.short for part in parts)
+    messages = list(known.warnings) + [short_message(short)] * (short > 0)
+    facts = {
+        **origin,
+        "methods": list(request.methods),
+        "in_nats": [name for name in request.methods if name in IN_NATS],
+        "controls": {
+            "names": list(CONTROLS),
+            "beside": request.reference,
+            "smaller_than_it": short,
+        },
+        "kinds": list(request.which),
+        "tops": list(request.tops),
+        "seed": request.seed,
+        "limit": request.limit,
+        "prompts": {
+            "top": known.top,
+            "above_type": known.above_type,
+            "kept": len(known.kept),
+            "dropped": len(known.dropped),
+            "measured": len(asked),
+            "counts": known.counts().to_dict("records"),
+            "sha256": _prompts_hash(asked),
+        },
+        "without": without,
+        "warnings": messages,
+    }
+    dropped = [
+        (each.prompt.prompt_id, None, f"{each.reason}: {each.detail}") for each in known.dropped
+    ]
+    correlations = [row for part in parts for row in part.correlations]
+    return Evaluation(
+        effects=_effect_table([row for part in parts for row in part.effects]),
+        prompts=_table([_prompt_row(each.prompt) for each in asked], PROMPT_COLUMNS),
+        skipped=_table([*dropped, *refused], SKIPPED_COLUMNS),
+        predicted=_table([row for part in parts for row in part.predicted], PREDICTED_COLUMNS),
+        correlations=_table(correlations, CORRELATION_COLUMNS),
+        facts=facts,
+    )
+
+
+def origin_of(result: Attribution) -> dict[str, Any]:
+    """Model, neurons and versions, as any of the results has them."""
+    facts = result.facts()
+    names = ("model", "neuron_basis", "convention", "score_dtype", "versions")
+    return {**{name: facts[name] for name in names}, "model_warnings": facts["warnings"]}
+
+
+def short_message(count: int) -> str:
+    """What to say of controls that could not be as large as they should be."""
+    return (
+        f"{count} controls are smaller than what they stand beside: more than half of a layer's "
+        "neurons were chosen there"
+    )
+
+
+def _without(
+    request: Request, n_prompts: int, refused: Sequence[tuple[str, str, str]]
+) -> dict[str, int]:
+    """How many prompts each method could not be used on, of those that there are any of."""
+    counts: dict[str, int] = {}
+    for _, name, why in refused:
+        counts[name] = counts.get(name, 0) + 1
+        if counts[name] == n_prompts:
+            raise InputError(f"method {name!r} can be used on none of the prompts: {why}")
+    return {name: counts[name] for name in request.methods if name in counts}
+
+
+def _effect_table(rows: Sequence[tuple]) -> pd.DataFrame:
+    """Three rows, one a metric, of every row."""
+    keys = pd.DataFrame([row[:5] for row in rows], columns=list(EFFECT_COLUMNS[:5]))
+    table = keys.loc[keys.index.repeat(len(METRICS))].reset_index(drop=True)
+    table["metric"] = list(METRICS) * len(rows)
+    numbers = np.array([row[5:] for row in rows], dtype=float)
+    for name, log_prob, rank in (("before", *numbers[:, :2].T), ("after", *numbers[:, 2:].T)):
+        table[name] = np.stack([1 / rank, np.exp(log_prob), log_prob], axis=1).ravel()
+    return table.astype({name: "string" for name in _TEXTS})
+
+
+def _table(rows: Sequence[tuple], columns: Sequence[str]) -> pd.DataFrame:
+    table = pd.DataFrame(rows, columns=list(columns))
+    numbers = {"top": "int64", "predicted": "float64", "measured": "float64", "spearman": "float64"}
+    return table.astype({name: numbers.get(name, "string") for name in columns})
+
+
+def _prompt_row(prompt: KnowledgePrompt) -> tuple[str, ...]:
+    fact = prompt.fact
+    named = (fact.knowledge_type, fact.relation, fact.subject)
+    return (prompt.prompt_id, *named, prompt.answer, prompt.text)
+
+
+def _prompts_hash(asked: Sequence[AskedPrompt]) -> str:
+    """Of ids, tokens and answers, in order: the same where the same was asked."""
+    digest = hashlib.sha256()
+    for each in asked:
+        target = each.tokenized.target
+        answer = None if target is None else target.id
+        digest.update(f"{each.prompt.prompt_id} {each.tokenized.tokens} {answer}\n".encode())
+    return digest.hexdigest()
