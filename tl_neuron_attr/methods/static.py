@@ -208,7 +208,7 @@ def coefficient_norm(case: Case, kind: Kind, top: int | None = None) -> Float[Te
 
 @torch.no_grad()
 def coefficient_rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]:
-    """h. ``coefficient`` times ``rank``. Cost (unless the case was ranked already) and errors as there."""
+    """h. ``coefficient`` times ``rank``. Cost and errors as there; ranks are taken once a case."""
     return coefficient(case, kind) * rank(case, kind)
 
 
