@@ -3,8 +3,8 @@
 Writes pages/closest.json and prints the tables that the page "Closest to zeroing" shows. Of
 ``tiny-facts``, on prompts in trained wordings drawn with seed 0, and of the three small models in
 ``../shared/models`` where they are at hand, on beginnings of texts that they wrote themselves
-(closest_texts.json). Everything in float64. About 25 minutes on one CPU core; the costs, which
-want a quiet machine, one minute more (``--costs`` measures them alone).
+(closest_texts.json). Everything in float64. Names of models measure those alone, ``--costs`` the
+costs alone, which want a quiet machine; ``--tables`` prints what was measured before.
 """
 
 import json
@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 import transformers
 from frozen import CHORDS, HALVES, NORMS, PATTERNS, FrozenModel, few_steps, frozen_gradient
-from scipy.stats import rankdata
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_neuron_attr import InputError, attribute
@@ -37,6 +36,7 @@ PROMPTS = {"tiny-facts": 60, "slm4096": 60, "babyllama105": 24, "stories260K": 6
 KNOWN = (0.3, 0.999)
 """What probability the answer has at least, and, of models on their own texts, at most."""
 HERE = Path(__file__).parent
+FIGURES = HERE / "pages" / "closest.json"
 SHARED = HERE.parents[1] / "shared" / "models"
 DIRECTORIES = {
     "tiny-facts": tiny_facts_dir(),
@@ -150,7 +150,9 @@ def closeness(score, exact):
 
 
 def _ranks(values):
-    return torch.from_numpy(rankdata(values.numpy()))
+    """From 1; those that tie share the middle of their places."""
+    _, which, counts = values.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[which].double()
 
 
 def _correlation(first, second):
@@ -237,7 +239,7 @@ def gpt2_small(n_tokens=64):
 
 
 def costs(rounds=7):
-    """Each score's time in plain forward passes, measured in turns in one process, in float32."""
+    """Each score's CPU time in plain forward passes, in turns in one process, in float32."""
     tiny = load_model("tiny-facts", device="cpu")
     models = {
         "tiny-facts": (tiny, tuple(tiny.to_tokens("The capital of France is")[0].tolist())),
@@ -259,9 +261,9 @@ def costs(rounds=7):
         times = {method: [] for method in calls}
         for _ in range(rounds):
             for method, call in calls.items():
-                started = time.perf_counter()
+                started = time.process_time()
                 call()
-                times[method].append(time.perf_counter() - started)
+                times[method].append(time.process_time() - started)
         median = {method: statistics.median(each) for method, each in times.items()}
         facts[name] = {
             method: round(value / median["forward"], 2) for method, value in median.items()
@@ -272,47 +274,83 @@ def costs(rounds=7):
 # --- tables -------------------------------------------------------------------------------------
 
 
-def table(facts, kind):
-    """A model's rows as Markdown."""
-    lines = [
-        "| score | rank correlation | of the largest | correlation "
-        "| top 10 / 30 / 100 / 300 shared | left after zeroing 10 / 30 / 100 / 300 |",
-        "|---|---|---|---|---|---|",
-    ]
-    names = [name for group in SHIPPED.values() for name in group]
-    for name in (*names, "curved_gradient, one rival", *TRIED, "ablation"):
-        row = facts[kind][name]
+def names_of():
+    """Scores in the order of the tables: what ships by what it costs, what was tried, the truth."""
+    shipped = [name for group in SHIPPED.values() for name in group]
+    return [*shipped, "curved_gradient, one rival", *TRIED, "ablation"]
+
+
+def table(facts, kind, cell, names=None):
+    """One row a score and one column a model, as Markdown; ``cell`` writes a score's figures."""
+    models = [name for name in DIRECTORIES if name in facts]
+    heads = [f"{name} ({facts[name]['prompts']})" for name in models]
+    lines = [f"| score | {' | '.join(heads)} |", "|---" * (1 + len(models)) + "|"]
+    for name in names or names_of():
         shown = f"`{name}`" if name in METHODS else name
-        shared = " / ".join(f"{row[f'overlap_{top}']:.2f}" for top in TOPS)
-        left = " / ".join(f"{row[f'left_{top}']:.3f}" for top in TOPS)
-        lines.append(
-            f"| {shown} | {row['rank_correlation']:.3f} | {row['rank_correlation_largest']:.3f} "
-            f"| {row['correlation']:.3f} | {shared} | {left} |"
-        )
+        cells = (cell(facts[model][kind][name]) for model in models)
+        lines.append(f"| {shown} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def close(row):
+    """Rank correlation over all neurons, over the largest, and Pearson's."""
+    keys = ("rank_correlation", "rank_correlation_largest", "correlation")
+    return " / ".join(f"{row[key]:.2f}" for key in keys)
+
+
+def shared(row):
+    """The part of ablation's top neurons that are among as many of the score's."""
+    return " / ".join(f"{row[f'overlap_{top}']:.2f}" for top in TOPS)
+
+
+def left(row):
+    """The answer's mean probability without the top neurons."""
+    return " / ".join(f"{row[f'left_{top}']:.3f}" for top in TOPS)
+
+
+def tables(facts):
+    """Every table of the page, by what it shows."""
+    shipped = [name for name in names_of() if name in METHODS]
+    found = {}
+    for kind in KINDS:
+        found[f"{kind} close"] = table(facts, kind, close)
+        found[f"{kind} shared"] = table(facts, kind, shared, shipped)
+        found[f"{kind} left"] = table(facts, kind, left, shipped)
+    found["cost"] = cost_table(facts["cost"])
+    return found
+
+
+def cost_table(facts):
+    """Forward passes' time, one row a score."""
+    models = [name for name in facts if isinstance(facts[name], dict)]
+    lines = [f"| score | {' | '.join(models)} |", "|---" * (1 + len(models)) + "|"]
+    for name in facts[models[0]]:
+        if name not in ("forward", "forward_seconds"):
+            shown = f"`{name}`" if name in METHODS else name
+            lines.append(f"| {shown} | {' | '.join(f'{facts[m][name]:.2f}' for m in models)} |")
+    return "\n".join(lines)
+
+
+def saved():
+    """What was measured before."""
+    return json.loads(FIGURES.read_text("utf-8")) if FIGURES.exists() else {}
 
 
 def write(facts):
     """Keep the figures, those of other models and the costs as they were."""
-    path = HERE / "pages" / "closest.json"
-    known = json.loads(path.read_text("utf-8")) if path.exists() else {}
-    path.write_text(json.dumps(known | facts, indent=1) + "\n", "utf-8")
+    FIGURES.write_text(json.dumps(saved() | facts, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "--costs" not in sys.argv:
-        chosen = [name for name in DIRECTORIES if name in sys.argv[1:]] or [*DIRECTORIES]
-        for name in chosen:
+    asked = sys.argv[1:]
+    if not asked or set(asked) & set(DIRECTORIES):
+        for name in [name for name in DIRECTORIES if name in asked] or DIRECTORIES:
             if not DIRECTORIES[name].exists():
                 print(f"{name}: skipped, it is not in {SHARED}")
                 continue
-            measured = measure(name)
-            write({name: measured})
-            for kind in KINDS:
-                print(f"\n{name}, {kind}: {measured['before']:.3f} before\n", flush=True)
-                print(table(measured, kind), flush=True)
-    if "--costs" in sys.argv or len(sys.argv) == 1:
-        measured = costs()
-        write({"cost": measured, "torch": torch.__version__})
-        print(json.dumps(measured, indent=1))
+            write({name: measure(name)})
+    if not asked or "--costs" in asked:
+        write({"cost": costs(), "torch": torch.__version__})
+    for name, text in tables(saved()).items():
+        print(f"\n{name}\n\n{text}")

@@ -1,5 +1,9 @@
 """Scores that come close to zeroing: against the frozen model spelt out, and against zeroing."""
 
+import json
+import runpy
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
@@ -14,6 +18,7 @@ from tl_neuron_attr.models import load_model
 from tl_neuron_attr.readout import read_out
 
 KINDS = ("ffn", "attn")
+DOCS = Path(__file__).parents[1] / "docs"
 TARGET = 9
 
 
@@ -253,6 +258,30 @@ def test_both_classes_get_the_same_scores(family):
         for kind in KINDS:
             first, second = (METHODS[name](case, kind, None) for case in cases)
             assert_same(first, second)
+
+
+def test_the_tables_on_the_page_are_what_was_measured(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)  # the script has a module beside it
+    script = runpy.run_path(str(DOCS / "closest.py"))
+    facts = json.loads((DOCS / "pages" / "closest.json").read_text(encoding="utf-8"))
+    page = (DOCS / "pages" / "closest.md").read_text(encoding="utf-8")
+    for each in script["tables"](facts).values():
+        assert each in page
+    assert set(script["DIRECTORIES"]) < set(facts) and facts["tiny-facts"]["prompts"] == 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_of_what_ships_the_named_ones_came_closest_on_every_model(kind):
+    """What the page claims, of the figures it shows."""
+    facts = json.loads((DOCS / "pages" / "closest.json").read_text(encoding="utf-8"))
+    for model in ("tiny-facts", "slm4096", "babyllama105", "stories260K"):
+        rows = facts[model][kind]
+        rank = {name: row["rank_correlation"] for name, row in rows.items()}
+        for other in ("log_prob_increase", "direct_logit", "query", "value_and_query"):
+            assert rank["carried_once"] > rank[other], (model, other)
+        assert rank["carried_back"] > rank["carried_once"], model
+        for other in rows.keys() - {"ablation", "curved_gradient"}:
+            assert rank["curved_gradient"] >= rank[other], (model, other)
 
 
 SOME_CASE = case_of(bridge_of("llama"))

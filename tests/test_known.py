@@ -3,6 +3,7 @@ true; and a corrupted counterpart differs in its subject alone."""
 
 import functools
 import random
+import tempfile
 from dataclasses import replace
 
 import pytest
@@ -17,7 +18,7 @@ from conftest import (
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tl_neuron_attr import (
     InputError,
@@ -88,8 +89,10 @@ def with_words(model):
         pad_token="Ġ" + WORDS[0],
         clean_up_tokenization_spaces=False,
     )
-    if hasattr(model, "set_tokenizer"):
-        model.set_tokenizer(fast)
+    if hasattr(model, "set_tokenizer"):  # HookedTransformer, which loads it anew
+        with tempfile.TemporaryDirectory() as directory:
+            fast.save_pretrained(directory)
+            model.set_tokenizer(AutoTokenizer.from_pretrained(directory))
     else:
         model.tokenizer = fast
     return model

@@ -30,6 +30,10 @@ class Case:
     corrupted: TokenizedPrompt | None = field(default=None, repr=False)
     """The prompt changed so that the answer is another, token by token as long: what attribution
     patching takes activations from. Of the model's tokenizer: ``tokenize(host, Prompt(...))``."""
+    known_ranks: dict[Kind, Tensor] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
+    """What ``rank`` found, by kind: it is dear, and two methods use it."""
 
     def __post_init__(self) -> None:
         if self.corrupted is None:

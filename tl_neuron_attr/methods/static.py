@@ -184,6 +184,8 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
     Raises:
         InputError: Of a contrast, which has no rank.
     """
+    if kind in case.known_ranks:
+        return case.known_ranks[kind].clone()  # what is returned is the caller's
     out = case.result.out
     places = []
     for block in blocks_of(case, kind):
@@ -193,7 +195,9 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
             some = slice(start, start + out.rows_per_block)
             signed = signs[some, None] * rows[some].to(out.dtype)
             places.append(out.ranks(signed, case.result.target))
-    return in_layers(case, kind, torch.cat(places).to(out.dtype).reciprocal())
+    found = in_layers(case, kind, torch.cat(places).to(out.dtype).reciprocal())
+    case.known_ranks[kind] = found
+    return found.clone()
 
 
 @torch.no_grad()
@@ -204,7 +208,7 @@ def coefficient_norm(case: Case, kind: Kind, top: int | None = None) -> Float[Te
 
 @torch.no_grad()
 def coefficient_rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]:
-    """h. ``coefficient`` times ``rank``. Cost and errors as of ``rank``."""
+    """h. ``coefficient`` times ``rank``. Cost and errors as there; ranks are taken once a case."""
     return coefficient(case, kind) * rank(case, kind)
 
 

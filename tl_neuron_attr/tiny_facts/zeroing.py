@@ -93,14 +93,14 @@ def zeroing_effects(
     conditions = {"original": torch.zeros_like(masks[zeroed[0]])}
     for n, top in masks.items():
         conditions[f"top {n}"] = top
-        conditions[f"random {n}"] = _random_beside(top, generator)
+        conditions[f"random {n}"] = random_beside(top, generator)
         conditions[f"foreign {n}"] = top.roll(prompts_per_type, 0)  # the type before
     remaining = {name: torch.zeros(len(prompts)) for name in conditions}
     model.eval()
     with torch.no_grad():
         for group in groups:
             for name, neurons in conditions.items():
-                with _without(model, neurons[group.rows]):
+                with without(model, neurons[group.rows]):
                     remaining[name][group.rows] = _answer_probability(model, group)
     types = [prompt.fact.knowledge_type for prompt in prompts]
     rows = []
@@ -158,7 +158,7 @@ def _top_masks(
     return masks
 
 
-def _random_beside(
+def random_beside(
     top: Bool[Tensor, "prompt layer neuron"], generator: torch.Generator
 ) -> Bool[Tensor, "prompt layer neuron"]:
     """As many random neurons of each layer as ``top`` has there, none of them in ``top``."""
@@ -168,9 +168,7 @@ def _random_beside(
 
 
 @contextmanager
-def _without(
-    model: GPT2LMHeadModel, neurons: Bool[Tensor, "prompt layer neuron"]
-) -> Iterator[None]:
+def without(model: GPT2LMHeadModel, neurons: Bool[Tensor, "prompt layer neuron"]) -> Iterator[None]:
     """Zeroes ``neurons`` at all positions, as long as the ``with`` block lasts."""
 
     def zero(layer: int):
