@@ -9,14 +9,13 @@ from functools import partial
 
 import pandas as pd
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.evaluate.effects import Condition, Ranking, conditions, effects, ranked
 from tl_neuron_attr.evaluate.rankings import best, random_beside, random_keys
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
-from tl_neuron_attr.methods import LETTERS, METHODS, Case, Method, neuron_shape
+from tl_neuron_attr.methods import LETTERS, METHODS, Case, neuron_shape
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper.settings import (
     METHOD_TOP,
@@ -65,9 +64,10 @@ def zero_neurons(
     Cost: the eight methods' scores (``rank`` reads every neuron out), and one forward pass of 18
     rows for each prompt.
     """
+    methods = {name: METHODS[name] for name in PAPER_METHODS}
     zeroed, tests, chosen = [], [], []
     for case, scores in zip(cases, queries, strict=True):
-        found = ranked(case, _methods(case), ["ffn"], METHOD_TOP)
+        found = ranked(case, methods, ["ffn"], METHOD_TOP)
         reference = PAPER_METHODS[0]
         runs = [
             (("methods", AS_PUBLISHED), each)
@@ -107,20 +107,6 @@ def zero_neurons(
     counted = layers.value_counts(sort=False).rename("neurons").reset_index()
     counted.insert(0, "knowledge_type", knowledge_type)
     return pd.DataFrame(rows, columns=list(EFFECT_COLUMNS)), counted
-
-
-def _methods(case: Case) -> Mapping[str, Method]:
-    """The eight methods; the two that rest on the answer's rank share the work of finding it."""
-    places = METHODS["rank"](case, "ffn", None)
-
-    def rank(case: Case, kind: Kind, top: int | None) -> Float[Tensor, "..."]:
-        return places
-
-    def coefficient_rank(case: Case, kind: Kind, top: int | None) -> Float[Tensor, "..."]:
-        return METHODS["coefficient"](case, kind, top) * places
-
-    shared = {"rank": rank, "coefficient_rank": coefficient_rank}
-    return {name: shared.get(name, METHODS[name]) for name in PAPER_METHODS}
 
 
 Run = tuple[tuple[str, str], Condition]
