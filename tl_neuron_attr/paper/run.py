@@ -192,7 +192,7 @@ def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) 
     count = sum(len(batch.prompts) for batch in todo)
     done = sum(len(batch.prompts) for batch in run.batches) - count
     if done:
-        say(f"{done} prompts are done already; going on with {count}")
+        say(f"{done} prompts are done already" + (f"; going on with {count}" if count else ""))
     index_directory = run.parts.directory / "index"
     if todo:
         index = projection_index(run.host, index_directory, progress=progress)
