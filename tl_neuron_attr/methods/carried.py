@@ -57,7 +57,8 @@ def carried_back(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     move it is farther from ``ablation`` than gradient x activation is.
 
     Cost: one forward pass (beyond the one ``attribute`` took), and about one and a half times that
-    for the sweep (``docs/closest.py``). Peak memory: every layer's coefficients and patterns at all positions.
+    for the sweep (``docs/closest.py``). Peak memory: every layer's coefficients
+    and patterns at all positions.
 
     Raises:
         InputError: If the model no longer gives what was captured.
