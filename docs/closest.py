@@ -54,7 +54,7 @@ SHIPPED = {
     "a sweep backwards by hand": ("carried_back",),
     "one backward pass": ("gradient_activation", "curved_gradient"),
 }
-"""By what they cost; ``carried_back`` needs no autograd."""
+"""By what they need; ``carried_back`` no autograd."""
 
 TRIED = {
     "one step, first order": partial(few_steps, steps=1),
