@@ -47,6 +47,12 @@ def queries(results):
 
 
 @pytest.fixture(scope="module")
+def zeroed(results, queries):
+    cases = [Case(result=result) for result in results]
+    return zero_neurons(cases, [each for _, each in queries], "capital", seed=0)
+
+
+@pytest.fixture(scope="module")
 def collected(results, queries):
     return collect(results, queries, "capital")
 
@@ -93,7 +99,7 @@ def test_neurons_are_counted_over_prompts(results, queries, collected):
                     table = result.neurons(kind, by_source=False)
                 else:
                     table = result.query_neurons(300, of=of_attn)
-                    table = table[table["score"] != 0]
+                table = table[table["score"] > 0]
                 for label in labels_of(table.head(size)):
                     counts[label] = counts.get(label, 0) + 1
             found = collected["neurons"]
@@ -109,8 +115,11 @@ def test_query_neurons_are_split_into_those_that_are_value_neurons_and_others(
     size = sizes(results[0].host).top["ffn"]
     for name, result, (_, of_attn) in zip(PROMPTS, results, queries, strict=True):
         query = result.query_neurons(300, of=of_attn)
-        query = query[query["score"] != 0].head(size)
-        value = {tuple(each) for each in result.neurons("ffn", size)[["layer", "index"]].to_numpy()}
+        query = query[query["score"] > 0].head(size)
+        value = result.neurons("ffn", size)
+        value = {
+            tuple(each) for each in value.loc[value["score"] > 0, ["layer", "index"]].to_numpy()
+        }
         both = [tuple(each) in value for each in query[["layer", "index"]].to_numpy()]
         here = split[(split["prompt_id"] == name) & (split["top"] == size)]
         for layer in range(3):
@@ -178,9 +187,9 @@ def best_by(scores, top):
     return [np.unravel_index(place, scores.shape) for place in order]
 
 
-def test_effects_are_those_of_runs_with_just_those_neurons_zeroed(model, results, queries):
+def test_effects_are_those_of_runs_with_just_those_neurons_zeroed(model, results, zeroed):
     cases = [Case(result=result) for result in results]
-    effects, chosen = zero_neurons(cases, [each for _, each in queries], "capital", seed=3)
+    effects, chosen = zeroed
     host = results[0].host
     for case, (name, (tokens, target)) in zip(cases, PROMPTS.items(), strict=True):
         rows = effects[effects["prompt_id"] == name]
@@ -205,9 +214,8 @@ def test_effects_are_those_of_runs_with_just_those_neurons_zeroed(model, results
     assert counted.to_dict() == dict.fromkeys(PAPER_METHODS, 30)
 
 
-def test_shallow_query_neurons_are_of_the_first_half_of_the_layers(model, results, queries):
-    case, (_, of_attn) = Case(result=results[0]), queries[0]
-    effects, _ = zero_neurons([case], [of_attn], "capital", seed=0)
+def test_shallow_query_neurons_are_of_the_first_half_of_the_layers(model, results, queries, zeroed):
+    (_, of_attn), (effects, _) = queries[0], zeroed
     row = effects[effects["method"] == "shallow_query_neurons"].iloc[0]
     scores = of_attn.ffn_neurons[:1]
     count = sizes(results[0].host).shallow_query
@@ -217,16 +225,16 @@ def test_shallow_query_neurons_are_of_the_first_half_of_the_layers(model, result
     assert row["log_prob"] == pytest.approx(log_prob, abs=1e-4)
 
 
-def test_random_neurons_depend_on_the_seed_alone(results, queries):
-    def runs(seed, which):
-        cases = [Case(result=results[place]) for place in which]
-        effects, _ = zero_neurons(cases, [queries[place][1] for place in which], "capital", seed)
-        return effects[effects["method"] == "random"].set_index("prompt_id")["log_prob"]
+def test_random_neurons_depend_on_the_seed_and_the_prompt_alone(results, queries, zeroed):
+    def alone(seed):
+        return zero_neurons([Case(result=results[2])], [queries[2][1]], "capital", seed)[0]
 
-    first = runs(0, [0, 1, 2])
-    again = runs(0, [2])
-    assert again.to_numpy() == pytest.approx(first.loc[["three"]].to_numpy(), abs=1e-5)
-    assert not np.allclose(runs(1, [0, 1, 2]), first, atol=1e-4)
+    def random(effects):
+        here = effects[(effects["method"] == "random") & (effects["prompt_id"] == "three")]
+        return here["log_prob"].to_numpy()
+
+    assert random(alone(0)) == pytest.approx(random(zeroed[0]), abs=1e-5)
+    assert not np.allclose(random(alone(1)), random(zeroed[0]), atol=1e-4)
 
 
 def test_heads_are_zeroed_in_every_prompt(model):
@@ -249,9 +257,8 @@ def test_heads_are_zeroed_in_every_prompt(model):
 
 
 @pytest.fixture
-def effects(results, queries):
-    cases = [Case(result=result) for result in results]
-    found, _ = zero_neurons(cases, [each for _, each in queries], "capital", seed=0)
+def effects(zeroed):
+    found = zeroed[0].copy()
     found.loc[found["prompt_id"] == "three", "knowledge_type"] = "month"
     return found
 

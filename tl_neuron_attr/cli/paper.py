@@ -153,7 +153,8 @@ def _show(found: Paper) -> None:
         "llama_7b_prob": "p, %",
     }
     for name, label in names.items():
-        table.add_column(label, justify="left" if name == "method" else "right")
+        left = name == "method"
+        table.add_column(label, justify="left" if left else "right", no_wrap=left)
     for row in records(methods.loc[methods["knowledge_type"] == "all"]):
         cells = [
             "-" if row[name] is None else f"{row[name]:.3f}" for name in names if name != "method"

@@ -55,8 +55,9 @@ def collect(
     ``layers``: ``prompt_id, layer, kind, score``. ``query_layers``: the same, with ``of``
     (``ffn`` or ``attn``: whose query layers). ``heads``: ``layer, head``, the sum of the prompts'
     scores and their number. ``neurons``: in how many prompts each is among the ``top``, by ``role``
-    and ``kind``. ``query_split``: of each prompt's query FFN neurons, how many by layer are value
-    neurons too. ``segment``: log p(answer) by step. All with ``knowledge_type``; scores in nats.
+    and ``kind``, and scores above 0. ``query_split``: of each prompt's query FFN neurons, how many
+    by layer are value neurons too. ``segment``: log p(answer) by step. All with
+    ``knowledge_type``; scores in nats.
 
     Cost: the best attention neurons summed over source positions, and a few read-outs a prompt.
     """
@@ -193,6 +194,8 @@ def _neurons(results: Sequence[Attribution], queries: Sequence[QueryScores]) -> 
 
 
 def _mask_of(ranked: RankedNeurons, shape: tuple[int, ...]) -> Bool[Tensor, "layer ..."]:
+    """Which neurons are ranked and raise the answer: those that are off tie at 0 in any number."""
+    ranked = ranked.at((ranked.score > 0).nonzero()[:, 0])
     mask = torch.zeros(shape, dtype=torch.bool, device=ranked.layer.device)
     if ranked.head is None:
         mask[ranked.layer, ranked.index] = True
@@ -206,14 +209,14 @@ def top_query_mask(
 ) -> Bool[Tensor, "layer d_mlp"]:
     """Which FFN neurons are the ``top`` query neurons (of layers ``below``, if given).
 
-    Only layers before some value neuron have any; neurons that score 0 are none.
+    Only layers before some value neuron have any; none score 0 or less.
     """
     each = scores.ffn_neurons
     depth = scores.ffn_depth if below is None else min(below, scores.ffn_depth)
     mask = torch.zeros_like(each, dtype=torch.bool)
     flat = each[:depth].flatten()
     best = largest(flat, top)
-    mask.view(-1)[best[flat[best] != 0]] = True
+    mask.view(-1)[best[flat[best] > 0]] = True
     return mask
 
 

@@ -241,14 +241,14 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
         title="Many neurons at once",
         text=[
             "How far MRR and probability fall, in per cent of what they were, when value neurons "
-            "of attention and FFN, or the query FFN neurons of shallow layers, are zeroed; and as "
-            "many random neurons of the same layers. The paper zeroes 200 attention and 100 FFN "
-            "value neurons, and 1,000 query neurons, of models with 184,320 (GPT2-large) and "
-            "352,256 FFN neurons. 'In proportion' zeroes the same share of this model as of "
-            "GPT2-large.",
+            "of attention and FFN, or the query FFN neurons of shallow layers, are zeroed; and "
+            "random neurons of the same layers (as many, or all others of a layer where more than "
+            "half of it was chosen). The paper zeroes 200 attention and 100 FFN value neurons, and "
+            "1,000 query neurons, of models with 184,320 (GPT2-large) and 352,256 FFN neurons. 'In "
+            "proportion' zeroes the same share of this model as of GPT2-large.",
             f"Shallow are the first {facts['sizes']['shallow_layers']} of {facts['layers']} "
-            "layers: the first half, a choice of this project. Fewer neurons than asked for are "
-            "zeroed where fewer have a score.",
+            "layers: the first half, a choice of this project. Fewer query neurons than asked for "
+            "are zeroed where fewer score above 0.",
         ],
         items=[
             Shown(
@@ -339,11 +339,10 @@ def _shared(figures: Mapping[str, go.Figure], top: int) -> Section:
     return Section(
         title="Neurons that sentences of a type share",
         text=[
-            "Neurons among the best of more than half of a type's prompts, in per cent of how many "
-            f"the best are. The published numbers are for the top {TOP} of models that are much "
-            f"larger than a small model: for one, {TOP} is a large part of all neurons, so that "
-            f"many are shared by chance; hence also the top {top}, the same share as of "
-            "GPT2-large.",
+            "Neurons that are among the best of more than half of a type's prompts, and raise the "
+            "answer there, in per cent of how many the best are. The published numbers are for the "
+            f"top {TOP} of large models: of a small one {TOP} is a large part, so that many are "
+            f"shared by chance; hence also the top {top}, the same share as of GPT2-large.",
         ],
         items=[figures[f"shared_neurons_top_{size}"] for size in sorted({TOP, top}, reverse=True)],
     )
@@ -354,9 +353,9 @@ def _depth(figures: Mapping[str, go.Figure], top: int) -> Section:
         title="Query neurons by depth",
         text=[
             f"Of a prompt's top {TOP} query FFN neurons, those that are among its top {TOP} FFN "
-            "value neurons, and those that are not; neurons that score 0 are none, so that a small "
-            "model may have fewer. A line at 1 would be the same number in every layer. Published "
-            "are counts of one prompt each, read off the notebooks' plots.",
+            "value neurons, and those that are not. Only neurons that score above 0 count, so that "
+            "a prompt of a small model may have fewer. A line at 1 would be the same number in "
+            "every layer. Published are counts of one prompt each, read off the notebooks' plots.",
         ],
         items=[figures[f"query_depth_top_{size}"] for size in sorted({TOP, top}, reverse=True)],
     )

@@ -105,6 +105,10 @@ def _script(text: str) -> str:
 def _table(shown: Shown) -> str:
     known = {name: label for name, label in shown.columns.items() if name in shown.table}
     table = pd.DataFrame(shown.table, columns=[*known])
+    for name in known:  # means of counts that are all the same are counts
+        cells = table[name].tolist()
+        if all(isinstance(cell, float) and cell.is_integer() for cell in cells):
+            table = table.assign(**{name: [int(cell) for cell in cells]})
     numeric = {
         name
         for name in known
@@ -145,9 +149,9 @@ def _cell(value: Any) -> str:
 
 
 def number(value: float) -> str:
-    """Three significant digits, whole numbers as such, and a real minus sign."""
-    if value == int(value):
-        return f"{int(value):,}".replace("-", "−")
+    """Three significant digits, and a real minus sign."""
+    if value == 0:
+        return "0"
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     if digits > 6:
         return f"{value:.1e}".replace("-", "−")

@@ -264,6 +264,8 @@ def share_curve(shares: pd.DataFrame) -> pd.DataFrame:
 def shared_neurons(neurons: pd.DataFrame, prompts: dict[str, int]) -> pd.DataFrame:
     """Neurons among the top in more than half of a type's prompts, in per cent of the top.
 
+    A neuron counts where it raises the answer: a prompt of a small model may have fewer than 300.
+
     Attention neurons are those of a head and dimension, whatever their source position. Published
     are one number for value and one for query neurons; which kinds the former counts is not known.
     """

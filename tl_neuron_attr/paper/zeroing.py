@@ -150,7 +150,7 @@ def _query_runs(case: Case, queries: QueryScores, size: Sizes, seed: int) -> lis
     """The best query FFN neurons of the shallow layers, and random ones of the same layers."""
     each = queries.ffn_neurons.clone()
     each[min(size.shallow_layers, queries.ffn_depth) :] = float("-inf")
-    each[each == 0] = float("-inf")
+    each[each <= 0] = float("-inf")
     runs = []
     # the published number would be most of the shallow layers of a small model
     scales = {AS_PUBLISHED: SHALLOW_QUERY} if size.shallow_query == SHALLOW_QUERY else {}
