@@ -25,6 +25,7 @@ from tl_neuron_attr.interventions import ZeroMask, masked_residuals
 from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES, knowledge_prompts
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.methods.curved import curved_gradient
+from tl_neuron_attr.methods.together import value_and_query
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
@@ -54,7 +55,10 @@ SHIPPED = {
     "a sweep backwards by hand": ("carried_back",),
     "one backward pass": ("gradient_activation", "curved_gradient"),
 }
-"""By what they cost; ``carried_back`` needs no autograd."""
+"""By what they need; ``carried_back`` no autograd."""
+
+SCORES = {**METHODS, "value_and_query": partial(value_and_query, top_values=100)}
+"""More value neurons than by default, as more can only bring it closer."""
 
 TRIED = {
     "one step, first order": partial(few_steps, steps=1),
@@ -122,7 +126,7 @@ def scores_of(case, frozen):
     for kind in KINDS:
         for name in (*names, "ablation"):
             try:
-                found[kind][name] = METHODS[name](case, kind, None).flatten(1)
+                found[kind][name] = SCORES[name](case, kind, None).flatten(1)
             except InputError:  # nothing feeds the value neurons
                 found[kind][name] = torch.zeros_like(found[kind]["log_prob_increase"])
         found[kind]["curved_gradient, one rival"] = curved_gradient(case, kind, rivals=1).flatten(1)

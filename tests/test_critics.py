@@ -200,13 +200,16 @@ def test_zeroing_the_neurons_of_a_wording_takes_the_same_fact_away_in_another(
     ranked = ranked_ffn_neurons(bridge, own, ["log_prob_increase", "query"], 30)
     best = attribute(bridge, own.text, target=own.answer, top=30).ffn_neurons
     assert ranked["log_prob_increase"].tolist() == (best.layer * 512 + best.index).tolist()
-    asked = [own, other, stranger]
-    mask = mask_of(ranked["log_prob_increase"], 6, 512)
-    none = left_without(model, tokenizer, asked, torch.zeros(3, 6, 512, dtype=torch.bool))
-    left = left_without(model, tokenizer, asked, mask.expand(3, -1, -1))
+    asked = [own, other, stranger, own]
+    nothing = torch.zeros(4, 6, 512, dtype=torch.bool)
+    zeroed = nothing.clone()
+    zeroed[:3] = mask_of(ranked["log_prob_increase"], 6, 512)
+    none = left_without(model, tokenizer, asked, nothing)
+    left = left_without(model, tokenizer, asked, zeroed)
     assert none.first.all() and (none.probability > 0.8).all()
     assert (left.probability[:2] < none.probability[:2] - 0.3).all()
     assert left.probability[2] > none.probability[2] - 0.1
+    assert left.probability[3].item() == pytest.approx(none.probability[0].item())
     again = ranked_ffn_neurons(bridge, other, ["log_prob_increase"], 30)["log_prob_increase"]
     both = set(again.tolist()) & set(ranked["log_prob_increase"].tolist())
     assert overlap(ranked["log_prob_increase"], again) == pytest.approx(len(both) / 30)
@@ -226,6 +229,8 @@ def test_an_edit_is_a_matrix_added_to_the_weights_and_leaves_them_alone(model, t
     edits = fit_edits(model, 0, tokens, new, length=2.0)
     assert torch.equal(weight, before)
     assert (edits.flatten(1).norm(dim=1) <= 2.0 + 1e-5).all()
+    short = fit_edits(model, 0, tokens, new, length=0.3)
+    assert torch.allclose(short.flatten(1).norm(dim=1), torch.tensor(0.3))  # and no further
     owners = torch.tensor([1, 0])
     found = probabilities_with(model, tokenizer, 0, edits, prompts[::-1], owners, new)
     for row, place in ((0, 1), (1, 0)):

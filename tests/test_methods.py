@@ -1,6 +1,9 @@
 """Static methods are what they say: against plain loops in float64, in every family."""
 
+import json
 import math
+import runpy
+from pathlib import Path
 
 import pytest
 import torch
@@ -283,3 +286,14 @@ def test_a_wrong_kind_is_refused(tiny_gpt2):
 def test_no_neurons_cannot_be_asked_for(tiny_gpt2, name):
     with pytest.raises(InputError, match="top must be at least 1, got 0"):
         METHODS[name](case_of(tiny_gpt2), "ffn", 0)
+
+
+def test_the_tables_on_the_page_are_what_was_measured():
+    root = Path(__file__).parents[1]
+    script = runpy.run_path(str(root / "tests" / "benchmarks" / "bench_methods.py"))
+    facts = json.loads((root / "docs" / "pages" / "methods.json").read_text(encoding="utf-8"))
+    page = (root / "docs" / "pages" / "methods.md").read_text(encoding="utf-8")
+    assert script["cost_table"](facts) in page
+    assert script["closeness_table"](facts) in page
+    assert f"{facts['prompts']} prompts of all six types" in page
+    assert all(f"| `{name}` |" in page for name in METHODS)

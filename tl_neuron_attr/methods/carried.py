@@ -40,7 +40,8 @@ def carried_once(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     positions, all FFN neurons and heads of the read position as value neurons. It misses paths
     through two or more later sub-layers, and through attention patterns.
 
-    Cost: one forward pass (beyond the one ``attribute`` took), and about as much again.
+    Cost: one forward pass (beyond the one ``attribute`` took), and about one and a half times that
+    for the sweep (``docs/closest.py``).
 
     Raises:
         InputError: If the model no longer gives what was captured.
@@ -55,8 +56,9 @@ def carried_back(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     attention patterns frozen, activations by their chords, norms as they are. Without patterns to
     move it is farther from ``ablation`` than gradient x activation is.
 
-    Cost: one forward pass (beyond the one ``attribute`` took), and about as much again. Peak
-    memory: every layer's coefficients and patterns at all positions.
+    Cost: one forward pass (beyond the one ``attribute`` took), and about one and a half times that
+    for the sweep (``docs/closest.py``). Peak memory: every layer's coefficients
+    and patterns at all positions.
 
     Raises:
         InputError: If the model no longer gives what was captured.

@@ -57,7 +57,7 @@ def value_and_query(
     top: int | None = None,
     *,
     of: str = "both",
-    top_values: int = 100,
+    top_values: int = TOP_VALUES,
 ) -> Float[Tensor, "..."]:
     """What a neuron says itself, and what it has others say: value score plus query score, in nats.
 
