@@ -594,7 +594,7 @@ def test_chosen_neurons_are_all_drawn_whatever_their_scores(tiny_gpt2):
     assert graph.of == f"{worst}, L1.H0.D3@2, {worst}"
     again = value_query_graph(result, (each for each in [worst, "L1.H0.D3@2", worst]))
     assert (again.of, again.edges) == (graph.of, graph.edges)
-    assert weights(graph)[f"{worst}@5", "answer"] == pytest.approx(score)
+    assert weights(graph)[f"{worst}@5", "answer"] == pytest.approx(score, abs=1e-6)
     assert len(graph.inputs("answer")) == 2
     assert graph.answer.explained == pytest.approx(graph.answer.handed_down)
     # what sets off a neuron that lowers the answer, lowers it
