@@ -301,8 +301,34 @@ def test_a_method_that_cannot_be_used_on_a_prompt_is_left_out_there_and_listed(t
     def impossible(case, kind, top):
         raise InputError("never")
 
-    with pytest.raises(InputError, match="'impossible' can be used on none of the prompts: never"):
-        evaluate(tiny_model, known(tiny_model), ["d", impossible])
+    said = "'impossible' can be used on none of the prompts: never"
+    with pytest.raises(InputError, match=f"{said}; controls stand beside the first"):
+        evaluate(tiny_model, known(tiny_model), [impossible, "d"])
+    with pytest.warns(UserWarning, match=said):
+        found = evaluate(tiny_model, known(tiny_model), ["d", impossible], top=2)
+    assert found.facts["methods"] == ["norm"] and found.facts["without"] == {"impossible": 3}
+    assert {*found.effects["method"]} == {"norm", "random", "norm_matched"}
+    assert len(found.skipped) == 3 and said in found.facts["warnings"][-1]
+    assert {*found.comparisons()["other"]} <= {"norm", "random", "norm_matched"}
+
+
+def test_a_seed_below_zero_is_refused_before_the_first_run(tiny_model, monkeypatch):
+    passes = count_forward_passes(tiny_model, monkeypatch)
+    with pytest.raises(InputError, match="seed must be 0 or more, got -1"):
+        evaluate(tiny_model, "capital", "d", seed=-1)
+    assert not passes
+
+
+def test_what_reading_a_file_had_to_say_is_kept_with_the_result(tmp_path):
+    path = tmp_path / "twice.jsonl"
+    line = '{"text": "The capital of France is", "answer": "Paris"}\n'
+    other = '{"text": "The capital of Italy is", "answer": "Rome"}\n'
+    path.write_text(line + other + line)
+    with pytest.warns(UserWarning) as caught:
+        found = evaluate(load_model("tiny-facts"), path, "d", top=2)
+    said = [message for message in found.facts["warnings"] if "line" in message]
+    assert len(said) == 1 and any(said[0] in str(warning.message) for warning in caught)
+    assert found.facts["prompts"]["measured"] == 2
 
 
 def test_each_prompt_is_patched_from_another_of_its_wording():

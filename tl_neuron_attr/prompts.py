@@ -286,6 +286,18 @@ def at_least_one(value: Any, what: str) -> int:
     return count
 
 
+def at_least_zero(value: Any, what: str) -> int:
+    """``value`` as a plain integer that is not negative, such as a seed.
+
+    Raises:
+        InputError: If it is no integer, or below 0.
+    """
+    number = integer(value, what)
+    if number < 0:
+        raise InputError(f"{what} must be 0 or more, got {number}")
+    return number
+
+
 def fraction(value: Any, what: str) -> float:
     """``value`` as a share of a whole: above 0, and 1 at the most.
 

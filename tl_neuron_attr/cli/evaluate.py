@@ -69,7 +69,9 @@ def evaluate(
     limit: Annotated[
         int | None, typer.Option(help="At most so many prompts, drawn evenly from the types.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn. Same seed, same bytes.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Of all that is drawn. Same seed and batch size, same bytes.")
+    ] = 0,
     unfiltered: Annotated[
         bool, typer.Option("--unfiltered", help="Also prompts whose answer the model misses.")
     ] = False,
@@ -106,11 +108,11 @@ def evaluate(
         intervals = _by(by)
         if out is not None:
             check_writable(out)
-        asked = load_prompts(prompts)
+        load_prompts(prompts)  # what is wrong with a file comes before the model
         loaded = load(model, device, dtype)
         found = evaluate_methods(
             loaded,
-            asked,
+            prompts,
             chosen,
             neurons=kinds,
             top=tops,

@@ -1,6 +1,7 @@
 """What was measured, batch by batch, put together as tables."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -35,6 +36,9 @@ IN_NATS = frozenset(
         "attribution_patching",
         "query",
         "value_and_query",
+        "carried_once",
+        "carried_back",
+        "curved_gradient",
         "ablation",
     }
 )
@@ -100,21 +104,25 @@ def evaluation_of(
     asked: Sequence[AskedPrompt],
     parts: Iterable[Rows],
     origin: Mapping[str, Any],
+    messages: Sequence[str] = (),
 ) -> Evaluation:
-    """All of it as one result.
+    """All of it as one result; ``messages`` are what was said of the prompts before.
 
     Raises:
-        InputError: If a method could be used on no prompt at all.
+        InputError: If the method that controls stand beside could be used on no prompt at all.
     """
     parts = list(parts)
     refused = [row for part in parts for row in part.refused]
-    without = _without(request, len(asked), refused)
+    without = _without(request, refused)
+    unused = _unused(request, len(asked), without, refused)
     short = sum(part.short for part in parts)
-    messages = list(known.warnings) + [short_message(short)] * (short > 0)
+    said = [*known.warnings, *messages, *unused.values()]
+    said += [short_message(short)] * (short > 0)
+    used = [name for name in request.methods if name not in unused]
     facts = {
         **origin,
-        "methods": list(request.methods),
-        "in_nats": [name for name in request.methods if name in IN_NATS],
+        "methods": used,
+        "in_nats": [name for name in used if name in IN_NATS],
         "controls": {
             "names": list(CONTROLS),
             "beside": request.reference,
@@ -134,7 +142,7 @@ def evaluation_of(
             "sha256": _prompts_hash(asked),
         },
         "without": without,
-        "warnings": messages,
+        "warnings": said,
     }
     dropped = [
         (each.prompt.prompt_id, None, f"{each.reason}: {each.detail}") for each in known.dropped
@@ -165,16 +173,30 @@ def short_message(count: int) -> str:
     )
 
 
-def _without(
-    request: Request, n_prompts: int, refused: Sequence[tuple[str, str, str]]
-) -> dict[str, int]:
+def _without(request: Request, refused: Sequence[tuple[str, str, str]]) -> dict[str, int]:
     """How many prompts each method could not be used on, of those that there are any of."""
-    counts: dict[str, int] = {}
-    for _, name, why in refused:
-        counts[name] = counts.get(name, 0) + 1
-        if counts[name] == n_prompts:
-            raise InputError(f"method {name!r} can be used on none of the prompts: {why}")
+    counts = Counter(name for _, name, _ in refused)
     return {name: counts[name] for name in request.methods if name in counts}
+
+
+def _unused(
+    request: Request,
+    n_prompts: int,
+    without: Mapping[str, int],
+    refused: Sequence[tuple[str, str, str]],
+) -> dict[str, str]:
+    """What to say of methods that could be used on no prompt at all."""
+    unused = {}
+    for name, count in without.items():
+        if count == n_prompts:
+            why = next(why for _, method, why in refused if method == name)
+            unused[name] = f"method {name!r} can be used on none of the prompts: {why}"
+    if request.reference in unused:
+        raise InputError(
+            f"{unused[request.reference]}; controls stand beside the first method, so give "
+            "another first"
+        )
+    return unused
 
 
 def _effect_table(rows: Sequence[tuple]) -> pd.DataFrame:

@@ -9,7 +9,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate.effects import CONTROLS, KINDS_OF, Which
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.methods import METHODS, Method, method_name, method_of, neuron_shape
-from tl_neuron_attr.prompts import at_least_one, integer
+from tl_neuron_attr.prompts import at_least_one, at_least_zero
 from tl_neuron_attr.topk import Kind
 
 
@@ -64,7 +64,7 @@ class Request:
             which=chosen_kinds(neurons),
             tops=chosen_tops(top),
             limit=None if limit is None else at_least_one(limit, "limit"),
-            seed=integer(others["seed"], "seed"),
+            seed=at_least_zero(others["seed"], "seed"),
             batch_size=at_least_one(others["batch_size"], "batch_size"),
             budget=at_least_one(others["budget"], "budget"),
             correlate=bool(others["correlate"]),

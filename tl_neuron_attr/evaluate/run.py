@@ -93,11 +93,12 @@ def evaluate(
         progress: Show a progress bar, with the time left.
 
     A method that cannot be used on a prompt (no corrupted prompt for attribution patching, say) is
-    left out there, which ``Evaluation.skipped`` says, with its reason.
+    left out there, which ``Evaluation.skipped`` says, with its reason; one that can be used on none
+    is left out of the tables, with a warning.
 
     Raises:
         InputError: For anything wrong with the request, before the first forward pass; if no prompt
-            remains; if a method is applicable to none, or does not give scores.
+            remains; if the first method is applicable to none; if one does not give scores.
         UnsupportedModelError, IdentityError, NonFiniteError: As in ``attribute``.
 
     Cost: for each prompt one attribution, each method's own cost, and one row of a forward pass for
@@ -119,7 +120,7 @@ def evaluate(
     host = open_host(model)
     check_read_out(host, "recomputed", request.budget)
     request.check_fits(host)
-    known = _known(host, prompts, filtered, prepend_bos, progress)
+    known, messages = _known(host, prompts, filtered, prepend_bos, progress)
     asked = drawn_evenly(known.kept, request.limit, request.seed)
     parts: list[Rows] = []
     origin: dict[str, Any] = {}
@@ -130,7 +131,7 @@ def evaluate(
             origin = origin or origin_of(results[0])
             parts += _measured(request, some, results, corrupted_in(known.kept, some, request.seed))
             bar.update(len(some))
-    found = evaluation_of(request, known, asked, parts, origin)
+    found = evaluation_of(request, known, asked, parts, origin, messages)
     for message in found.facts["warnings"][len(known.warnings) :]:
         warnings.warn(message, stacklevel=2)
     return found
@@ -176,13 +177,19 @@ def _wording(asked: AskedPrompt) -> tuple[str, str]:
 
 def _known(
     host: Host, prompts: Any, filtered: bool, prepend_bos: bool | None, progress: bool
-) -> KnownPrompts:
+) -> tuple[KnownPrompts, list[str]]:
+    """What the model knows, and what reading the prompts had to say."""
     if isinstance(prompts, KnownPrompts):
-        return prompts
+        return prompts, []
+    messages: list[str] = []
     if isinstance(prompts, (str, os.PathLike)):
-        prompts = load_prompts(prompts)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            prompts = load_prompts(prompts)
+        messages = [str(warning.message) for warning in caught]
     limits: dict[str, Any] = {} if filtered else {"top": None, "above_type": False}
-    return known_prompts(host, prompts, prepend_bos=prepend_bos, progress=progress, **limits)
+    known = known_prompts(host, prompts, prepend_bos=prepend_bos, progress=progress, **limits)
+    return known, messages
 
 
 def _attributed(host: Host, asked: Sequence[AskedPrompt], request: Request) -> list[Attribution]:

@@ -180,6 +180,7 @@ def known_prompts(
             f"{example.prompt.text!r}, because {example.detail}"
         )
     messages = _without_rivals(asked, vocabulary) if above_type else ()
+    messages += _of_one_answer(asked)
     for message in messages:
         warnings.warn(message, stacklevel=2)
     return KnownPrompts(
@@ -282,6 +283,25 @@ def _without_rivals(asked: Sequence[KnowledgePrompt], vocabulary: _Vocabulary) -
     return (
         f"of the knowledge type {', '.join(alone)} only one answer is one token, so that there is "
         "none for it to be above: such prompts are kept by their rank alone",
+    )
+
+
+def _of_one_answer(asked: Sequence[KnowledgePrompt]) -> tuple[str, ...]:
+    """A warning of relations of several subjects that all have the same answer."""
+    subjects: dict[str, set[str]] = {}
+    answers: dict[str, set[str]] = {}
+    for prompt in asked:
+        fact = prompt.fact
+        subjects.setdefault(fact.relation, set()).add(fact.subject)
+        answers.setdefault(fact.relation, set()).add(prompt.answer)
+    alone = [
+        repr(name) for name, each in subjects.items() if len(each) > 1 and len(answers[name]) == 1
+    ]
+    if not alone:
+        return ()
+    return (
+        f"of the relation {', '.join(alone)} every subject has the same answer, so that what is "
+        "found there may be the answer's alone",
     )
 
 
