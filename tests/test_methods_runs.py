@@ -9,7 +9,15 @@ import torch
 from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
 from test_methods import KINDS, TARGET, case_of
 
-from tl_neuron_attr import InputError, NonFiniteError, Prompt, attribute, tokenize
+from tl_neuron_attr import (
+    InputError,
+    NonFiniteError,
+    Prompt,
+    attribute,
+    load_model,
+    open_host,
+    tokenize,
+)
 from tl_neuron_attr.host import hook_names
 from tl_neuron_attr.methods import METHODS, Case, gradients, method_name, method_of, neuron_shape
 from tl_neuron_attr.methods.ablation import ablation
@@ -431,3 +439,31 @@ def test_a_partial_of_a_method_is_a_method(tiny_gpt2):
     own = partial(integrated_gradients, positions="all")
     assert method_of(own) is own
     assert method_name(own) == "integrated_gradients(positions='all')"
+
+
+@pytest.mark.parametrize(
+    "name", ["gradient_activation", "integrated_gradients", "attribution_patching"]
+)
+def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name):
+    with torch.inference_mode():
+        model = bridge_of("gpt2")
+        result = attribute(model, TOKENS, top=2)
+    case = Case(
+        result=result, corrupted=tokenize(open_host(model), Prompt(tokens=(4, *TOKENS[1:])))
+    )
+    with pytest.raises(InputError, match="made under torch.inference_mode"):
+        METHODS[name](case, "ffn", None)
+
+
+def test_ablation_of_a_confident_answer_is_not_lost_in_the_rounding_of_its_log_probability():
+    """In float32, what most neurons do to an answer of p = .999 is less than log p's rounding."""
+    model = load_model("tiny-facts")
+    result = attribute(model, "The color of snow is", target=" white", top=2)
+    assert result.log_prob > -0.01
+    found = METHODS["ablation"](Case(result=result), "ffn", None).flatten().double()
+    wide = load_model("tiny-facts", dtype=torch.float64)
+    exact = attribute(wide, "The color of snow is", target=" white", top=2)
+    exact = METHODS["ablation"](Case(result=exact), "ffn", None).flatten()
+    live = exact.abs() > 0
+    ranks = [each[live].argsort().argsort().double() for each in (found, exact)]
+    assert torch.corrcoef(torch.stack(ranks))[0, 1] > 0.999

@@ -6,7 +6,7 @@ A block writes ``mlp_out = sum_k m_k * W_out[k] + b_out`` and
 Source: Yu & Ananiadou (2024), section 3.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from einops import rearrange
@@ -16,7 +16,7 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
-from tl_neuron_attr.norms import row_norms, weight_norms
+from tl_neuron_attr.norms import row_norms
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 
@@ -34,8 +34,6 @@ class FFNDecomposition:
     coefficients: Float[Tensor, " d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
-    known_norms: Float[Tensor, " d_mlp"] | None = field(default=None, init=False, repr=False)
-    """Norms of the subvalues, where the model's are known; ``replace`` forgets them."""
 
     @property
     def n_neurons(self) -> int:
@@ -60,7 +58,7 @@ class FFNDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows()) if self.known_norms is None else self.known_norms
+        return row_norms(self.rows())
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -92,8 +90,6 @@ class AttnDecomposition:
     b_O: Float[Tensor, " d_model"] | None
     summed: bool = False
     """Whether source positions were summed into one (see ``over_sources``)."""
-    known_norms: Float[Tensor, " subvalue"] | None = field(default=None, init=False, repr=False)
-    """Norms of the subvalues, where the model's are known; ``replace`` forgets them."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -140,7 +136,7 @@ class AttnDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows()) if self.known_norms is None else self.known_norms
+        return row_norms(self.rows())
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -170,9 +166,7 @@ class AttnDecomposition:
         """
         z = self.coefficients().sum(1)
         ones = torch.ones_like(self.pattern[:, :1])
-        summed = replace(self, pattern=ones, v=z[None], summed=True)
-        object.__setattr__(summed, "known_norms", self.known_norms)  # its subvalues are the same
-        return summed
+        return replace(self, pattern=ones, v=z[None], summed=True)
 
     @property
     def _group(self) -> int:
@@ -193,15 +187,13 @@ def ffn_decomposition(host: Host, captured: Capture, layer: int) -> FFNDecomposi
     _check_layer(host, layer)
     # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
     before = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
-    block = FFNDecomposition(
+    return FFNDecomposition(
         layer=layer,
         base=before[layer],
         coefficients=captured.mlp_post[layer],
         W_out=host.W_out(layer),
         b_out=host.b_out(layer),
     )
-    object.__setattr__(block, "known_norms", weight_norms(host).ffn[layer])
-    return block
 
 
 def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecomposition:
@@ -211,7 +203,7 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         InputError: If the model has no such layer.
     """
     _check_layer(host, layer)
-    block = AttnDecomposition(
+    return AttnDecomposition(
         layer=layer,
         base=captured.resid_pre[layer],
         pattern=captured.pattern[layer],
@@ -219,8 +211,6 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         W_O=host.W_O(layer),
         b_O=host.b_O(layer),
     )
-    object.__setattr__(block, "known_norms", weight_norms(host).attn[layer])
-    return block
 
 
 def _check_layer(host: Host, layer: int) -> None:

@@ -236,7 +236,9 @@ def weights_state(host: Host) -> int:
 
     Cheap, where ``weights_hash`` reads every byte; it says nothing in another process.
     """
-    return hash(tuple((p.data_ptr(), p._version) for p in host.parameters if not p.is_inference()))
+    return hash(
+        tuple((p.data_ptr(), 0 if p.is_inference() else p._version) for p in host.parameters)
+    )
 
 
 def weights_hash(host: Host) -> str:

@@ -1,10 +1,10 @@
-"""How long it is: norms of what the weights write and say, taken once per model.
+"""How long it is: norms of what the weights write and say.
 
-They serve the allowance for rounding in every bound, and nothing else: what is bounded changes
-with each prompt, these only with the weights.
+They are properties of the weights alone. What rounding is allowed for in every bound takes them as
+they were measured once per model; where a score or an interval rests on them they are taken anew.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from weakref import WeakKeyDictionary
 
@@ -15,40 +15,67 @@ from torch import Tensor
 from tl_neuron_attr.host import Host, weights_state
 
 _BLOCK = 1024  # rows or columns at a time: narrow weights are widened in blocks, never whole
+_SAMPLES = 8  # rows and columns of each matrix that are looked at for edits
+
+Place = tuple[int, torch.Size]
+"""Where a matrix lies in memory, and its shape."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class WeightNorms:
-    """Euclidean norms, in the dtype of the weights or float32, whichever is wider."""
+    """Euclidean norms, in the dtype of the weights or float32, whichever is wider.
 
-    tokens: Float[Tensor, " d_vocab"]
+    Known by where their matrix lies in memory: a matrix that is not the model's has none here.
+    """
+
+    columns: Mapping[Place, Float[Tensor, " d_vocab"]]
     """Of each column of the unembedding, weighted by the final norm's gain."""
-    ffn: tuple[Float[Tensor, " d_mlp"], ...]
-    """Of each row of ``W_out``, by layer."""
-    attn: tuple[Float[Tensor, " subvalue"], ...]
-    """Of each row of ``W_O``, by layer."""
+    rows: Mapping[Place, Float[Tensor, " subvalue"]]
+    """Of each row of ``W_out``, or of ``W_O`` by head and index."""
+
+    def of_columns(self, W_U: Float[Tensor, "d_model d_vocab"]) -> Float[Tensor, " d_vocab"] | None:
+        """Those of the unembedding, if it is this model's."""
+        return self.columns.get(_place(W_U))
+
+    def of_rows(self, rows: Float[Tensor, "subvalue d_model"]) -> Float[Tensor, " subvalue"] | None:
+        """Those of one block's subvalues, if they are this model's."""
+        return self.rows.get(_place(rows))
 
 
-# Weak: it keeps no model alive; weights edited in place, or replaced, are measured again.
+# Weak: it keeps no model alive, and a place in memory means something only as long as it lives.
 _measured: WeakKeyDictionary[torch.nn.Module, tuple[int, WeightNorms]] = WeakKeyDictionary()
 
 
 def weight_norms(host: Host) -> WeightNorms:
-    """The norms of a model's subvalues and of its unembedding.
+    """The norms of a model's subvalues and of its unembedding, measured once.
+
+    Measured anew when weights were edited in place or replaced; a write that goes behind torch's
+    back (``weight.data[row] = ...``) is seen if it touches one of a few entries of its matrix.
 
     Cost: one pass over ``W_out``, ``W_O`` and the unembedding, once per model and state of its
     weights; they are kept as long as the model is.
     """
-    state = weights_state(host)
+    blocks = [host.W_out(layer) for layer in range(host.n_layers)]
+    blocks += [host.W_O(layer).flatten(0, 1) for layer in range(host.n_layers)]
+    gain = [] if host.final_gain is None else [host.final_gain[None]]
+    state = hash((weights_state(host), _sampled([host.W_U, *gain, *blocks])))
     known = _measured.get(host.model)
     if known is not None and known[0] == state:
         return known[1]
+    # a copy made for us has a place that will be another's
+    stored = {weight.untyped_storage().data_ptr() for weight in host.parameters}
     with torch.no_grad():
-        layers = range(host.n_layers)
         norms = WeightNorms(
-            tokens=column_norms(host.W_U, host.final_gain),
-            ffn=tuple(row_norms(host.W_out(layer)) for layer in layers),
-            attn=tuple(row_norms(host.W_O(layer).flatten(0, 1)) for layer in layers),
+            columns={
+                _place(W_U): column_norms(W_U, host.final_gain)
+                for W_U in [host.W_U]
+                if W_U.untyped_storage().data_ptr() in stored
+            },
+            rows={
+                _place(rows): row_norms(rows)
+                for rows in blocks
+                if rows.untyped_storage().data_ptr() in stored
+            },
         )
     _measured[host.model] = (state, norms)
     return norms
@@ -56,7 +83,7 @@ def weight_norms(host: Host) -> WeightNorms:
 
 def row_norms(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
     """The norm of each row, float32 or wider."""
-    return _joined(torch.linalg.vector_norm(_wide(rows), dim=1) for rows in rows.split(_BLOCK))
+    return _joined(torch.linalg.vector_norm(_wide(some), dim=1) for some in rows.split(_BLOCK))
 
 
 def column_norms(
@@ -73,6 +100,19 @@ def column_norms(
                 yield (gain.to(wide.dtype).square() @ wide.square()).sqrt()
 
     return _joined(norms())
+
+
+def _place(matrix: Tensor) -> Place:
+    return matrix.data_ptr(), matrix.shape
+
+
+def _sampled(matrices: Iterable[Float[Tensor, "_ _"]]) -> bytes:
+    """A few entries of each, spread over its rows and columns."""
+    few = [
+        matrix[:: max(1, matrix.shape[0] // _SAMPLES), :: max(1, matrix.shape[1] // _SAMPLES)]
+        for matrix in matrices
+    ]
+    return torch.cat([each.flatten().float().cpu() for each in few]).numpy().tobytes()
 
 
 def _wide(weights: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ scale from each ``x`` itself (the logit lens); it is not affine.
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
-from tl_neuron_attr.norms import column_norms, weight_norms
+from tl_neuron_attr.norms import WeightNorms, column_norms, weight_norms
 from tl_neuron_attr.prompts import Target
 
 Convention = Literal["exact", "published", "recomputed"]
@@ -86,8 +86,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
-    known_norms: Float[Tensor, " d_vocab"] | None = field(default=None, init=False, repr=False)
-    """Norms of tokens' directions, where the model's are known; ``replace`` forgets them."""
+    norms: WeightNorms | None = None
+    """Of the model's weights, where they are known already: for the allowance for rounding."""
 
     @property
     def affine(self) -> bool:
@@ -392,9 +392,10 @@ class ReadOut:
 
     def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
         """Norms of these tokens' directions, each entry weighted by the final norm's gain."""
-        if self.known_norms is None:
+        known = None if self.norms is None else self.norms.of_columns(self.W_U)
+        if known is None:
             return column_norms(self.W_U[:, tokens], self.gain).to(self.dtype)
-        return self.known_norms[tokens].to(self.dtype)
+        return known[tokens].to(self.dtype)
 
     def _transposed(self, vectors: Tensor, norm_scale: Tensor) -> Tensor:
         """The transpose of the frozen norm's linear part, at each row's own scale."""
@@ -732,9 +733,8 @@ def read_out(
     resid = resid_final.to(dtype)
     if out.centered:
         resid = resid - resid.mean()
-    out = replace(out, norm_scale=(resid.pow(2).mean() + out.eps).sqrt())
-    object.__setattr__(out, "known_norms", weight_norms(host).tokens)
-    return out
+    norm_scale = (resid.pow(2).mean() + out.eps).sqrt()
+    return replace(out, norm_scale=norm_scale, norms=weight_norms(host))
 
 
 def check_read_out(

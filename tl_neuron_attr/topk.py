@@ -231,7 +231,8 @@ def tangent_bounds(
     columns = []
     for layer, block in enumerate(runs[0]):
         products = slopes(block.rows(), tangent.gradient[layer::n_layers])
-        norms = block.norms().to(out.dtype)
+        known = None if out.norms is None else out.norms.of_rows(block.rows())
+        norms = (block.norms() if known is None else known).to(out.dtype)
         columns.append(
             [
                 TangentBound(

@@ -84,7 +84,7 @@ class Zeroed(Intervention):
     """Heads and neurons held at zero."""
 
     def __str__(self) -> str:
-        """Its labels, which ``parse`` reads back."""
+        """Its labels; without a position ``parse`` reads them back."""
         return f"{self._labels()}{self._place()}"
 
     @classmethod

@@ -37,8 +37,9 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
     final = residual_of(outputs[-1])[0, prompt.read_pos]
     final = final.to(torch.promote_types(final.dtype, torch.float32))
     check_same_run(host, result.captured, final)
-    # with its norm recomputed, the read-out is what the model itself does
-    out = read_out(host, final, "recomputed", budget=result.out.budget, dtype=result.out.dtype)
+    # With its norm recomputed, the read-out is what the model itself does. In float64: what most
+    # neurons do to a confident answer is less than the rounding of a float32 log-probability.
+    out = read_out(host, final, "recomputed", budget=result.out.budget, dtype=torch.float64)
     at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
     left = [out.log_prob(final[None], result.target)]
     for layer in range(n_layers):
@@ -47,7 +48,7 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
             resid = final_residuals(host, [prompt] * len(some), [hook], start=(layer, outputs))
             left.append(out.log_prob(resid, result.target))
     every = torch.cat(left)
-    return in_layers(case, kind, every[0] - every[1:])
+    return in_layers(case, kind, (every[0] - every[1:]).to(result.out.dtype))
 
 
 def _without_one(activation: Tensor, hook: Any, *, number: Int[Tensor, " row"]) -> Tensor:

@@ -20,7 +20,7 @@ from tl_neuron_attr.capture import (
     final_residuals,
 )
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import coefficient_name
+from tl_neuron_attr.host import Host, coefficient_name
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import full_precision, read_out
@@ -76,6 +76,7 @@ def coefficients_and_gradients(
     """
     host, prompt = case.result.host, case.result.captured.prompt
     neuron_shape(host, kind)
+    _check_differentiable(host)
     coefficients: list[Tensor] = []
     nudges: list[Tensor] = []
 
@@ -134,6 +135,7 @@ def integrated_gradients(
             raise InputError(f"{what} must be one of {', '.join(known)}; got {value!r}")
     host, captured = case.result.host, case.result.captured
     neuron_shape(host, kind)
+    _check_differentiable(host)
     prompt = captured.prompt
     scaled = slice(None) if positions == "all" else slice(prompt.read_pos, prompt.read_pos + 1)
     at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
@@ -175,6 +177,15 @@ def integrated_gradients(
             assert total is not None
             layers.append(total)
     return _scores(case, kind, torch.stack(layers))
+
+
+def _check_differentiable(host: Host) -> None:
+    """Stop before the forward pass where torch could not go back through it."""
+    if any(weight.is_inference() for weight in host.parameters):
+        raise InputError(
+            "the model's weights were made under torch.inference_mode(), so nothing can be "
+            "differentiated; load it outside of that"
+        )
 
 
 def _read(case: Case, resid: Float[Tensor, "row d_model"], quantity: Quantity) -> Tensor:
