@@ -361,8 +361,7 @@ class ReadOut:
         log_probs = normalized.new_empty(n_rows, self.W_U.shape[1])
         some = leaning.nonzero()[:, 0]
         leans = len(some) > 0
-        # d_model first: the product below is then 1.3 x faster (24 rows, 2 cores)
-        expected = normalized.new_zeros(d_model, len(some))
+        expected = normalized.new_zeros(len(some), d_model)
         expected_norm = normalized.new_zeros(len(some))
         total = normalized.new_zeros(n_rows)
         largest = normalized.new_full((n_rows,), torch.finfo(self.dtype).min)
@@ -377,16 +376,17 @@ class ReadOut:
             weights = (logits - largest[:, None]).exp_()
             total = total * shrink + weights.sum(-1)
             if leans:
-                weights, shrink = weights[some].T.contiguous(), shrink[some]
-                expected = torch.addmm(expected * shrink, directions, weights)
-                expected_norm = expected_norm * shrink + self._norms(columns) @ weights
+                weights, shrink = weights[some], shrink[some]
+                # rows first: the other way round the product took twice the time (24 rows, 2 cores)
+                expected = torch.addmm(expected * shrink[:, None], weights, directions.T)
+                expected_norm = expected_norm * shrink + weights @ self._norms(columns)
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
         found = _Survey(
             log_probs, normalized.new_zeros(n_rows, d_model), normalized.new_zeros(n_rows)
         )
-        found.expected[some] = (expected / total[some]).T
+        found.expected[some] = expected / total[some, None]
         found.expected_norm[some] = expected_norm / total[some]
         return found
 
