@@ -146,8 +146,12 @@ def _stopped_in_one_sentence(out: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = f"what is done is kept in {escape(str(out))}" if out.is_dir() else "nothing was done"
-        console.print(f"[yellow]Stopped:[/] {kept}, and the same command goes on from there")
+        kept = (
+            f"what is done is kept in {escape(str(out))}, and the same command goes on from there"
+        )
+        begun = out.is_dir()
+        said = kept if begun else "nothing was done yet; the same command begins again"
+        console.print(f"[yellow]Stopped:[/] {said}")
         raise typer.Exit(130) from None
 
 

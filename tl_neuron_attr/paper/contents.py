@@ -252,9 +252,10 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
             "How far MRR and probability fall, in per cent of what they were, when value neurons "
             "of attention and FFN, or the query FFN neurons of shallow layers, are zeroed; and "
             "random neurons of the same layers: as many, or, where more than half of a layer was "
-            "chosen, all others of it, which are fewer (the table says how many). The paper zeroes 200 attention and 100 FFN value neurons, and "
-            "1,000 query neurons, of models with 184,320 (GPT2-large) and 352,256 FFN neurons. 'In "
-            "proportion' zeroes the same share of this model as of GPT2-large.",
+            "chosen, all others of it, which are fewer (the table says how many). The paper zeroes "
+            "200 attention and 100 FFN value neurons, and 1,000 query neurons, of models with "
+            "184,320 (GPT2-large) and 352,256 FFN neurons. 'In proportion' zeroes the same share "
+            "of this model as of GPT2-large.",
             f"Shallow are the first {facts['sizes']['shallow_layers']} of {facts['layers']} "
             "layers: the first half, a choice of this project. Fewer query neurons than asked for "
             "are zeroed where fewer score above 0.",
