@@ -275,12 +275,13 @@ def test_ctrl_c_says_that_the_same_command_goes_on_from_there(tmp_path, monkeypa
             out.mkdir()
         raise KeyboardInterrupt
 
-    for done, said in ((False, "nothing was done"), (True, f"what is done is kept in {out}")):
+    for done, said in ((False, "nothing was done"), (True, f"what is done is kept in {out};")):
         monkeypatch.setattr(cli.paper, "write_paper", partial(stopped, done=done))
         shown = invoke("--out", str(out))
         assert shown.exit_code == 130
         assert shown.stderr.splitlines()[-1].startswith(f"Stopped: {said}"), shown.stderr
-        assert "the same command" in shown.stderr and shown.stdout == ""
+        assert ("the same command goes on from there" in shown.stderr) == done
+        assert shown.stdout == ""
 
 
 def test_what_is_wrong_with_a_file_of_prompts_is_said_and_kept_on_the_page(tmp_path):

@@ -146,11 +146,11 @@ def _stopped_in_one_sentence(out: Path, console: Console) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        kept = (
-            f"what is done is kept in {escape(str(out))}, and the same command goes on from there"
-        )
-        begun = out.is_dir()
-        said = kept if begun else "nothing was done yet; the same command begins again"
+        said = "nothing was done yet; the same command begins again"
+        if out.is_dir():
+            said = (
+                f"what is done is kept in {escape(str(out))}; the same command goes on from there"
+            )
         console.print(f"[yellow]Stopped:[/] {said}")
         raise typer.Exit(130) from None
 
