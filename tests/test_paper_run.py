@@ -1,7 +1,9 @@
 """The paper in one command: whole, resumable, the same bytes; and a page that asks for nothing."""
 
+import html
 import json
 import re
+from functools import partial
 from html.parser import HTMLParser
 
 import pandas as pd
@@ -142,6 +144,7 @@ def test_a_damaged_part_is_named(tmp_path):
         ({"convention": "recomputed"}, "exact' or 'published"),
         ({"example": " "}, "example's prompt is empty"),
         ({"settings": {"batch_size": 0}}, "batch_size must be at least 1"),
+        ({"settings": {"seed": -1}}, "the seed must be at least 0, got -1"),
     ],
 )
 def test_bad_requests_are_refused_in_one_sentence(model, tmp_path, wrong, message):
@@ -253,6 +256,59 @@ def test_the_command_says_what_it_wrote(tmp_path, monkeypatch, whole):
     assert asked["settings"] == Settings(limit=13, seed=2)
     assert "index.html" in shown.output.replace("\n", "") and "0.361" in shown.output
     assert "never released" in shown.output
+
+
+def test_a_narrow_terminal_leaves_names_and_digits_whole(tmp_path, monkeypatch, whole):
+    monkeypatch.setattr(cli.paper, "write_paper", lambda *_, **__: whole[0])
+    for columns in ("50", "80", "200"):
+        arguments = ["paper", "--out", str(tmp_path / "o")]
+        shown = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": columns})
+        assert re.search(r"(?m)^log prob increase .* 0\.201 .* 9\.200$", shown.output), shown.output
+        assert "…" not in shown.output
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on_from_there(tmp_path, monkeypatch):
+    out = tmp_path / "o"
+
+    def stopped(model, out, *, done, **_):
+        if done:
+            out.mkdir()
+        raise KeyboardInterrupt
+
+    for done, said in ((False, "nothing was done"), (True, f"what is done is kept in {out};")):
+        monkeypatch.setattr(cli.paper, "write_paper", partial(stopped, done=done))
+        shown = invoke("--out", str(out))
+        assert shown.exit_code == 130
+        assert shown.stderr.splitlines()[-1].startswith(f"Stopped: {said}"), shown.stderr
+        assert ("the same command goes on from there" in shown.stderr) == done
+        assert shown.stdout == ""
+
+
+def test_what_is_wrong_with_a_file_of_prompts_is_said_and_kept_on_the_page(tmp_path):
+    rows = [
+        {"text": text, "answer": answer, "relation": "capitals", "subject": subject}
+        for text, answer, subject in (
+            ("The capital of France is", " Paris", "France"),
+            ("The capital of France is", " Paris", "France"),
+            ("The capital of Italy is", " Rome", "Italy"),
+        )
+    ]
+    path, out = tmp_path / "mine.jsonl", tmp_path / "o"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shown = invoke("--out", str(out), "--prompts", str(path), "--sample", "1")
+    assert shown.exit_code == 0, shown.output
+    (line,) = [each for each in shown.stderr.splitlines() if "The capital of France is" in each]
+    assert line.startswith("Warning: ")
+    text = html.unescape((out / "index.html").read_text(encoding="utf-8"))
+    assert f"<p>{line}</p>" in text
+    with pytest.warns(UserWarning, match=re.escape(line.removeprefix("Warning: "))):
+        again = run._loaded(path)
+    assert again[1] == (line.removeprefix("Warning: "),)
+
+
+def test_a_bad_seed_is_refused_before_any_work(tmp_path):
+    shown = invoke("--out", str(tmp_path / "o"), "--seed", "-1")
+    assert shown.exit_code == 2 and "the seed must be at least 0, got -1" in shown.stderr
 
 
 def test_the_command_needs_a_directory_and_check_needs_none():

@@ -263,8 +263,11 @@ def effects(zeroed):
     return found
 
 
+FACTS = {"one": ("a", "r", "s"), "two": ("a", "r", "s"), "three": ("b", "r", "s")}
+
+
 def test_the_table_of_methods_holds_means_over_prompts_beside_published_values(effects):
-    table = tables.methods_table(effects, seed=0)
+    table = tables.methods_table(effects, FACTS, seed=0)
     assert table["method"].tolist()[:11] == ["original", *PAPER_METHODS, "random", "norm_matched"]
     for row in table.itertuples():
         rows = effects[effects["test"] == "methods"]
@@ -282,8 +285,80 @@ def test_the_table_of_methods_holds_means_over_prompts_beside_published_values(e
     assert (a["gpt2_large_mrr"], a["gpt2_large_prob"]) == (0.201, 3.4)
     assert (a["llama_7b_mrr"], a["llama_7b_prob"]) == (0.312, 9.2)
     assert table.loc[table["knowledge_type"] != "all", "gpt2_large_mrr"].isna().all()
+    assert table.loc[table["knowledge_type"] == "all", "facts"].tolist() == [2] * 11
     figure = figures.method_bars(table, "left")
-    assert figure.data[0].y[0] == 100
+    bars = figure.data[0]
+    assert bars.y[0] == 100 and bars.error_y.array[0] is None and bars.error_y.arrayminus[0] is None
+    everything = table[table["knowledge_type"] == "all"]
+    assert bars.y[1] + bars.error_y.array[1] == pytest.approx(everything["prob_left_high"].iloc[1])
+    assert bars.y[1] - bars.error_y.arrayminus[1] == pytest.approx(
+        everything["prob_left_low"].iloc[1]
+    )
+
+
+def made_up_effects(facts=9):
+    """Two prompts a fact that differ little; after zeroing a half is left of each, or nearly."""
+    rng = np.random.default_rng(7)
+    rows, about = [], {}
+    for fact in range(facts):
+        before = rng.uniform(0.01, 0.9)
+        for wording in range(2):
+            name = f"{fact}/{wording}"
+            about[name] = ("capital", "capital", str(fact))
+            start = before * (1 + 0.01 * wording)
+            for method in (*PAPER_METHODS, "random", "norm_matched"):
+                left = start * (0.5 if method == "norm" else rng.uniform(0.3, 0.7))
+                rows.append(
+                    ("capital", name, "methods", method, math.log(start), 1, math.log(left), 2)
+                )
+    names = "knowledge_type prompt_id test method log_prob_before rank_before log_prob rank"
+    return pd.DataFrame(rows, columns=names.split()), about
+
+
+def test_intervals_are_of_facts_drawn_with_all_their_prompts_and_ratios_are_paired():
+    effects, facts = made_up_effects()
+    table = tables.methods_table(effects, facts, seed=3).set_index(["knowledge_type", "method"])
+    names = [*dict.fromkeys(facts.values())]
+    for method in ("log_prob_increase", "norm"):
+        rows = effects[effects["method"] == method]
+        prompts = {
+            fact: [
+                (math.exp(row.log_prob_before), math.exp(row.log_prob))
+                for row in rows.itertuples()
+                if facts[row.prompt_id] == fact
+            ]
+            for fact in names
+        }
+        rng = np.random.default_rng(3)
+        ratios = []
+        for _ in range(2000):
+            drawn = [prompts[names[n]] for n in rng.integers(0, len(names), len(names))]
+            pairs = [pair for of_fact in drawn for pair in of_fact]
+            ratios.append(sum(after for _, after in pairs) / sum(before for before, _ in pairs))
+        found = table.loc[("all", method)]
+        wanted = [100 * np.quantile(ratios, end) for end in (0.025, 0.975)]
+        assert [found["prob_left_low"], found["prob_left_high"]] == pytest.approx(wanted)
+    # a half of every prompt is a half of every draw, however far apart the prompts are
+    half = table.loc[("all", "norm")]
+    assert [half["prob_left_low"], half["prob_left_high"]] == pytest.approx([50, 50])
+    assert half["prob_high"] - half["prob_low"] > 5
+    original = table.loc[("all", "original")]
+    assert [original["prob_left_low"], original["prob_left_high"]] == pytest.approx([100, 100])
+    # as if each prompt were a fact of its own: narrower by about the root of 2
+    alone = tables.methods_table(effects, {name: (name,) for name in facts}, seed=3)
+    alone = alone.set_index(["knowledge_type", "method"])
+    for measure in ("prob", "log_prob"):
+        width = table[f"{measure}_high"] - table[f"{measure}_low"]
+        narrower = alone[f"{measure}_high"] - alone[f"{measure}_low"]
+        assert (width / narrower).loc[("all", "original")] == pytest.approx(2**0.5, rel=0.1)
+
+
+def test_a_prompt_without_a_control_is_left_out_of_both_means_there():
+    values = np.array([[10.0, 5.0, np.nan], [20.0, 4.0, 5.0], [30.0, 3.0, np.nan]])
+    found = tables.ratio_of_means(values, np.arange(3), seed=0)
+    assert found.mean == pytest.approx([1, 12 / 60, 5 / 20])
+    assert (found.low[2], found.high[2]) == (0.25, 0.25)
+    assert found.low[1] < 0.2 < found.high[1]
 
 
 def test_drops_are_per_cent_of_the_means(effects):
@@ -293,6 +368,10 @@ def test_drops_are_per_cent_of_the_means(effects):
         rows = effects[(effects["method"] == row.test) & (effects["scale"] == row.scale)]
         before, after = (sum(map(math.exp, rows[name])) for name in ("log_prob_before", "log_prob"))
         assert row.prob_drop == pytest.approx(100 * (before - after) / before)
+        random = effects[(effects["method"] == "random") & (effects["test"] == row.test)]
+        random = random[random["scale"] == row.scale]
+        counts = [random[kind].sum() / len(random) for kind in ("ffn", "attn")]
+        assert [row.random_ffn, row.random_attn] == pytest.approx(counts)
     assert table["gpt2_large_prob_drop"].tolist() == [99.2, 99.2, 95]
 
 
@@ -309,11 +388,21 @@ def test_heads_of_the_own_type_stand_apart_from_those_of_others():
     ]
     names = "knowledge_type prompt_id heads_of log_prob_before rank_before log_prob rank".split()
     drops = tables.heads_table(pd.DataFrame(rows, columns=names))
-    summary = tables.heads_summary(drops, heads=1).set_index("test")
+    heads = {"capital": (Head(1, 2),), "month": (Head(0, 2),), "random": (Head(0, 0),)}
+    summary = tables.heads_summary(drops, heads).set_index("test")
+    assert summary["pairs"].tolist() == [2, 2, 0, 2]
+    assert math.isnan(summary.loc["heads_other_types_in_common", "prob_drop"])
     assert summary.loc["heads_own_type", "prob_drop"] == pytest.approx((50 + 20) / 2)
     assert summary.loc["heads_other_types", "prob_drop"] == pytest.approx((10 + 0) / 2)
     assert summary.loc["random", "mrr_drop"] == pytest.approx(50)
     assert summary.loc["heads_own_type", "gpt2_large_mrr_drop"] == 44.5
+    # one head in common is enough: what is zeroed is in part the type's own
+    heads = {**heads, "month": (Head(1, 2), Head(0, 2))}
+    summary = tables.heads_summary(drops, heads).set_index("test")
+    assert summary["pairs"].tolist() == [2, 0, 2, 2]
+    assert math.isnan(summary.loc["heads_other_types", "prob_drop"])
+    assert summary.loc["heads_other_types_in_common", "prob_drop"] == pytest.approx((10 + 0) / 2)
+    assert math.isnan(summary.loc["heads_other_types_in_common", "gpt2_large_prob_drop"])
     figure = figures.drop_matrix(drops, "drops")
     assert figure.data[0].z[0] == pytest.approx((50, 10))
 

@@ -3,6 +3,8 @@
 import sys
 import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, no_type_check
 
@@ -26,6 +28,8 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.paper import Paper, Settings, check_published, write_paper
 from tl_neuron_attr.tables import records
+
+_TABLE_WIDTH = 80
 
 paper_app = typer.Typer(
     invoke_without_command=True,
@@ -86,8 +90,8 @@ def write(
         read_as = convention_of(convention)
         check_writable(out)
         loaded = load(model, device, dtype)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)
+        with _stopped_in_one_sentence(out, console), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # announced, and on the page
             found = write_paper(
                 loaded,
                 out,
@@ -97,7 +101,7 @@ def write(
                 convention=read_as,
                 prepend_bos=bos,
                 example=example,
-                announce=lambda line: console.print(escape(line)),
+                announce=lambda line: console.print(_announced(line)),
                 progress=sys.stderr.isatty(),
             )
     _show(found)
@@ -136,9 +140,31 @@ def check(
         raise typer.Exit(1)
 
 
+@contextmanager
+def _stopped_in_one_sentence(out: Path, console: Console) -> Iterator[None]:
+    """Ctrl-C becomes one sentence on standard error and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        said = "nothing was done yet; the same command begins again"
+        if out.is_dir():
+            said = (
+                f"what is done is kept in {escape(str(out))}; the same command goes on from there"
+            )
+        console.print(f"[yellow]Stopped:[/] {said}")
+        raise typer.Exit(130) from None
+
+
+def _announced(line: str) -> str:
+    label, colon, message = line.partition("Warning: ")
+    return f"[yellow]Warning:[/] {escape(message)}" if colon and not label else escape(line)
+
+
 def _show(found: Paper) -> None:
     """What was written, and the table of methods."""
-    console = Console(width=min(WIDTH, Console().width), highlight=False)
+    # a narrower terminal breaks the lines; cells would lose digits
+    width = max(_TABLE_WIDTH, min(WIDTH, Console().width))
+    console = Console(width=width, highlight=False)
     methods = found.tables["methods"]
     console.print("[bold]Without the top 10 FFN neurons[/], means over prompts")
     table = Table(box=None, pad_edge=False, header_style="dim")

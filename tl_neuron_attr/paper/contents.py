@@ -103,7 +103,7 @@ def paper_page(
     ]
     sections = [
         Section(title="What can be compared, and what cannot", text=NOT_COMPARABLE),
-        _prompts(tables),
+        _prompts(tables, facts),
         _methods(tables, figures),
         _drops(tables, facts),
         _heads(tables, figures, facts),
@@ -158,13 +158,14 @@ def paper_page(
     return page(f"The paper's tables and figures: {facts['model']}", lead, sections)
 
 
-def _prompts(tables: Mapping[str, pd.DataFrame]) -> Section:
+def _prompts(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Section:
     return Section(
         title="Prompts",
         text=[
             "The paper's filter: the answer is one token, among the model's ten likeliest, and "
             "above every other answer of its type. Why each of the others fell out is in "
             "tables/dropped.csv.",
+            *(f"Warning: {message}" for message in facts["warnings"]),
         ],
         items=[
             Shown(
@@ -202,10 +203,15 @@ def _methods(tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure
             "Of each prompt the ten FFN neurons that a method ranks highest are zeroed; lower is "
             "better. Two controls zero as many other neurons of the layers that method a chose: at "
             "random, and matched to the norm of what the chosen ones add.",
+            "Intervals are of "
+            f"{table.loc[table['knowledge_type'] == ALL, 'facts'].iloc[0]:,} facts drawn with "
+            "replacement, each with all of its prompts: the wordings of one fact are not "
+            "independent. Those in the figure are of the ratio, the mean after and the mean "
+            "before taken over the same draw.",
         ],
         items=[
             Shown(
-                caption="All prompts: means, with the 95 % bootstrap interval of p over prompts",
+                caption="All prompts: means, with the 95 % bootstrap interval of p over facts",
                 table=table.loc[table["knowledge_type"] == ALL],
                 columns={
                     "letter": "",
@@ -236,31 +242,37 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
         "value_neurons": "value neurons",
         "shallow_query_neurons": "shallow query neurons",
     }
-    table = tables["drops"].replace({"test": names})
+    drops = tables["drops"]
+    table = drops.replace({"test": names}).assign(
+        zeroed=_counts(drops, "attn", "ffn"), random=_counts(drops, "random_attn", "random_ffn")
+    )
     return Section(
         title="Many neurons at once",
         text=[
             "How far MRR and probability fall, in per cent of what they were, when value neurons "
             "of attention and FFN, or the query FFN neurons of shallow layers, are zeroed; and "
-            "random neurons of the same layers (as many, or all others of a layer where more than "
-            "half of it was chosen). The paper zeroes 200 attention and 100 FFN value neurons, and "
-            "1,000 query neurons, of models with 184,320 (GPT2-large) and 352,256 FFN neurons. 'In "
-            "proportion' zeroes the same share of this model as of GPT2-large.",
+            "random neurons of the same layers: as many, or, where more than half of a layer was "
+            "chosen, all others of it, which are fewer (the table says how many). The paper zeroes "
+            "200 attention and 100 FFN value neurons, and 1,000 query neurons, of models with "
+            "184,320 (GPT2-large) and 352,256 FFN neurons. 'In proportion' zeroes the same share "
+            "of this model as of GPT2-large.",
             f"Shallow are the first {facts['sizes']['shallow_layers']} of {facts['layers']} "
             "layers: the first half, a choice of this project. Fewer query neurons than asked for "
             "are zeroed where fewer score above 0.",
         ],
         items=[
             Shown(
-                caption="Drops in per cent; numbers of neurons are means over prompts",
+                caption=(
+                    "Drops in per cent; numbers of neurons (attention + FFN) are means over prompts"
+                ),
                 table=table,
                 columns={
                     "test": "zeroed",
                     "scale": "how many",
-                    "attn": "attention",
-                    "ffn": "FFN",
+                    "zeroed": "neurons",
                     "mrr_drop": "MRR",
                     "prob_drop": "p",
+                    "random": "random: neurons",
                     "random_mrr_drop": "random: MRR",
                     "random_prob_drop": "random: p",
                     "gpt2_large_mrr_drop": "*GPT2-large MRR",
@@ -275,15 +287,27 @@ def _drops(tables: Mapping[str, pd.DataFrame], facts: Mapping[str, Any]) -> Sect
     )
 
 
+def _counts(table: pd.DataFrame, attn: str, ffn: str) -> list[str]:
+    """Numbers of neurons of both kinds as one cell: ``200 + 100``."""
+
+    def short(count: float) -> str:
+        return f"{count:,.1f}".removesuffix(".0")
+
+    return [f"{short(a)} + {short(f)}" for a, f in zip(table[attn], table[ffn], strict=True)]
+
+
 def _heads(
     tables: Mapping[str, pd.DataFrame], figures: Mapping[str, go.Figure], facts: Mapping[str, Any]
 ) -> Section:
     names = {
         "heads_own_type": "top heads of the type itself",
-        "heads_other_types": "top heads of another type",
+        "heads_other_types": "top heads of another type, none in common",
+        "heads_other_types_in_common": "top heads of another type, some in common",
         "random": "random heads",
     }
     count = facts["sizes"]["heads"]
+    pairs = tables["heads_summary"].set_index("test")["pairs"]
+    apart, common = (pairs[f"heads_other_types{ending}"] for ending in ("", "_in_common"))
     return Section(
         title="Top heads of each type",
         text=[
@@ -295,14 +319,18 @@ def _heads(
                 for name, here in tables["heads_zeroed"].groupby("heads_of", sort=False)
             )
             + ".",
+            f"Of {apart + common} pairs of different types, {common} have zeroed heads in common: "
+            "there the heads of the other type are, in part or all, the type's own. They are left "
+            "out of 'another type, none in common', and stand apart.",
         ],
         items=[
             Shown(
-                caption="Drops in per cent, means over types",
+                caption="Drops in per cent, means over pairs (whose heads, which type's prompts)",
                 table=tables["heads_summary"].replace({"test": names}),
                 columns={
                     "test": "zeroed",
                     "heads": "heads",
+                    "pairs": "pairs",
                     "mrr_drop": "MRR",
                     "prob_drop": "p",
                     "gpt2_large_mrr_drop": "*GPT2-large MRR",

@@ -308,12 +308,14 @@ def drop_matrix(table: pd.DataFrame, title: str) -> go.Figure:
 
 
 def method_bars(table: pd.DataFrame, title: str) -> go.Figure:
-    """Probability left after zeroing by each method, in per cent of the original; published too."""
-    _need(table, "knowledge_type", "method", "prob", "prob_low", "prob_high")
+    """Probability left after zeroing by each method, in per cent of the original; published too.
+
+    Bars are 95 % intervals of that ratio, both means of the same draws.
+    """
+    _need(table, "knowledge_type", "method", "prob_left", "prob_left_low", "prob_left_high")
     rows = table.loc[table["knowledge_type"] == ALL].reset_index(drop=True)
-    original = float(rows["prob"].iloc[0])
     names = [name.replace("_", " ") for name in rows["method"]]
-    left = 100 * rows["prob"] / original
+    left, low, high = (rows[name] for name in ("prob_left", "prob_left_low", "prob_left_high"))
     figure = go.Figure()
     figure.add_bar(
         x=names,
@@ -322,8 +324,9 @@ def method_bars(table: pd.DataFrame, title: str) -> go.Figure:
         marker_color=_SERIES[0],
         error_y={
             "type": "data",
-            "array": (100 * (rows["prob_high"] - rows["prob"]) / original).tolist(),
-            "arrayminus": (100 * (rows["prob"] - rows["prob_low"]) / original).tolist(),
+            # the original is what all are divided by: it has no interval
+            "array": [None, *(high - left)[1:]],
+            "arrayminus": [None, *(left - low)[1:]],
             "thickness": 1,
         },
         hovertemplate="%{x}: %{y:.1f} % of the original p<extra></extra>",

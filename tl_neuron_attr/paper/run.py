@@ -15,6 +15,7 @@ import json
 import math
 import shutil
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -109,7 +110,8 @@ def write_paper(
         prepend_bos: Whether texts get a BOS token; by default what TransformerLens does.
         example: The prompt of the worked example; by default the notebooks', or, of the bundled
             model, one that it knows.
-        announce: Called with lines for people: what remains, and how long it will take.
+        announce: Called with lines for people: what is wrong with the prompts, how many remain,
+            and how long it will take.
         progress: Show progress bars.
 
     Raises:
@@ -129,11 +131,14 @@ def write_paper(
     host = open_host(model)
     called = name or host.model_name
     sentence = example_prompt(called, example)
-    asked = load_prompts(prompts) if isinstance(prompts, (str, Path)) else tuple(prompts)
+    asked, noticed = _loaded(prompts)
     identity = _identity(host, called, asked, settings, convention, prepend_bos, sentence)
     check_run(directory, identity)
     known = known_prompts(host, asked, prepend_bos=prepend_bos, progress=progress)
     kept = drawn_evenly(known.kept, settings.limit, settings.seed)
+    noticed = (*noticed, *known.warnings)
+    for message in noticed:
+        say(f"Warning: {message}")
     say(known.summary() + (f"; {len(kept)} of them drawn" if len(kept) < len(known.kept) else ""))
     run = _Run(
         host=host,
@@ -155,7 +160,23 @@ def write_paper(
             **_tables(run, heads),
             **worked_example(result),
         }
-    return _write(run, tables, _facts(run, called, known.summary(), sentence))
+    facts = _facts(run, called, known.summary(), sentence)
+    return _write(run, tables, {**facts, "warnings": noticed})
+
+
+def _loaded(
+    prompts: str | Path | Sequence[KnowledgePrompt],
+) -> tuple[tuple[KnowledgePrompt, ...], tuple[str, ...]]:
+    """The prompts, and what was noticed about the file they are from (warned of as ever, too)."""
+    if not isinstance(prompts, (str, Path)):
+        return tuple(prompts), ()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        asked = load_prompts(prompts)
+    for each in caught:
+        warnings.warn(each.message, each.category, stacklevel=3)
+    about = [str(each.message) for each in caught if issubclass(each.category, UserWarning)]
+    return asked, tuple(dict.fromkeys(about))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +205,15 @@ class _Run:
     def knowledge_types(self) -> list[str]:
         """In the order they came in."""
         return [*dict.fromkeys(batch.knowledge_type for batch in self.batches)]
+
+    @property
+    def facts(self) -> dict[str, tuple[str, ...]]:
+        """What each prompt is about, as the bootstrap draws it."""
+        asked = [each.prompt for batch in self.batches for each in batch.prompts]
+        return {
+            each.prompt_id: (each.fact.knowledge_type, each.fact.relation, each.fact.subject)
+            for each in asked
+        }
 
 
 def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) -> None:
@@ -361,7 +391,7 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
     """Every table that is made of the parts."""
     names = [batch.name for batch in run.batches]
     of_heads = [_of_heads(batch) for batch in run.batches]
-    parts, size = run.parts, sizes(run.host)
+    parts = run.parts
     prompts: dict[str, int] = {}
     for batch in run.batches:
         known = prompts.get(batch.knowledge_type, 0)
@@ -370,10 +400,10 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
     layers = parts.read(names, "layers")
     drops = heads_table(parts.read(of_heads, "head_effects"))
     return {
-        "methods": methods_table(effects, run.settings.seed),
+        "methods": methods_table(effects, run.facts, run.settings.seed),
         "drops": drops_table(effects),
         "heads": drops,
-        "heads_summary": heads_summary(drops, size.heads),
+        "heads_summary": heads_summary(drops, heads),
         "heads_zeroed": pd.DataFrame(
             [(name, str(head)) for name, each in heads.items() for head in each],
             columns=["heads_of", "head"],

@@ -10,14 +10,16 @@ models and of other sentences: of the same *form*, never to be expected.
 """
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import pandas as pd
+from jaxtyping import Float, Int
 
 from tl_neuron_attr.evaluate.effects import CONTROLS
-from tl_neuron_attr.evaluate.statistics import means
+from tl_neuron_attr.evaluate.statistics import LEVEL, RESAMPLES, Means, means
+from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper.published import MODELS, published_example, published_numbers
 from tl_neuron_attr.paper.settings import BEST_LAYERS, TOP
 from tl_neuron_attr.paper.zeroing import PAPER_METHODS
@@ -29,12 +31,21 @@ _MEASURES = ("mrr", "prob", "log_prob")
 _PUBLISHED = {model: model.replace("-", "_") for model in MODELS}
 
 
-def methods_table(effects: pd.DataFrame, seed: int) -> pd.DataFrame:
+def methods_table(
+    effects: pd.DataFrame, facts: Mapping[str, tuple[str, ...]], seed: int
+) -> pd.DataFrame:
     """MRR, probability and log-probability after zeroing the top-10 FFN neurons by each method.
 
     One row a knowledge type (and ``all``) and method, ``original`` first and the controls last:
     means over prompts, with the ends of their 95 % bootstrap intervals, and beside ``all`` the
-    published values. ``well_attested`` marks published rows that are sure.
+    published values. ``prob_left`` is the mean probability in per cent of that of ``original``.
+    ``well_attested`` marks published rows that are sure.
+
+    Args:
+        effects: Of ``zero_neurons``, all prompts together.
+        facts: What each ``prompt_id`` is about. The bootstrap draws facts, each with all of its
+            prompts: two wordings of one fact are not two independent observations.
+        seed: Of the bootstrap.
     """
     rows = effects.loc[effects["test"] == "methods"]
     order = [*PAPER_METHODS, *CONTROLS]
@@ -53,24 +64,54 @@ def methods_table(effects: pd.DataFrame, seed: int) -> pd.DataFrame:
         for name in _MEASURES
     }
     types = prompts["knowledge_type"].to_numpy()
+    about, _ = pd.factorize(pd.Series([facts[each] for each in prompts["prompt_id"]]))
     tables = []
     for name in [ALL, *dict.fromkeys(types)]:
         here = types == name if name != ALL else np.ones(len(types), dtype=bool)
+        groups = np.unique(about[here], return_inverse=True)[1]
         columns: dict[str, Any] = {"knowledge_type": name, "method": [ORIGINAL, *order]}
         for measure, each in values.items():
-            found = means(each[here], np.arange(here.sum()), seed)
-            columns |= {
-                measure: found.mean,
-                f"{measure}_low": found.low,
-                f"{measure}_high": found.high,
-            }
-        columns["prompts"] = int(here.sum())
+            columns |= _with_ends(measure, means(each[here], groups, seed))
+        left = ratio_of_means(values["prob"][here], groups, seed)
+        columns |= _with_ends("prob_left", Means(*(100 * each for each in left)))
+        columns |= {"prompts": int(here.sum()), "facts": int(groups.max()) + 1}
         tables.append(pd.DataFrame(columns))
     table = pd.concat(tables, ignore_index=True)
     letters = {method: letter for letter, method in zip("abcdefgh", PAPER_METHODS, strict=True)}
     of_each = [letters.get(method) for method in table["method"]]
     table.insert(1, "letter", pd.array(of_each, dtype="string"))
     return _beside_methods(table)
+
+
+def ratio_of_means(
+    values: Float[np.ndarray, "row column"], groups: Int[np.ndarray, " row"], seed: int
+) -> Means:
+    """Mean of each column divided by that of the first, with its percentile bootstrap interval.
+
+    Both means are of the same draw of groups: what a prompt has in common before and after cancels.
+    A row without a value in a column is left out of both means there.
+    """
+    present = ~np.isnan(values)
+    n_groups = int(groups.max()) + 1
+    after, before = np.zeros((2, n_groups, values.shape[1]))
+    np.add.at(after, groups, np.where(present, values, 0.0))
+    np.add.at(before, groups, np.where(present, values[:, :1], 0.0))
+    rng = np.random.default_rng(seed)
+    found = np.empty((RESAMPLES, values.shape[1]))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        for draw in range(RESAMPLES):
+            times = np.bincount(rng.integers(0, n_groups, n_groups), minlength=n_groups)
+            found[draw] = (times @ after) / (times @ before)
+        ratio = after.sum(0) / before.sum(0)
+    low, high = np.full((2, values.shape[1]), np.nan)
+    some = present.any(0)  # a draw may still have missed all rows of a column that few rows have
+    ends = [(1 - LEVEL) / 2, (1 + LEVEL) / 2]
+    low[some], high[some] = np.nanquantile(found[:, some], ends, axis=0)
+    return Means(ratio, low, high)
+
+
+def _with_ends(name: str, found: Means) -> dict[str, Float[np.ndarray, " column"]]:
+    return {name: found.mean, f"{name}_low": found.low, f"{name}_high": found.high}
 
 
 def _of_method(rows: pd.DataFrame, method: str, prompts: pd.DataFrame) -> pd.DataFrame:
@@ -102,8 +143,9 @@ def drops_table(effects: pd.DataFrame) -> pd.DataFrame:
     """How far MRR and probability drop without many value, or shallow query, neurons.
 
     One row a test and scale: how many neurons were zeroed (means over prompts), the drops in per
-    cent of the means, the same without random neurons of the same layers (as many, or all others
-    of a layer where more than half of it was chosen), and the published drops.
+    cent of the means, the same without random neurons of the same layers, and the published drops.
+    Random neurons are as many, or all others of a layer where more than half of it was chosen:
+    ``random_ffn`` and ``random_attn`` say how many that were.
     """
     published = {row["what"]: row for row in published_numbers()["drops"]}
     rows = []
@@ -153,15 +195,28 @@ def heads_table(effects: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def heads_summary(drops: pd.DataFrame, heads: int) -> pd.DataFrame:
-    """The same in three lines: own type, unrelated types, and random heads; means over types."""
+def heads_summary(drops: pd.DataFrame, heads: Mapping[str, Collection[Head]]) -> pd.DataFrame:
+    """The same in four lines, means over pairs of a type whose heads are zeroed and one measured.
+
+    ``heads_own_type``: both are the same type. ``heads_other_types``: two types whose zeroed heads
+    have none in common. ``heads_other_types_in_common``: two types that share at least one, so that
+    the other type's heads are (in part) the type's own. ``random``. ``pairs`` counts them; without
+    any the drops are NaN. ``heads`` is how many are zeroed at once.
+
+    Args:
+        drops: Of ``heads_table``.
+        heads: Which were zeroed, by type; and ``random``.
+    """
     published = {row["what"]: row for row in published_numbers()["drops"]}
     random = drops["heads_of"] == "random"
     own = drops["heads_of"] == drops["knowledge_type"]
+    pairs = drops[["heads_of", "knowledge_type"]].to_numpy().tolist()
+    common = np.array([not set(heads[of]).isdisjoint(heads[name]) for of, name in pairs], bool)
     rows = []
     for what, here in (
         ("heads_own_type", drops[own]),
-        ("heads_other_types", drops[~own & ~random]),
+        ("heads_other_types", drops[~own & ~random & ~common]),
+        ("heads_other_types_in_common", drops[~own & ~random & common]),
         ("random", drops[random]),
     ):
         wanted = published.get(what, dict.fromkeys((*MODELS, "random")))
@@ -169,7 +224,8 @@ def heads_summary(drops: pd.DataFrame, heads: int) -> pd.DataFrame:
         rows.append(
             {
                 "test": what,
-                "heads": heads,
+                "heads": len(heads["random"]),
+                "pairs": len(here),
                 "mrr_drop": here["mrr_drop"].mean(),
                 "prob_drop": here["prob_drop"].mean(),
                 **{name: value for name, value in pair.items() if "random" not in name},

@@ -1,7 +1,8 @@
 """What happens without them: each test of the paper, as runs of every prompt with neurons zeroed.
 
 The runs themselves are ``evaluate``'s and ``interventions``'; here is which neurons each test
-takes. Random neurons are drawn from the same layers, as many, by the seed and the prompt's id.
+takes. Random neurons are drawn from the same layers, as many (or all others of a layer
+where more than half of it was chosen), by the seed and the prompt's id.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
