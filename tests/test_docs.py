@@ -180,6 +180,13 @@ def api_entries():
     return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_no_page_waits_for_its_figures(page):
+    """A word in capitals alone on its line, or a comment, is where a measured table was to come."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    assert not re.findall(r"^[A-Z]{4,}$|<!--|\bTODO\b|\bTBD\b", text, flags=re.M)
+
+
 def test_every_entry_of_the_api_page_exists():
     for entry in api_entries():
         if entry == "tl_neuron_attr.errors":
