@@ -86,7 +86,7 @@ def head_scan(host: Host, captured: Capture, target: Target) -> Float[Tensor, "l
     result.target)``.
 
     Cost: one forward pass, then one of ``n_heads`` rows from each layer on, without unembedding.
-    At GPT-2-small shape and 16 tokens that took 20 forward passes' time for 144
+    At GPT-2-small shape and 16 tokens that took 15 forward passes' time for 144
     heads, on 2 cores (``tests/benchmarks/bench_engine.py``).
     Peak memory: the residual stream of every layer and position, and one such pass.
 
