@@ -104,7 +104,7 @@ def prompts_of(name, model):
 
 def _facts(model, knowledge_type, generator):
     """So many prompts of a type, whose answer is a token and known."""
-    asked = knowledge_prompts(knowledge_type, held_out=False)
+    asked = knowledge_prompts(knowledge_type, held_out=False, trained=True)
     found = []
     for place in torch.randperm(len(asked), generator=generator).tolist():
         answer = model.tokenizer(asked[place].answer, add_special_tokens=False)["input_ids"]

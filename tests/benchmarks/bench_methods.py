@@ -13,6 +13,7 @@ import json
 import statistics
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -68,7 +69,10 @@ def costs(case: Case, names) -> dict[str, dict[str, float]]:
         for what, top in (("top", TOP), ("every", None)):
             if top is None and case.result.host.d_vocab > 10_000 and name in READ_OUTS:
                 continue
-            run = partial(METHODS[name], case, "ffn", top)
+
+            def run(method=METHODS[name], top=top):
+                return method(replace(case), "ffn", top)  # anew: a case keeps its ranks
+
             times = [(seconds(forward), seconds(run))]
             repeats = max(1, min(20, int(1.5 / times[0][1])))
             times += [(seconds(forward), seconds(run)) for _ in range(repeats)]
@@ -102,7 +106,7 @@ def closeness() -> dict[str, dict[str, float]]:
     generator = torch.Generator().manual_seed(0)
     rows: dict[str, dict[str, list[float]]] = {}
     for knowledge_type in KNOWLEDGE_TYPES:
-        prompts = knowledge_prompts(knowledge_type, held_out=False)
+        prompts = knowledge_prompts(knowledge_type, held_out=False, trained=True)
         order = torch.randperm(len(prompts), generator=generator)
         asked = [prompts[i] for i in order[:PROMPTS_PER_TYPE].tolist()]
         others = [prompts[i] for i in order[PROMPTS_PER_TYPE:].tolist()]
