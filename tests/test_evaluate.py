@@ -314,7 +314,7 @@ def test_a_method_that_cannot_be_used_on_a_prompt_is_left_out_there_and_listed(t
 
 def test_a_seed_below_zero_is_refused_before_the_first_run(tiny_model, monkeypatch):
     passes = count_forward_passes(tiny_model, monkeypatch)
-    with pytest.raises(InputError, match="seed must be 0 or more, got -1"):
+    with pytest.raises(InputError, match="seed must be at least 0, got -1"):
         evaluate(tiny_model, "capital", "d", seed=-1)
     assert not passes
 

@@ -138,9 +138,12 @@ def drawing(case, kind, top):
     return torch.rand_like(scores(case, kind))
 
 
-def drawing_on_its_own(case, kind, top, _generator=torch.Generator().manual_seed(0)):  # noqa: B008
+OWN_GENERATOR = torch.Generator().manual_seed(0)
+
+
+def drawing_on_its_own(case, kind, top):
     like = scores(case, kind)
-    return torch.rand(like.shape, generator=_generator)
+    return torch.rand(like.shape, generator=OWN_GENERATOR)
 
 
 def writing(case, kind, top):

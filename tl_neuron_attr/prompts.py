@@ -294,7 +294,7 @@ def at_least_zero(value: Any, what: str) -> int:
     """
     number = integer(value, what)
     if number < 0:
-        raise InputError(f"{what} must be 0 or more, got {number}")
+        raise InputError(f"{what} must be at least 0, got {number}")
     return number
 
 

@@ -7,10 +7,9 @@ model, *in proportion* (to GPT2-large), and every table says how many neurons th
 
 from dataclasses import dataclass
 
-from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.paper.published import NEURONS
-from tl_neuron_attr.prompts import at_least_one, integer
+from tl_neuron_attr.prompts import at_least_one, at_least_zero
 from tl_neuron_attr.topk import Kind
 
 TOP = 300
@@ -55,8 +54,7 @@ class Settings:
     """At most so many prompts, drawn evenly from the knowledge types; ``None`` for all."""
 
     def __post_init__(self) -> None:
-        if integer(self.seed, "the seed") < 0:
-            raise InputError(f"the seed must be at least 0, got {self.seed}")
+        at_least_zero(self.seed, "the seed")
         at_least_one(self.batch_size, "batch_size")
         at_least_one(self.sample, "sample")
         if self.limit is not None:
