@@ -34,6 +34,7 @@ ORDER = (
     "query",
     "inputs",
     "tables",
+    "markup",
     "attribution",
     "attribute",
     "cards",
@@ -46,6 +47,7 @@ ORDER = (
     "knowledge",
     "evaluate",
     "views",
+    "report",
     "paper",
     "cli",
 )
@@ -93,9 +95,10 @@ def test_modules_import_only_from_earlier_stages():
 
 def test_each_foreign_library_stays_behind_its_wall():
     walls = {
-        "plotly": {"views", "paper/figures", "paper/contents", "paper/page"},
+        "plotly": {"views", "report/page", "paper/figures", "paper/contents"},
         "pandas": {
             "tables",
+            "markup",
             "attribution",
             "attribute",
             "cards",
@@ -106,6 +109,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "knowledge",
             "evaluate",
             "views",
+            "report",
             "paper",
             "cli",
         },

@@ -14,9 +14,10 @@ from typer.testing import CliRunner
 
 from tl_neuron_attr import InputError, cli, load_model
 from tl_neuron_attr.knowledge import load_prompts
+from tl_neuron_attr.markup import Shown, number
 from tl_neuron_attr.paper import Settings, run, write_paper
-from tl_neuron_attr.paper.page import Section, Shown, number, page
 from tl_neuron_attr.paper.parts import open_run
+from tl_neuron_attr.report.page import Section, page
 
 SETTINGS = Settings(batch_size=2, sample=1, seed=5)
 

@@ -6,6 +6,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_neuron_attr.markup import Shown
 from tl_neuron_attr.paper.figures import (
     chosen_layers_bars,
     drop_matrix,
@@ -17,9 +18,9 @@ from tl_neuron_attr.paper.figures import (
     share_lines,
     shared_bars,
 )
-from tl_neuron_attr.paper.page import Section, Shown, page
 from tl_neuron_attr.paper.settings import BEST_LAYERS, METHOD_TOP, TOP, TOP_VALUES
 from tl_neuron_attr.paper.tables import ALL
+from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.views import head_heatmap, layer_bars
 
 NOT_COMPARABLE = (

@@ -8,7 +8,7 @@ for each batch of prompts of one type that is not there yet:
 zero_heads(...)                                and without a type's heads    (zeroing.py)
 tables  = methods_table(...), ...              means, published beside       (tables.py)
 figures = figures_of(tables)                   drawn from them               (figures.py)
-page    = paper_page(...)                      all of it, one HTML file      (contents.py, page.py)
+page    = paper_page(...)                      all of it, one HTML file      (contents.py)
 """
 
 import json

@@ -1,0 +1,1 @@
+"""One HTML file: figures + tables -> a page."""
