@@ -64,7 +64,9 @@ class FFNDecomposition:
         """The coefficient of every neuron, in the order neurons are numbered."""
         return self.coefficients
 
-    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+    def of_each(
+        self, per_subvalue: Shaped[Tensor, "*run subvalue"]
+    ) -> Shaped[Tensor, "*run neuron"]:
         """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
         return per_subvalue
 
@@ -142,10 +144,13 @@ class AttnDecomposition:
         """The coefficient of every neuron, in the order neurons are numbered."""
         return self.coefficients().flatten()
 
-    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+    def of_each(
+        self, per_subvalue: Shaped[Tensor, "*run subvalue"]
+    ) -> Shaped[Tensor, "*run neuron"]:
         """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
         head, pos, d_head = self.shape
-        return per_subvalue.view(head, 1, d_head).expand(head, pos, d_head).flatten()
+        each = per_subvalue.unflatten(-1, (head, 1, d_head))
+        return each.expand(*each.shape[:-2], pos, d_head).flatten(-3)
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
@@ -153,7 +158,7 @@ class AttnDecomposition:
 
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        return self.over_sources().position_vectors()[:, 0]
+        return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
@@ -164,9 +169,14 @@ class AttnDecomposition:
 
         It has one source position, attended to with weight 1, which holds every head's ``z``.
         """
-        z = self.coefficients().sum(1)
         ones = torch.ones_like(self.pattern[:, :1])
-        return replace(self, pattern=ones, v=z[None], summed=True)
+        return replace(self, pattern=ones, v=self._z()[None], summed=True)
+
+    def _z(self) -> Float[Tensor, "head d_head"]:
+        """Of each head, the sum of its values over source positions, each by its attention."""
+        groups = self.pattern.unflatten(0, (-1, self._group))
+        z = torch.einsum("kgp,pkd->kgd", groups, self.v)
+        return z.flatten(0, 1)
 
     @property
     def _group(self) -> int:
