@@ -17,6 +17,7 @@ from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import row_norms
+from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 
@@ -164,6 +165,7 @@ class AttnDecomposition:
         """What all neurons add together: ``attn_out`` less the bias."""
         return self.head_vectors().sum(0)
 
+    @full_precision()
     def over_sources(self) -> "AttnDecomposition":
         """The same attention with source positions summed: its neurons are the position-free ones.
 
