@@ -386,7 +386,7 @@ class _Race:
     slack: float = 0.0
 
     def __post_init__(self) -> None:
-        self.size = 4 * self.top
+        self.size = 2 * self.top
 
     def line_up(
         self, numbers: Int[Tensor, " waiting"], bounds: Float[Tensor, " waiting"], beyond: float
