@@ -21,6 +21,7 @@ ORDER = (
     "norms",
     "capture",
     "readout",
+    "lens",
     "decompose",
     "index",
     "identities",

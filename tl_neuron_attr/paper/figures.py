@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.tables import records
-from tl_neuron_attr.views import KIND_NAMES
+from tl_neuron_attr.views.style import KIND_NAMES
 
 ALL = "all"
 
