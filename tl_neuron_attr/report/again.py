@@ -18,10 +18,11 @@ from tl_neuron_attr.report.graph import graph_page
 from tl_neuron_attr.report.heads import heads_page
 from tl_neuron_attr.report.in_context import in_context_page
 from tl_neuron_attr.report.query import query_page
+from tl_neuron_attr.tables import Saved
 
-Pages = Callable[[Mapping[str, pd.DataFrame], Facts], str]
+Page = Callable[[Saved], str]
 
-OF_RUNS: Mapping[str, tuple[tuple[str, ...], Pages]] = {
+OF_RUNS: Mapping[str, tuple[tuple[str, ...], Page]] = {
     "query": (("query_layers", "query_heads", "query_neurons", "query_values"), query_page),
     "compare": (("layers", "heads", "neurons"), comparison_page),
     "heads": (("heads",), heads_page),
@@ -46,14 +47,14 @@ def page_of(directory: str | Path) -> str:
                     f"{', '.join(OF_RUNS)}; have the command write the directory again"
                 )
             names, drawn = OF_RUNS[facts["command"]]
-            return drawn(_tables(place, names), facts)
+            return drawn(_saved(place, names, facts))
         if (place / "evaluation.json").exists():
             return evaluation_page(load_evaluation(place))
         if (place / "card.json").exists():
             return card_page(_json(place / "card.json"))
         if (place / "graph.json").exists():
             facts = _json(place / "graph.json")["graph"]
-            return graph_page(_tables(place, ("nodes", "edges")), facts)
+            return graph_page(_saved(place, ("nodes", "edges"), facts))
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"cannot draw the report of {str(place)!r}: {error}; have the command write it again"
@@ -72,8 +73,9 @@ def draw_again(directory: str | Path) -> Path:
     return place / "report.html"
 
 
-def _tables(place: Path, names: tuple[str, ...]) -> dict[str, pd.DataFrame]:
-    return {name: pd.read_parquet(place / f"{name}.parquet") for name in names}
+def _saved(place: Path, names: tuple[str, ...], facts: Facts) -> Saved:
+    tables = {name: pd.read_parquet(place / f"{name}.parquet") for name in names}
+    return Saved(tables=tables, facts=facts)
 
 
 def _json(path: Path) -> dict[str, Any]:

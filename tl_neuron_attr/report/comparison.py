@@ -1,7 +1,5 @@
 """The page of ``compare``: what raised an answer in one run and not in another."""
 
-from collections.abc import Mapping
-
 import pandas as pd
 
 from tl_neuron_attr.markup import Shown
@@ -21,6 +19,7 @@ from tl_neuron_attr.report.asked import (
 )
 from tl_neuron_attr.report.listed import KINDS, head_labels, head_list, neuron_labels, neuron_list
 from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import compared_layer_bars, compared_neuron_scatter, head_heatmap
 
 HOW = (
@@ -49,8 +48,9 @@ _COLUMNS = {
 }
 
 
-def comparison_page(tables: Mapping[str, pd.DataFrame], facts: Facts) -> str:
-    """The whole page. ``tables``: ``layers, heads, neurons``."""
+def comparison_page(saved: Saved) -> str:
+    """The whole page. Tables: ``layers, heads, neurons``."""
+    tables, facts = saved.tables, saved.facts
     layers, heads, neurons = (tables[name] for name in ("layers", "heads", "neurons"))
     of = quantity(facts["target"])
     return page(

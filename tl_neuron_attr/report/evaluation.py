@@ -1,6 +1,5 @@
 """The page of ``evaluate``: what became of the answers without each method's best neurons."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -324,5 +323,3 @@ def _left_out(found: Evaluation) -> list[Section]:
 
 def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
-
-

@@ -1,9 +1,8 @@
 """The page of ``graph``: the value neurons behind an answer, and what set them off."""
 
-from collections.abc import Mapping
-
 import pandas as pd
 
+from tl_neuron_attr.markup import Shown
 from tl_neuron_attr.report.asked import (
     POSITIONS,
     SIGNS,
@@ -16,8 +15,8 @@ from tl_neuron_attr.report.asked import (
     signed,
     warned,
 )
-from tl_neuron_attr.markup import Shown
 from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import sankey
 
 HOW = (
@@ -37,8 +36,9 @@ HOW = (
 _ROLES = {"value": "value neuron", "query": "query neuron", "both": "value and query neuron"}
 
 
-def graph_page(tables: Mapping[str, pd.DataFrame], facts: Facts) -> str:
-    """The whole page. ``tables``: ``nodes, edges``; ``facts``: ``graph`` of ``graph.json``."""
+def graph_page(saved: Saved) -> str:
+    """The whole page. Tables: ``nodes, edges``; ``facts``: ``graph`` of ``graph.json``."""
+    tables, facts = saved.tables, saved.facts
     nodes, edges = tables["nodes"], tables["edges"]
     made = facts.get("made_with", {})
     target = {

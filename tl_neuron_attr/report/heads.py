@@ -1,11 +1,8 @@
 """The page of ``heads``: what becomes of an answer when each head in turn is zeroed."""
 
-from collections.abc import Mapping
-
 import pandas as pd
 
 from tl_neuron_attr.report.asked import (
-    Facts,
     asked,
     how_to_read,
     origin,
@@ -15,6 +12,7 @@ from tl_neuron_attr.report.asked import (
 )
 from tl_neuron_attr.report.listed import head_labels, head_list
 from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import head_heatmap, head_scan_heatmap
 
 HOW = (
@@ -30,8 +28,9 @@ HOW = (
 )
 
 
-def heads_page(tables: Mapping[str, pd.DataFrame], facts: Facts) -> str:
-    """The whole page. ``tables``: ``heads`` with ``layer, head, change, score``."""
+def heads_page(saved: Saved) -> str:
+    """The whole page. Tables: ``heads`` with ``layer, head, change, score``."""
+    tables, facts = saved.tables, saved.facts
     heads = tables["heads"]
     ordered = heads.sort_values("change", kind="stable").reset_index(drop=True)
     of = quantity(facts["target"])

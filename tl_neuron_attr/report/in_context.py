@@ -1,7 +1,5 @@
 """The page of ``in-context``: the heads that carry the labels of a few-shot prompt."""
 
-from collections.abc import Mapping
-
 import pandas as pd
 
 from tl_neuron_attr.markup import Shown
@@ -19,6 +17,7 @@ from tl_neuron_attr.report.asked import (
 )
 from tl_neuron_attr.report.listed import head_labels, head_list, placed
 from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import head_heatmap
 
 HOW = (
@@ -41,8 +40,9 @@ HOW = (
 _PARTS = {"embed": "embedding", "attn": "earlier attention", "ffn": "earlier FFNs", "bias": "bias"}
 
 
-def in_context_page(tables: Mapping[str, pd.DataFrame], facts: Facts) -> str:
-    """The whole page. ``tables``: ``heads, label_positions, inputs``."""
+def in_context_page(saved: Saved) -> str:
+    """The whole page. Tables: ``heads, label_positions, inputs``."""
+    tables, facts = saved.tables, saved.facts
     heads, found = tables["heads"], facts["in_context"]
     return page(
         f"Heads that carry labels to {facts['target']['text'].strip()}",

@@ -1,7 +1,5 @@
 """The page of ``query``: what set the value neurons off."""
 
-from collections.abc import Mapping
-
 import pandas as pd
 
 from tl_neuron_attr.markup import Shown
@@ -20,6 +18,7 @@ from tl_neuron_attr.report.asked import (
 )
 from tl_neuron_attr.report.listed import KINDS, neuron_labels, neuron_list, placed
 from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import head_heatmap, layer_bars
 
 HOW = (
@@ -38,8 +37,9 @@ HOW = (
 )
 
 
-def query_page(tables: Mapping[str, pd.DataFrame], facts: Facts) -> str:
-    """The whole page. ``tables``: ``query_layers, query_heads, query_neurons, query_values``."""
+def query_page(saved: Saved) -> str:
+    """The whole page. Tables: ``query_layers, query_heads, query_neurons, query_values``."""
+    tables, facts = saved.tables, saved.facts
     layers, neurons = tables["query_layers"], tables["query_neurons"]
     of = _value_neurons(facts["query"])
     return page(
@@ -62,9 +62,7 @@ def _proof(facts: Facts) -> list[Section]:
     """Of the value neurons, where the best were asked for."""
     asked_for = facts["query"].get("for")
     kept = {
-        kind: each
-        for kind, each in facts["certificates"].items()
-        if asked_for in (kind, "both")
+        kind: each for kind, each in facts["certificates"].items() if asked_for in (kind, "both")
     }
     return [proof(kept)] if kept else []
 
