@@ -21,7 +21,7 @@ from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.host import Host, model_facts
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import (
@@ -469,21 +469,11 @@ class Attribution:
                 "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
                 "attn": "pattern * v of one head, one source position, one dimension",
             },
-            "model": {
-                "name": host.model_name,
-                "architecture": host.architecture,
-                "class": host.class_name,
-                "processing": host.processing,
-                "dtype": str(host.dtype).removeprefix("torch."),
-                "sha256": weights_hash(host),
-            },
+            "model": model_facts(host),
             "score_dtype": str(self.out.dtype).removeprefix("torch."),
             "score_unit": "nats",
             "certificates": self.certificates(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: _version(name) for name in _VERSIONED},
-            },
+            "versions": versions(),
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
         }
@@ -679,6 +669,12 @@ def query_facts(scores: QueryScores) -> dict[str, Any]:
 def progress_bar(total: int, unit: str, show: bool) -> Any:
     """A bar for ``total`` steps, shown where they take longer than two seconds, if at all."""
     return tqdm(total=total, unit=unit, delay=2, leave=False, disable=not show)
+
+
+def versions() -> dict[str, str]:
+    """Which Python, and which versions of what scores depend on."""
+    names = {name: _version(name) for name in _VERSIONED}
+    return {"python": platform.python_version(), **names}
 
 
 def _version(package: str) -> str:

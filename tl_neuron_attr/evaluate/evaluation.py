@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -225,10 +225,15 @@ class Evaluation:
         table = self._means(grid.columns, grid.values["spearman"], "spearman", by)
         return table.rename(columns={"spearman_low": "low", "spearman_high": "high"})
 
-    def save(self, directory: str | Path) -> None:
-        """Write every table (Parquet; ``summary`` also as CSV) and ``evaluation.json``.
+    def save(
+        self, directory: str | Path, *, report: bool = False, again: str | None = None
+    ) -> None:
+        """Write every table (Parquet; ``summary`` also as CSV) and ``evaluation.json``; with
+        ``report`` also ``report.html``, to look at in a browser.
 
-        All files appear together at the end, or none. The same evaluation gives the same bytes.
+        ``again`` is the command that makes it again, for ``evaluation.json``. All files appear
+        together at the end, or none; a report of an earlier run is removed. The same evaluation
+        gives the same bytes.
 
         Raises:
             InputError: If the directory cannot be written to.
@@ -248,11 +253,15 @@ class Evaluation:
         }
         if not self.correlations.empty:
             tables["correlations"] = self.correlations
-        texts = {
-            "summary.csv": summary.to_csv(index=False),
-            "evaluation.json": json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n",
-        }
-        write_tables(path, tables, texts, [] if "correlations" in tables else ["correlations"])
+        facts = {**self.facts, **({} if again is None else {"again": again})}
+        texts = {"summary.csv": summary.to_csv(index=False)}
+        if report:
+            from tl_neuron_attr.report.evaluation import evaluation_page
+
+            texts["report.html"] = evaluation_page(replace(self, facts=facts))
+        texts["evaluation.json"] = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        stale = [] if "correlations" in tables else ["correlations"]
+        write_tables(path, tables, texts, stale, [] if report else ["report.html"])
 
     # --- what tables are made from ------------------------------------------------------------
 

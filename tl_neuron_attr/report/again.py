@@ -17,6 +17,7 @@ from tl_neuron_attr.report.evaluation import evaluation_page
 from tl_neuron_attr.report.graph import graph_page
 from tl_neuron_attr.report.heads import heads_page
 from tl_neuron_attr.report.in_context import in_context_page
+from tl_neuron_attr.report.prompts import prompts_page
 from tl_neuron_attr.report.query import query_page
 from tl_neuron_attr.tables import Saved
 
@@ -34,11 +35,16 @@ OF_RUNS: Mapping[str, tuple[tuple[str, ...], Page]] = {
 def page_of(directory: str | Path) -> str:
     """The ``report.html`` of a directory of tables, drawn from its files: the same bytes.
 
+    Of the prompts in a ``.jsonl`` file what stands beside it.
+
+
     Raises:
         InputError: If no command or ``save`` that has a page wrote there, or files are missing.
     """
     place = Path(directory)
     try:
+        if place.suffix == ".jsonl":
+            return prompts_page(_json(place.with_suffix(".run.json")))
         if (place / "run.json").exists():
             facts = _json(place / "run.json")
             if facts.get("command") not in OF_RUNS:
@@ -67,10 +73,13 @@ def page_of(directory: str | Path) -> str:
 
 def draw_again(directory: str | Path) -> Path:
     """Write ``report.html`` of a directory anew, and say where it is."""
-    place = check_writable(directory)
+    place = Path(directory)
+    prompts = place.suffix == ".jsonl"
+    check_writable(place.parent if prompts else place)
     text = page_of(place)
-    write_files(place, {"report.html": lambda path: path.write_text(text, encoding="utf-8")})
-    return place / "report.html"
+    page = place.with_suffix(".report.html") if prompts else place / "report.html"
+    write_files(page.parent, {page.name: lambda path: path.write_text(text, encoding="utf-8")})
+    return page
 
 
 def _saved(place: Path, names: tuple[str, ...], facts: Facts) -> Saved:

@@ -1,6 +1,6 @@
 """The page of ``card``: everything about one neuron."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -66,15 +66,7 @@ HOW = (
 
 def card_page(facts: Facts) -> str:
     """The whole page, of ``card.json``: the card's tables are lists of rows there."""
-    tables = {
-        name: pd.DataFrame(facts[name], columns=[*columns]) for name, columns in TABLES.items()
-    }
-    tables = {
-        name: table.astype(
-            {each: "Int64" for each in ("layer", "head", "source_pos") if each in table}
-        )
-        for name, table in tables.items()
-    }
+    tables = {name: _table(facts[name], columns) for name, columns in TABLES.items()}
     made = facts.get("made_with", {})
     return page(
         f"Neuron {facts['neuron']} of {facts['model_name']}",
@@ -92,6 +84,14 @@ def card_page(facts: Facts) -> str:
             how_to_read(*HOW),
             origin(made, made.get("again")),
         ],
+    )
+
+
+def _table(rows: list[dict[str, Any]], columns: Sequence[str]) -> pd.DataFrame:
+    """Rows of ``card.json`` as a table, whole numbers as such where cells are empty."""
+    table = pd.DataFrame(rows, columns=[*columns])
+    return table.astype(
+        {name: "Int64" for name in ("layer", "head", "source_pos") if name in table}
     )
 
 
@@ -189,7 +189,7 @@ def _says(ends: pd.DataFrame, facts: Facts) -> Section:
 def _sources(sources: pd.DataFrame, facts: Facts) -> list[Section]:
     if sources.empty:
         return []
-    table = sources.assign(at=placed(sources["source_pos"], list(facts["tokens"])))
+    table = sources.assign(at=placed(sources["source_pos"], facts["tokens"]))
     return [
         Section(
             title="Where it reads from",
@@ -232,7 +232,7 @@ def _set_off(layers: pd.DataFrame, neurons: pd.DataFrame, facts: Facts) -> list[
                 ),
                 neuron_list(
                     "The neurons with the largest shares",
-                    neurons.assign(at=placed(neurons["position"], list(facts["tokens"]))),
+                    neurons.assign(at=placed(neurons["position"], facts["tokens"])),
                     {
                         "at": "where it fires",
                         "share": "share",

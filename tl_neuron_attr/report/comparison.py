@@ -17,7 +17,14 @@ from tl_neuron_attr.report.asked import (
     tokens,
     warned,
 )
-from tl_neuron_attr.report.listed import KINDS, head_labels, head_list, neuron_labels, neuron_list
+from tl_neuron_attr.report.listed import (
+    KINDS,
+    called,
+    head_labels,
+    head_list,
+    neuron_labels,
+    neuron_list,
+)
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import compared_layer_bars, compared_neuron_scatter, head_heatmap
@@ -65,7 +72,7 @@ def comparison_page(saved: Saved) -> str:
                     compared_layer_bars(layers, title=f"Rise in {of} from each layer, nats"),
                     Shown(
                         caption="Each layer in both runs",
-                        table=layers.assign(kind=layers["kind"].map(KINDS)),
+                        table=layers.assign(kind=called(layers["kind"], KINDS)),
                         columns={
                             "layer": "layer",
                             "kind": "part",
@@ -94,8 +101,8 @@ def _other(facts: Facts) -> list[str]:
     if other["model"] != facts["model"]:
         said.append(f"There {model({**facts, 'model': other['model']})}")
     said.append(
-        f"There {quantity(facts['target'])} is {signed(other['own_log_prob'])} nats as that run has "
-        f"it itself, and {signed(other['log_prob'])} with the norm at the scale it has here."
+        f"There {quantity(facts['target'])} is {signed(other['own_log_prob'])} nats as that run "
+        f"has it itself, and {signed(other['log_prob'])} with the norm at the scale it has here."
     )
     return said
 

@@ -7,6 +7,7 @@ import pandas as pd
 from tl_neuron_attr.evaluate.evaluation import ALL_TYPES, Evaluation
 from tl_neuron_attr.markup import Shown
 from tl_neuron_attr.report.asked import CONVENTIONS, how_to_read, joined, model, origin, warned
+from tl_neuron_attr.report.listed import called
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import records
 from tl_neuron_attr.views import effect_bars, effect_curves, effect_heatmap, predicted_scatter
@@ -150,7 +151,7 @@ def _effects(found: Evaluation, summary: pd.DataFrame, kind: str) -> Section:
     items.append(
         Shown(
             caption="Means over prompts with 95 % intervals, before and after",
-            table=rows.assign(metric=rows["metric"].map(METRICS)),
+            table=rows.assign(metric=called(rows["metric"], METRICS)),
             columns={
                 "method": "method",
                 "knowledge_type": "prompts of type",
@@ -177,7 +178,7 @@ def _areas(found: Evaluation, kind: str) -> Shown:
     rows = areas.loc[areas["kind"] == kind]
     return Shown(
         caption="Mean height of each curve over log(1 + N); lower is better",
-        table=rows.assign(metric=rows["metric"].map(METRICS)),
+        table=rows.assign(metric=called(rows["metric"], METRICS)),
         columns={
             "method": "method",
             "knowledge_type": "prompts of type",
@@ -201,7 +202,7 @@ def _tests(found: Evaluation) -> Section:
         items=[
             Shown(
                 caption="Difference of means after zeroing, with 95 % intervals and a paired test",
-                table=table.assign(metric=table["metric"].map(METRICS)),
+                table=table.assign(metric=called(table["metric"], METRICS)),
                 columns={
                     "kind": "neurons",
                     "top": "zeroed",

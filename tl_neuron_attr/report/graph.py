@@ -15,6 +15,7 @@ from tl_neuron_attr.report.asked import (
     signed,
     warned,
 )
+from tl_neuron_attr.report.listed import called
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import sankey
@@ -71,8 +72,8 @@ def _pruned(facts: Facts) -> str:
     of = f"the best {kinds[facts['of']]} neurons" if facts["of"] in kinds else facts["of"]
     steps = "step" if facts["depth"] == 1 else "steps"
     return (
-        f"Value neurons: {of}, at most {facts['max_values']} of up to {facts['ranked']:,} ranked of "
-        f"a kind. Query neurons: {kinds[facts['kind']]}, {facts['depth']} {steps} back, at most "
+        f"Value neurons: {of}, at most {facts['max_values']} of up to {facts['ranked']:,} ranked "
+        f"of a kind. Query neurons: {kinds[facts['kind']]}, {facts['depth']} {steps} back, at most "
         f"{facts['max_inputs']} inputs of each neuron"
         + (" and as many that hold it back" if facts["opposing"] else "")
         + f". Wanted was {facts['share']:.0%} of all there is to explain, as far as these limits "
@@ -115,7 +116,7 @@ def _nodes(nodes: pd.DataFrame) -> Section:
         items=[
             Shown(
                 caption="Every node but the answer, in nats",
-                table=rows.assign(role=rows["role"].map({**_ROLES, "token": "token"})),
+                table=rows.assign(role=called(rows["role"], {**_ROLES, "token": "token"})),
                 columns={
                     "label": "node",
                     "role": "what it is",
@@ -139,7 +140,9 @@ def _nodes(nodes: pd.DataFrame) -> Section:
 
 def _edges(nodes: pd.DataFrame, edges: pd.DataFrame) -> Section:
     labels = dict(zip(nodes["id"], nodes["label"], strict=True))
-    table = edges.assign(source=edges["source"].map(labels), target=edges["target"].map(labels))
+    table = edges.assign(
+        source=called(edges["source"], labels), target=called(edges["target"], labels)
+    )
     return Section(
         title="Edges",
         items=[

@@ -15,7 +15,7 @@ from tl_neuron_attr.report.asked import (
     signed,
     warned,
 )
-from tl_neuron_attr.report.listed import head_labels, head_list, placed
+from tl_neuron_attr.report.listed import called, head_labels, head_list, placed
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import head_heatmap
@@ -61,7 +61,8 @@ def in_context_page(saved: Saved) -> str:
 
 def _labels(found: Facts) -> str:
     each = [
-        f"label {number} is {visible(label['text'])}, at {joined(list(map(str, label['positions'])))}"
+        f"label {number} is {visible(label['text'])}, at "
+        f"{joined([str(pos) for pos in label['positions']])}"
         for number, label in enumerate(found["labels"], start=1)
     ]
     return f"In the examples {'; '.join(each)}."
@@ -119,7 +120,7 @@ def _heads(heads: pd.DataFrame, facts: Facts) -> Section:
 
 
 def _places(places: pd.DataFrame, facts: Facts) -> Section:
-    texts = list(facts["token_texts"])
+    texts = facts["token_texts"]
     return Section(
         title="What they bring from each place of a label",
         text=[
@@ -146,7 +147,7 @@ def _inputs(inputs: pd.DataFrame, facts: Facts) -> Section:
     at = [
         f"{place} ({'query' if pos == read_pos else 'key and value'})"
         for place, pos in zip(
-            placed(inputs["position"], list(facts["token_texts"])), inputs["position"], strict=True
+            placed(inputs["position"], facts["token_texts"]), inputs["position"], strict=True
         )
     ]
     return Section(
@@ -155,7 +156,7 @@ def _inputs(inputs: pd.DataFrame, facts: Facts) -> Section:
             Shown(
                 caption="Where what the head reads comes from: its query at the position that is "
                 "read, keys and values at the labels",
-                table=inputs.assign(at=at, part=inputs["part"].map(_PARTS)),
+                table=inputs.assign(at=at, part=called(inputs["part"], _PARTS)),
                 columns={
                     "at": "position",
                     "part": "part",

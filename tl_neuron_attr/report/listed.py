@@ -1,6 +1,7 @@
 """Neurons, heads and layers as rows that a reader understands: labels in place of indices."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -49,9 +50,14 @@ def head_labels(table: pd.DataFrame) -> list[str]:
     ]
 
 
-def placed(positions: pd.Series, texts: list[str]) -> list[str]:
+def placed(positions: Iterable[Any], texts: Sequence[str]) -> list[str]:
     """Positions of the prompt, each with its token."""
     return [f"{pos}:{visible(texts[int(pos)])}" for pos in positions]
+
+
+def called(values: Iterable[str], names: Mapping[str, str]) -> list[str]:
+    """Names for people in place of those in tables."""
+    return [names[value] for value in values]
 
 
 def _sources(table: pd.DataFrame) -> dict[str, list[str | None]]:

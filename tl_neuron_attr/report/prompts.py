@@ -31,8 +31,9 @@ _PROMPT = {"text": "prompt", "answer": "answer", "knowledge_type": "type"}
 
 def prompts_page(facts: Facts) -> str:
     """The whole page; ``facts`` are what ``prompts`` writes beside its prompts."""
+    of_model = f", asked of {facts['model']}" if "model" in facts else ""
     return page(
-        f"Prompts of {facts['source']}" + (f", asked of {facts['model']}" * ("model" in facts)),
+        f"Prompts of {facts['source']}{of_model}",
         [_finding(facts)],
         [
             *warned(facts["warnings"]),
@@ -50,7 +51,7 @@ def prompts_page(facts: Facts) -> str:
             _kept(facts),
             *_dropped(facts),
             *([how_to_read(*HOW)] if "model" in facts else []),
-            origin(facts, facts.get("again")),
+            origin(facts["made_with"], facts.get("again")),
         ],
     )
 

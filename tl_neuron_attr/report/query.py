@@ -16,7 +16,7 @@ from tl_neuron_attr.report.asked import (
     signed,
     warned,
 )
-from tl_neuron_attr.report.listed import KINDS, neuron_labels, neuron_list, placed
+from tl_neuron_attr.report.listed import KINDS, called, neuron_labels, neuron_list, placed
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import head_heatmap, layer_bars
@@ -120,7 +120,7 @@ def _layers(layers: pd.DataFrame, heads: pd.DataFrame, of: str) -> Section:
         head_heatmap(heads, title=f"What feeds {of}, nats, by head"),
     ]
     shown = layers.assign(
-        kind=layers["kind"].map({**KINDS, "embed": "embedding", "bias": "biases"})
+        kind=called(layers["kind"], {**KINDS, "embed": "embedding", "bias": "biases"})
     )
     return Section(
         title="Layers and heads that feed them",
@@ -141,7 +141,7 @@ def _neurons(neurons: pd.DataFrame, facts: Facts) -> Section:
         return Section(
             title="Query neurons", text=["No neuron of the kind asked for comes before them."]
         )
-    texts = list(facts["token_texts"])
+    texts = facts["token_texts"]
     at = {} if "position" not in neurons else {"at": placed(neurons["position"], texts)}
     table = neurons.assign(**at)
     return Section(
