@@ -5,6 +5,7 @@ everywhere, so frames of several prompts concatenate. Scores are in nats.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,14 @@ CURVE_COLUMNS = (
     "correct",
 )
 SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One run as it is on disk: tables by name, and the facts of ``run.json`` as plain values."""
+
+    tables: Mapping[str, pd.DataFrame]
+    facts: Mapping[str, Any]
 
 
 def layer_table(scores: LayerScores) -> pd.DataFrame:
@@ -313,14 +322,17 @@ def write_tables(
     tables: Mapping[str, pd.DataFrame],
     texts: Mapping[str, str],
     stale: Sequence[str] = (),
+    stale_texts: Sequence[str] = (),
 ) -> None:
     """Write each table as ``<name>.parquet`` and each text under its name: all of them, or none.
 
-    ``stale`` names tables of an earlier run that this one does not have; they are removed.
+    ``stale`` names tables of an earlier run that this one does not have, and ``stale_texts``
+    files; they are removed.
     """
     parquet = {f"{name}.parquet": _parquet_writer(table) for name, table in tables.items()}
     plain = {name: _text_writer(text) for name, text in texts.items()}
-    write_files(directory, {**parquet, **plain}, [f"{name}.parquet" for name in stale])
+    old = [*(f"{name}.parquet" for name in stale), *stale_texts]
+    write_files(directory, {**parquet, **plain}, old)
 
 
 def _parquet_writer(table: pd.DataFrame):
