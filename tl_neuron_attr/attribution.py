@@ -47,9 +47,9 @@ from tl_neuron_attr.tables import (
     query_layer_table,
     query_neuron_table,
     query_value_table,
+    records,
     share_table,
     token_columns,
-    records,
     write_tables,
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
@@ -529,9 +529,7 @@ class Attribution:
             facts["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
         return Saved(tables=tables, facts=facts)
 
-    def save(
-        self, directory: str | Path, *, report: bool = False, progress: bool = False
-    ) -> None:
+    def save(self, directory: str | Path, *, report: bool = False, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``log_probs``, ``neurons`` (Parquet) and
         ``run.json``; with ``report`` also ``report.html`` and ``cards.json``, which it shows.
 

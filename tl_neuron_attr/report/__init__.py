@@ -12,10 +12,11 @@ from tl_neuron_attr.report.attribution import (
 )
 from tl_neuron_attr.report.cards import CARDS
 from tl_neuron_attr.report.prompt_set import report_set
-from tl_neuron_attr.report.saved import read_saved
+from tl_neuron_attr.report.saved import is_saved, read_saved
 
 __all__ = [
     "CARDS",
+    "is_saved",
     "read_saved",
     "redraw_report",
     "report_files",

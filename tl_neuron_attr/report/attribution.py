@@ -15,7 +15,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_file
 from tl_neuron_attr.markup import Shown, escaped, number, table
 from tl_neuron_attr.report.cards import CARDS, best_cards
-from tl_neuron_attr.report.page import contents, data, document, figure, paragraphs
+from tl_neuron_attr.report.page import POLICY, contents, data, document, figure, paragraphs
 from tl_neuron_attr.report.payload import lists_of, payload, shown
 from tl_neuron_attr.report.saved import Cards, read_saved
 from tl_neuron_attr.tables import Saved, records, write_tables
@@ -100,14 +100,20 @@ def redraw_report(directory: str | Path, path: str | Path | None = None) -> Path
     return write_report({"report.html": drawn(directory, saved, cards)}, place)
 
 
-def drawn(directory: str | Path, saved: Saved, cards: Cards, plotly: bool | str = True) -> str:
+def drawn(
+    directory: str | Path,
+    saved: Saved,
+    cards: Cards,
+    plotly: bool | str = True,
+    policy: str = POLICY,
+) -> str:
     """``report_html``; what it cannot make sense of is a file that is not what ``save`` wrote.
 
     Raises:
         InputError: Saying so.
     """
     try:
-        return report_html(saved, cards, plotly)
+        return report_html(saved, cards, plotly, policy)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise InputError(
             f"what is saved in {str(directory)!r} cannot be drawn ({type(error).__name__}: "
@@ -115,8 +121,10 @@ def drawn(directory: str | Path, saved: Saved, cards: Cards, plotly: bool | str 
         ) from error
 
 
-def report_html(saved: Saved, cards: Cards = (), plotly: bool | str = True) -> str:
-    """The whole file; ``plotly`` as in ``page.document``."""
+def report_html(
+    saved: Saved, cards: Cards = (), plotly: bool | str = True, policy: str = POLICY
+) -> str:
+    """The whole file; ``plotly`` and ``policy`` as in ``page.document``."""
     facts = saved.facts
     sections = [
         ("layers", "Layers", _layers(saved)),
@@ -143,6 +151,7 @@ def report_html(saved: Saved, cards: Cards = (), plotly: bool | str = True) -> s
         styles=["report.css"],
         scripts=["tables.js", "figures.js", "report.js"],
         plotly=plotly,
+        policy=policy,
     )
 
 
@@ -174,7 +183,7 @@ def _tokens(facts: Mapping[str, Any]) -> str:
     tokens = facts["token_texts"][: facts["read_pos"] + 1]
     return "".join(
         f'<button type="button" aria-pressed="false" data-place="{place}"'
-        f'{" class=read" if place == facts["read_pos"] else ""}><small>{place}</small>'
+        f"{' class=read' if place == facts['read_pos'] else ''}><small>{place}</small>"
         f"{escaped(shown(token))}</button>"
         for place, token in enumerate(tokens)
     )
@@ -208,9 +217,7 @@ def _prob(log_prob: float) -> float:
 
 
 def _quantity(facts: Mapping[str, Any]) -> str:
-    return "log p(target)" + (
-        "" if facts["target"]["against"] is None else " - log p(against)"
-    )
+    return "log p(target)" + ("" if facts["target"]["against"] is None else " - log p(against)")
 
 
 def _prompt(facts: Mapping[str, Any]) -> str:
@@ -241,7 +248,9 @@ def _figure(place: str, view: Callable[..., Any], *tables: Any) -> str:
 def _heads(saved: Saved) -> str:
     heads, positions = saved.tables["heads"], saved.tables["positions"]
     best = records(heads)[int(heads["score"].abs().to_numpy().argmax())]
-    of_best = positions[(positions["layer"] == best["layer"]) & (positions["head"] == best["head"])]
+    of_best = positions.loc[
+        (positions["layer"] == best["layer"]) & (positions["head"] == best["head"])
+    ]
     return "\n".join(
         [
             figure(views.head_heatmap(heads), "f-heads"),
@@ -319,8 +328,7 @@ def _drawn_table(name: str, caption: str, columns: Sequence[str]) -> str:
 
 def _proof(saved: Saved) -> str:
     return "\n".join(
-        paragraphs([_certificate(name, each)])
-        for name, each in saved.facts["certificates"].items()
+        paragraphs([_certificate(name, each)]) for name, each in saved.facts["certificates"].items()
     )
 
 
@@ -332,7 +340,7 @@ def _certificate(name: str, found: Mapping[str, Any]) -> str:
     if not found["applies"]:
         return start + "every neuron was scored, because no bound holds for a recomputed norm."
     if found["linear"]:
-        return start + "every neuron was scored exactly; a contrast is linear, so this costs little."
+        return start + "every neuron was scored exactly; a contrast is linear, which is cheap."
     end = f"the last one listed scores {number(found['kth_score'])} nats"
     if found["next_bound"] is None:
         return start + (
@@ -341,8 +349,8 @@ def _certificate(name: str, found: Mapping[str, Any]) -> str:
         )
     return start + (
         f"{found['evaluated']:,} were scored exactly. {end[0].upper()}{end[1:]}; no other neuron "
-        f"can score {'below' if lowest else 'above'} {number(found['next_bound'])} nats, as a bound "
-        f"from the gradient proves (rounding allowed for: {number(found['slack'])} nats). "
+        f"can score {'below' if lowest else 'above'} {number(found['next_bound'])} nats, as a "
+        f"bound from the gradient proves (rounding allowed for: {number(found['slack'])} nats). "
         "So none that belongs here is missing."
     )
 

@@ -62,6 +62,7 @@ const Figures = (() => {
     if (drawn.has(id)) draw(id);
   }
 
+  // once plotly.js is there
   function start() {
     const plots = [...document.querySelectorAll('.plot')].filter(plot => source(plot.id));
     const seen = new IntersectionObserver(entries => entries.forEach(entry => {
@@ -76,4 +77,3 @@ const Figures = (() => {
 
   return { start, change };
 })();
-Figures.start();

@@ -63,15 +63,17 @@ def document(
 ) -> str:
     """``body`` as a file of its own, with these assets of this folder after ``page.css``.
 
-    Scripts stand after the text, which can be read before they have run. ``plotly`` may be the
-    address of a plotly.js beside the file, which is then not embedded.
+    Scripts stand after the text, which can be read before they have run, and plotly.js, which is
+    large, after the others. ``plotly`` may be the address of a plotly.js beside the file, which is
+    then not embedded.
     """
     if isinstance(plotly, str):
         library = [f'<script src="{escaped(plotly)}"></script>']
     else:
         library = [f"<script>{_script(get_plotlyjs())}</script>"] * plotly
     css = "\n".join(asset(name) for name in ("page.css", *styles))
-    code = "\n".join([*library, *(f"<script>{asset(name)}</script>" for name in scripts)])
+    own = [f"<script>{asset(name)}</script>" for name in scripts]
+    code = "\n".join([*own, *library, "<script>Figures.start();</script>"])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy)}">\n'

@@ -1,4 +1,4 @@
-"""What ``report.js`` draws tables and cards from: saved tables -> plain values, tokens by number."""
+"""What ``report.js`` draws tables and cards from: saved tables -> plain values."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -51,10 +51,7 @@ def payload(saved: Saved, cards: Cards) -> dict[str, Any]:
         "tokens": [shown(token) for token in saved.facts["token_texts"][:read]],
         "lists": {name: _rows(rows, words) for name, rows in lists_of(saved).items()},
         "positions": _positions(saved),
-        "cards": {
-            f"{card['role']} {card['neuron']}": _card(card, words)
-            for card in cards
-        },
+        "cards": {f"{card['role']} {card['neuron']}": _card(card, words) for card in cards},
     }
     return {**found, "words": list(words.texts)}
 
@@ -63,14 +60,14 @@ def lists_of(saved: Saved) -> dict[str, pd.DataFrame]:
     """The lists of neurons that have rows, by the name of their place on the page."""
     neurons = saved.tables["neurons"]
     found = {
-        "ffn": neurons[(neurons["role"] == "value") & (neurons["kind"] == "ffn")],
-        "attn": neurons[(neurons["role"] == "value") & (neurons["kind"] == "attn")],
-        "query": neurons[neurons["role"] == "query"],
+        "ffn": neurons.loc[(neurons["role"] == "value") & (neurons["kind"] == "ffn")],
+        "attn": neurons.loc[(neurons["role"] == "value") & (neurons["kind"] == "attn")],
+        "query": neurons.loc[neurons["role"] == "query"],
     }
     lowest = saved.tables.get("suppressing")
     if lowest is not None:
-        found["suppressing-ffn"] = lowest[lowest["kind"] == "ffn"]
-        found["suppressing-attn"] = lowest[lowest["kind"] == "attn"]
+        found["suppressing-ffn"] = lowest.loc[lowest["kind"] == "ffn"]
+        found["suppressing-attn"] = lowest.loc[lowest["kind"] == "attn"]
     return {name: rows for name, rows in found.items() if len(rows)}
 
 

@@ -149,12 +149,14 @@
     Figures.change('f-neurons', from === null ? null : figure => neuronsFrom(figure, chosen));
   }
 
-  // points of the scatter say which position they come from
+  // the scatter names its marks where it says what hovering shows
   function neuronsFrom(figure, position) {
     figure.data.forEach(trace => {
-      if (!Array.isArray(trace.ids)) return;
-      trace.selectedpoints = trace.ids.flatMap((id, at) =>
-        !id.includes('@') || id.endsWith(`@${position}`) ? [at] : []);
+      trace.selectedpoints = (trace.customdata || []).flatMap((says, at) => {
+        const source = /^<b>[^<]*@(\d+)<\/b>/.exec(says);
+        return !source || Number(source[1]) === position ? [at] : [];
+      });
+      trace.unselected = { marker: { opacity: 0.06 } };
     });
     return figure;
   }

@@ -137,5 +137,5 @@ def _check_one_run(
 
 
 def _reason(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return (getattr(error, "strerror", None) or (lines and lines[0])) or type(error).__name__
+    told = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return str(told).splitlines()[0]
