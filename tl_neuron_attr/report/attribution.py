@@ -54,9 +54,8 @@ _LISTS = {
 }
 _HOW_TO_READ = (
     "A score is a rise in the answer's log-probability, in nats: what happens to it when this one "
-    "part is added, alone, to the residual stream just before it. +0.69 nats doubles the odds "
-    "ratio of a rare answer's probability; negative scores speak against the answer. Scores of "
-    "neurons do not add up to that of their layer, because the softmax is not linear.",
+    "part is added, alone, to the residual stream just before it. A rise of 0.69 nats doubles the "
+    "probability; negative scores speak against the answer. Scores of neurons do not add up to that of their layer, because the softmax is not linear.",
     "A neuron's coefficient is how strongly it fires here. Its sign matters: a neuron with a "
     "negative coefficient raises the tokens at the other end of what it says. The lists of tokens "
     "take account of that: they are what the neuron raises and lowers in this run.",

@@ -16,6 +16,7 @@ CARDS = 5
 model and 0.5 s at the shape of GPT-2 small (12 tokens, one core): each reads out every later head.
 """
 
+_SOURCES = 8
 _OF_THE_RUN = ("model_name", "prompt_id", "tokens", "read_pos", "target", "log_prob", "convention")
 
 
@@ -55,12 +56,12 @@ def card_tables(card: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = [
         (
             "Where it comes from",
-            "Attention times v is the coefficient, at each source position.",
+            "Attention times v is the coefficient at a source position; the largest first.",
             ("source:from", "number:attention", "number:v", "number:coefficient", "number:nats"),
             [
                 [row["source_pos"], row["attention"], row["v"], row["coefficient"], row["score"]]
-                for row in card["sources"]
-            ],
+                for row in sorted(card["sources"], key=lambda row: -abs(row["coefficient"]))
+            ][:_SOURCES],
         ),
         (
             "What set it off: layers",

@@ -114,7 +114,9 @@ def figure(drawn: go.Figure, place: str) -> str:
     plain = json.loads(drawn.to_json() or "{}")
     title = plain["layout"].pop("title", {}).get("text", "")
     plain["layout"].pop("template", None)
-    plain["layout"].setdefault("margin", {})["t"] = 64
+    named = [trace for trace in plain["data"] if trace.get("showlegend", len(plain["data"]) > 1)]
+    legend = plain["layout"].get("showlegend", bool(named))
+    plain["layout"].setdefault("margin", {})["t"] = 64 if legend else 32
     height = int(plain["layout"].get("height", 400))
     caption = html.unescape(title.replace("<br>", " "))
     script = data(plain, f'data-for="{place}"')
