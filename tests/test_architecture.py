@@ -35,6 +35,7 @@ ORDER = (
     "query",
     "inputs",
     "tables",
+    "across",
     "markup",
     "attribution",
     "attribute",
@@ -104,6 +105,7 @@ def test_each_foreign_library_stays_behind_its_wall():
         "plotly": {"views", "report/page", "paper/figures", "paper/contents"},
         "pandas": {
             "tables",
+            "across",
             "markup",
             "attribution",
             "attribute",
