@@ -3,7 +3,7 @@
 import json
 import math
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,8 @@ _LISTS = {
 _HOW_TO_READ = (
     "A score is a rise in the answer's log-probability, in nats: what happens to it when this one "
     "part is added, alone, to the residual stream just before it. A rise of 0.69 nats doubles the "
-    "probability; negative scores speak against the answer. Scores of neurons do not add up to that of their layer, because the softmax is not linear.",
+    "probability; negative scores speak against the answer. Scores of neurons do not add up to "
+    "that of their layer, because the softmax is not linear.",
     "A neuron's coefficient is how strongly it fires here. Its sign matters: a neuron with a "
     "negative coefficient raises the tokens at the other end of what it says. The lists of tokens "
     "take account of that: they are what the neuron raises and lowers in this run.",
@@ -235,13 +236,9 @@ def _layers(saved: Saved) -> str:
         paragraphs(["What the attention and the FFN of each layer add to the answer."]),
         figure(views.layer_bars(saved.tables["layers"]), "f-layers"),
     ]
-    if "log_probs" in saved.tables and hasattr(views, "log_prob_heatmap"):
-        parts.append(_figure("f-log-probs", views.log_prob_heatmap, saved.tables["log_probs"]))
+    if "log_probs" in saved.tables:
+        parts.append(figure(views.log_prob_heatmap(saved.tables["log_probs"]), "f-log-probs"))
     return "\n".join(parts)
-
-
-def _figure(place: str, view: Callable[..., Any], *tables: Any) -> str:
-    return figure(view(*tables), place)
 
 
 def _heads(saved: Saved) -> str:
@@ -269,12 +266,13 @@ def _heads(saved: Saved) -> str:
 
 def _where(saved: Saved) -> str:
     neurons = saved.tables["neurons"]
-    values = neurons[neurons["role"] == "value"]
+    values = neurons.loc[neurons["role"] == "value"]
+    n_layers = saved.tables["layers"]["layer"].nunique()
     shares = saved.tables.get("shares")
-    parts = []
-    if hasattr(views, "neuron_scatter"):
-        parts.append(figure(views.neuron_scatter(values), "f-neurons"))
-        parts.append(figure(views.cumulative_share(values, shares), "f-shares"))
+    parts = [
+        figure(views.neuron_scatter(values, n_layers=n_layers), "f-neurons"),
+        figure(views.cumulative_share(values, shares), "f-shares"),
+    ]
     if shares is not None:
         parts.append(table(_shares(shares)))
     return "\n".join(parts)

@@ -80,8 +80,8 @@ def _rows(neurons: pd.DataFrame, words: Words) -> list[list[Any]]:
             row["position"] if row.get("position") is not None else row["source_pos"],
             short(row["coefficient"]),
             short(row["score"]),
-            words.numbers(row["raises"]),
-            words.numbers(row["lowers"]),
+            words.numbers([*row["raises"]]),  # an array, where it was read from a file
+            words.numbers([*row["lowers"]]),
         ]
         for row in records(neurons)
     ]
