@@ -134,7 +134,7 @@ def effect_heatmap(
         )
     )
     default = f"Without the top {int(rows['top'].iloc[0])} {WHICH[str(rows['kind'].iloc[0])]}"
-    finish(figure, title, f"{default}, by knowledge type", height=160 + 24 * len(names))
+    finish(figure, title, f"{default}, by knowledge type", height=max(320, 160 + 24 * len(names)))
     figure.update_layout(plot_bgcolor=GAP, margin_l=150)
     figure.update_xaxes(title_text="knowledge type", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False, title_text="method")

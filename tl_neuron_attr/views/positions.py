@@ -145,7 +145,7 @@ def log_prob_heatmap(log_probs: pd.DataFrame, *, title: str | None = None) -> go
         )
     )
     default = "log p(target) of the residual stream after each layer, at every token"
-    finish(figure, title, default, height=_height(places))
+    finish(figure, title, default, height=_height(places, 9))
     if grid.isna().any().any():
         figure.update_layout(plot_bgcolor=GAP)
     _token_axis(figure, places, labels)
@@ -159,9 +159,9 @@ def _labels(places: Sequence[int], tokens: Sequence[str]) -> list[str]:
     return [f"{place}: {shown_token(token)}" for place, token in zip(places, tokens, strict=True)]
 
 
-def _height(places: Sequence[int]) -> int:
+def _height(places: Sequence[int], at_least: int = 6) -> int:
     n_rows = places[-1] - places[0] + 1
-    return 130 + 18 * max(6, min(n_rows, LABELLED_ROWS))
+    return 130 + 18 * max(at_least, min(n_rows, LABELLED_ROWS))
 
 
 def _token_axis(figure: go.Figure, places: Sequence[int], labels: Sequence[str]) -> None:

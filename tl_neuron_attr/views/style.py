@@ -57,6 +57,7 @@ METHOD_COLOURS = (
 CONTROLS = ("random", "norm_matched")
 _CONTROL_DASHES = {"random": "dash", "norm_matched": "dashdot"}
 _TOKEN_CHARS = 18
+_NAME_CHARS = 24
 _TITLE_CHARS = 80
 
 
@@ -100,6 +101,16 @@ def shortened(text: str, length: int = _TOKEN_CHARS) -> str:
 
 def signed(nats: float) -> str:
     return f"{nats:+.3g}".replace("-", "−")
+
+
+def ending(name: str) -> str:
+    """A name that is not too long: names of prompts differ at the end."""
+    return name if len(name) <= _NAME_CHARS else f"…{name[1 - _NAME_CHARS :]}"
+
+
+def name_margin(names: Sequence[str]) -> int:
+    """Pixels beside the plot that such names of its rows take."""
+    return 50 + 7 * min(_NAME_CHARS, max(map(len, names)))
 
 
 def neuron_labels(neurons: pd.DataFrame) -> list[str]:
