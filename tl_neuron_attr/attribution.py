@@ -20,7 +20,7 @@ from tl_neuron_attr.capture import Capture, Sources, capture_sources
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError
-from tl_neuron_attr.files import check_writable
+from tl_neuron_attr.files import check_file, check_writable
 from tl_neuron_attr.host import Host, model_facts
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
@@ -38,6 +38,7 @@ from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.tables import (
+    Saved,
     head_table,
     layer_table,
     log_prob_table,
@@ -46,6 +47,7 @@ from tl_neuron_attr.tables import (
     query_layer_table,
     query_neuron_table,
     query_value_table,
+    records,
     share_table,
     token_columns,
     write_tables,
@@ -65,6 +67,10 @@ ALL_LEFT_OUT = (
 )
 """What to say where no value neuron is in the sums."""
 
+SAVED_TOKENS = 10
+"""How many tokens that a neuron raises, and lowers, are saved beside it."""
+
+_SOMETIMES = ("log_probs", "suppressing", "shares")
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
 
@@ -464,6 +470,7 @@ class Attribution:
                 "log_prob": self.log_prob,
                 "embedding_log_prob": self.embedding_log_prob,
             },
+            "predictions": records(self.predictions()),
             "convention": self.convention,
             "neuron_basis": {
                 "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
@@ -488,44 +495,73 @@ class Attribution:
             lists |= {f"suppressing_{name}": r for name, r in self.suppressing_neurons.items()}
         return {name: asdict(ranked.certificate) for name, ranked in lists.items()}
 
-    def save(self, directory: str | Path, *, progress: bool = False) -> None:
+    def saved(self, *, progress: bool = False) -> Saved:
+        """The tables and facts that ``save`` writes, by name. Cost: that of ``save``."""
+        top = max(len(self.ffn_neurons), len(self.attn_neurons))
+        query_neurons, problems = self.query_neurons_or_why_not(top, tokens=SAVED_TOKENS)
+        query_neurons["position"] = query_neurons["position"].astype("Int64")
+        log_probs, no_log_probs = self.log_probs_or_why_not()
+        value_neurons = self.neurons(tokens=SAVED_TOKENS)
+        value_neurons["position"] = pd.array([None] * len(value_neurons), dtype="Int64")
+        tables = {
+            "layers": self.layers(),
+            "heads": self.heads(),
+            "positions": self.positions(progress=progress),
+            **log_probs,
+            "neurons": pd.concat([value_neurons, query_neurons], ignore_index=True),
+        }
+        if self.index is not None and self.out.affine:
+            tables["suppressing"] = self.suppressing(tokens=SAVED_TOKENS)
+            tables["shares"] = self.shares(top)
+        facts = self.facts()
+        facts["warnings"] += [*problems, *no_log_probs]
+        if not problems:
+            facts["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
+        return Saved(tables=tables, facts=facts)
+
+    def save(self, directory: str | Path, *, report: bool = False, progress: bool = False) -> None:
         """Write ``layers``, ``heads``, ``positions``, ``log_probs``, ``neurons`` (Parquet) and
-        ``run.json``.
+        ``run.json``; with ``report`` also ``report.html`` and ``cards.json``, which it shows.
 
         ``neurons`` holds the value neurons, then (role ``query``) as many of ``query_neurons()``
-        as were ranked of a kind; where those, or ``log_probs``, which both take the prompt to be
-        run again, cannot be had, ``run.json`` warns of it. With a
-        projection index ``suppressing`` and ``shares`` too, of as many neurons as were ranked. All
-        files appear together at the end, or none. Cost: scores every head at every source
-        position, with a progress bar on request where it takes longer than two seconds; and that
-        of ``query_layers``.
+        as were ranked of a kind, each with the ten tokens it raises and lowers most; where query
+        neurons, or ``log_probs``, which both take the prompt to be run again, cannot be had,
+        ``run.json`` warns of it. With a projection index ``suppressing`` and ``shares`` too, of as
+        many neurons as were ranked. All files appear together at the end, or none. Cost: scores
+        every head at every source position, with a progress bar on request where it takes longer
+        than two seconds; and that of ``query_layers``. A report costs a ``neuron_card`` of each of
+        the best neurons more (``report.CARDS`` of a kind).
 
         Raises:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
         path = check_writable(directory)
-        top = max(len(self.ffn_neurons), len(self.attn_neurons))
-        query_neurons, problems = self.query_neurons_or_why_not(top)
-        log_probs, no_log_probs = self.log_probs_or_why_not()
-        tables = {
-            "layers": self.layers(),
-            "heads": self.heads(),
-            "positions": self.positions(progress=progress),
-            **log_probs,
-            "neurons": pd.concat([self.neurons(), query_neurons], ignore_index=True),
-        }
-        if self.index is not None and self.out.affine:
-            tables["suppressing"] = self.suppressing()
-            tables["shares"] = self.shares(top)
-        found = self.facts()
-        found["warnings"] += [*problems, *no_log_probs]
-        if not problems:
-            found["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
-        facts = json.dumps(found, indent=2, ensure_ascii=False)
+        saved = self.saved(progress=progress)
+        texts = {}
+        if report:
+            from tl_neuron_attr.report import report_files
+
+            texts = report_files(self, saved)
+        facts = json.dumps(saved.facts, indent=2, ensure_ascii=False)
         # those of another run would not be this one's
-        stale = [name for name in ("log_probs", "suppressing", "shares") if name not in tables]
-        write_tables(path, tables, {"run.json": facts + "\n"}, stale)
+        stale = [name for name in _SOMETIMES if name not in saved.tables]
+        stale_texts = [name for name in ("cards.json", "report.html") if name not in texts]
+        write_tables(path, saved.tables, {**texts, "run.json": facts + "\n"}, stale, stale_texts)
+
+    def report(self, path: str | Path, *, progress: bool = False) -> Path:
+        """One HTML file with all that was found, to look at without a network; where it is.
+
+        The same as ``save(directory, report=True)`` puts beside the tables. Cost: as that.
+
+        Raises:
+            InputError: If the file cannot be written.
+            OutputError: If writing fails on the way; what was there before is untouched then.
+        """
+        from tl_neuron_attr.report import report_files, write_report
+
+        place = check_file(path, "report.html")
+        return write_report(report_files(self, self.saved(progress=progress)), place)
 
     def _blocks(self, kind: Kind) -> Sequence[Decomposition]:
         return self.ffns if kind == "ffn" else self.attns

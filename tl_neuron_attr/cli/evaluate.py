@@ -238,8 +238,8 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         files = (
-            "effects.parquet, summary (.parquet, .csv), areas, comparisons, predicted, "
-            "calibration, prompts, skipped and evaluation.json"
+            "effects.parquet, summary (.parquet, .csv), curves, areas, comparisons, predicted, "
+            "rankings, calibration, prompts, skipped and evaluation.json"
         )
         console.print(wrote(files, out))
 

@@ -9,7 +9,7 @@ import pandas as pd
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import load_evaluation
-from tl_neuron_attr.files import check_writable, write_files
+from tl_neuron_attr.files import check_file
 from tl_neuron_attr.report.asked import Facts
 from tl_neuron_attr.report.card import card_page
 from tl_neuron_attr.report.comparison import comparison_page
@@ -19,7 +19,7 @@ from tl_neuron_attr.report.heads import heads_page
 from tl_neuron_attr.report.in_context import in_context_page
 from tl_neuron_attr.report.prompts import prompts_page
 from tl_neuron_attr.report.query import query_page
-from tl_neuron_attr.tables import Saved
+from tl_neuron_attr.tables import Saved, write_tables
 
 Page = Callable[[Saved], str]
 
@@ -31,55 +31,71 @@ OF_RUNS: Mapping[str, tuple[tuple[str, ...], Page]] = {
 }
 """Of each command that writes ``run.json``: the tables it writes, and their page."""
 
+SOMETIMES = ("lowest",)
+"""Tables that are there only if they were asked for."""
 
-def page_of(directory: str | Path) -> str:
-    """The ``report.html`` of a directory of tables, drawn from its files: the same bytes.
 
-    Of the prompts in a ``.jsonl`` file what stands beside it.
+def has_page(place: Path) -> bool:
+    """Whether a command or ``save`` other than that of an attribution wrote there."""
+    if place.suffix == ".jsonl":
+        return place.with_suffix(".run.json").is_file()
+    try:
+        return _json(place / "run.json").get("command") in OF_RUNS
+    except (OSError, ValueError, AttributeError):
+        return any((place / name).is_file() for name in _OF_THEIR_OWN)
 
+
+def page_of(place: Path) -> str:
+    """The page of a directory of tables, drawn from its files: the same bytes.
+
+    Of the prompts in a ``.jsonl`` file it is drawn from what stands beside it.
 
     Raises:
-        InputError: If no command or ``save`` that has a page wrote there, or files are missing.
+        InputError: If a file is missing, damaged or of something else.
     """
-    place = Path(directory)
     try:
         if place.suffix == ".jsonl":
             return prompts_page(_json(place.with_suffix(".run.json")))
-        if (place / "run.json").exists():
+        if (place / "run.json").is_file():
             facts = _json(place / "run.json")
-            if facts.get("command") not in OF_RUNS:
-                raise InputError(
-                    f"{str(place / 'run.json')!r} does not say that it is of "
-                    f"{', '.join(OF_RUNS)}; have the command write the directory again"
-                )
             names, drawn = OF_RUNS[facts["command"]]
-            return drawn(_saved(place, names, facts))
-        if (place / "evaluation.json").exists():
-            return evaluation_page(load_evaluation(place))
-        if (place / "card.json").exists():
-            return card_page(_json(place / "card.json"))
-        if (place / "graph.json").exists():
-            facts = _json(place / "graph.json")["graph"]
-            return graph_page(_saved(place, ("nodes", "edges"), facts))
-    except (OSError, ValueError, KeyError) as error:
+            present = [name for name in SOMETIMES if (place / f"{name}.parquet").is_file()]
+            return drawn(_saved(place, (*names, *present), facts))
+        name = next(name for name in _OF_THEIR_OWN if (place / name).is_file())
+        return _OF_THEIR_OWN[name](place)
+    except InputError:
+        raise
+    except Exception as error:  # what pyarrow raises for a damaged file is of many kinds
         raise InputError(
-            f"cannot draw the report of {str(place)!r}: {error}; have the command write it again"
+            f"cannot draw the report of {str(place)!r} ({type(error).__name__}: {error}); have the "
+            "command that wrote it write it again"
         ) from error
-    raise InputError(
-        f"there is nothing to draw a report of in {str(place)!r}: give the --out directory of a "
-        "command"
-    )
 
 
-def draw_again(directory: str | Path) -> Path:
-    """Write ``report.html`` of a directory anew, and say where it is."""
-    place = Path(directory)
-    prompts = place.suffix == ".jsonl"
-    check_writable(place.parent if prompts else place)
-    text = page_of(place)
-    page = place.with_suffix(".report.html") if prompts else place / "report.html"
-    write_files(page.parent, {page.name: lambda path: path.write_text(text, encoding="utf-8")})
+def draw_again(place: Path, path: Path | None = None) -> Path:
+    """Write the page anew, by default where the command put it, and say where it is.
+
+    Raises:
+        InputError: As ``page_of``, or if the file cannot be made.
+        OutputError: If writing fails on the way; what was there before is untouched then.
+    """
+    beside = place.with_suffix(".report.html") if place.suffix == ".jsonl" else None
+    page = check_file(path or beside or place / "report.html", "report.html")
+    write_tables(page.parent, {}, {page.name: page_of(place)})
     return page
+
+
+def _of_graph(place: Path) -> str:
+    facts = _json(place / "graph.json")["graph"]
+    return graph_page(_saved(place, ("nodes", "edges"), facts))
+
+
+_OF_THEIR_OWN: Mapping[str, Callable[[Path], str]] = {
+    "evaluation.json": lambda place: evaluation_page(load_evaluation(place)),
+    "card.json": lambda place: card_page(_json(place / "card.json")),
+    "graph.json": _of_graph,
+}
+"""What there is of a page in directories without ``run.json``, by the file that tells."""
 
 
 def _saved(place: Path, names: tuple[str, ...], facts: Facts) -> Saved:

@@ -56,7 +56,7 @@ _COLUMNS = {
 
 
 def comparison_page(saved: Saved) -> str:
-    """The whole page. Tables: ``layers, heads, neurons``."""
+    """The whole page. Tables: ``layers, heads, neurons``, and ``lowest`` if asked for."""
     tables, facts = saved.tables, saved.facts
     layers, heads, neurons = (tables[name] for name in ("layers", "heads", "neurons"))
     of = quantity(facts["target"])
@@ -84,7 +84,7 @@ def comparison_page(saved: Saved) -> str:
                 ],
             ),
             _heads(heads),
-            _neurons(neurons),
+            _neurons(neurons, tables.get("lowest")),
             proof(facts["certificates"]),
             how_to_read(*HOW),
             origin(facts, facts.get("again")),
@@ -160,22 +160,33 @@ def _heads(heads: pd.DataFrame) -> Section:
     )
 
 
-def _neurons(neurons: pd.DataFrame) -> Section:
-    sources = {"source_token": "reads from", "other_source_token": "there it reads from"}
-    kinds = [kind for kind in KINDS if kind in set(neurons["kind"])]
+def _neurons(neurons: pd.DataFrame, lowest: pd.DataFrame | None) -> Section:
+    lists = {"more": neurons} | ({} if lowest is None else {"less": lowest})
+    drawn = pd.concat([*lists.values()], ignore_index=True)
+    said = "Listed are the neurons that score most more here than there"
     return Section(
         title="Neurons",
-        text=["Listed are the neurons that score most more here than there."],
+        text=[
+            f"{said}; those that score more there are listed with --lowest."
+            if lowest is None
+            else f"{said}, and those that score most less."
+        ],
         items=[
-            compared_neuron_scatter(neurons, title="Each neuron's score in both runs, nats"),
+            compared_neuron_scatter(drawn, title="Each listed neuron's score in both runs, nats"),
             *(
-                neuron_list(
-                    f"The {sum(neurons['kind'] == kind)} {KINDS[kind]} neurons that score most "
-                    "more here",
-                    neurons.loc[neurons["kind"] == kind],
-                    (sources if kind == "attn" else {}) | _COLUMNS,
-                )
-                for kind in kinds
+                _neuron_list(table.loc[table["kind"] == kind], kind, which)
+                for which, table in lists.items()
+                for kind in KINDS
+                if kind in set(table["kind"])
             ),
         ],
+    )
+
+
+def _neuron_list(rows: pd.DataFrame, kind: str, which: str) -> Shown:
+    sources = {"source_token": "reads from", "other_source_token": "there it reads from"}
+    return neuron_list(
+        f"The {len(rows)} {KINDS[kind]} neurons that score most {which} here",
+        rows,
+        (sources if kind == "attn" else {}) | _COLUMNS,
     )

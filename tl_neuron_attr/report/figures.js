@@ -21,7 +21,9 @@ const Figures = (() => {
     copy.hoverlabel = { bgcolor: colour('--band'), bordercolor: colour('--line'),
       font: { color: colour('--ink') } };
     if (!hovers) copy.dragmode = false;  // a finger on a figure scrolls the page
-    if (window.innerWidth < 640 && copy.margin) { copy.margin.l = 44; copy.margin.r = 8; }
+    const narrow = window.innerWidth < 640;
+    if (narrow && copy.margin) { copy.margin.l = 44; copy.margin.r = 8; }
+    const beside = copy.xaxis2 && !copy.yaxis2;  // plots next to each other, their titles too
     Object.keys(copy).filter(key => /^[xy]axis/.test(key)).forEach(key => {
       const axis = copy[key];
       if (axis.gridcolor === undefined) axis.gridcolor = colour('--line');
@@ -30,6 +32,9 @@ const Figures = (() => {
         axis.tickcolor = 'rgba(0,0,0,0)';
       }
       axis.automargin = true;
+      if (narrow && beside && key[0] === 'x' && axis.title && axis.title.text) {
+        axis.title.text = axis.title.text.replace(/(\S+ \S+ \S+|\S+) /g, '$1<br>');
+      }
     });
     return copy;
   }
@@ -62,7 +67,9 @@ const Figures = (() => {
     if (drawn.has(id)) draw(id);
   }
 
+  // once plotly.js is there
   function start() {
+    if (window.Plotly) Plotly.setPlotConfig({ logging: 0 });  // it warns of colours by number
     const plots = [...document.querySelectorAll('.plot')].filter(plot => source(plot.id));
     const seen = new IntersectionObserver(entries => entries.forEach(entry => {
       if (!entry.isIntersecting || drawn.has(entry.target.id)) return;
@@ -76,4 +83,3 @@ const Figures = (() => {
 
   return { start, change };
 })();
-Figures.start();

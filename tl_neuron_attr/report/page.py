@@ -63,15 +63,17 @@ def document(
 ) -> str:
     """``body`` as a file of its own, with these assets of this folder after ``page.css``.
 
-    Scripts stand after the text, which can be read before they have run. ``plotly`` may be the
-    address of a plotly.js beside the file, which is then not embedded.
+    Scripts stand after the text, which can be read before they have run, and plotly.js, which is
+    large, after the others. ``plotly`` may be the address of a plotly.js beside the file, which is
+    then not embedded.
     """
     if isinstance(plotly, str):
         library = [f'<script src="{escaped(plotly)}"></script>']
     else:
         library = [f"<script>{_script(get_plotlyjs())}</script>"] * plotly
     css = "\n".join(asset(name) for name in ("page.css", *styles))
-    code = "\n".join([*library, *(f"<script>{asset(name)}</script>" for name in scripts)])
+    own = [f"<script>{asset(name)}</script>" for name in scripts]
+    code = "\n".join([*own, *library, "<script>Figures.start();</script>"])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy)}">\n'
@@ -112,7 +114,9 @@ def figure(drawn: go.Figure, place: str) -> str:
     plain = json.loads(drawn.to_json() or "{}")
     title = plain["layout"].pop("title", {}).get("text", "")
     plain["layout"].pop("template", None)
-    plain["layout"].setdefault("margin", {})["t"] = 64
+    named = [trace for trace in plain["data"] if trace.get("showlegend", len(plain["data"]) > 1)]
+    legend = plain["layout"].get("showlegend", bool(named))
+    plain["layout"].setdefault("margin", {})["t"] = 64 if legend else 32
     height = int(plain["layout"].get("height", 400))
     caption = html.unescape(title.replace("<br>", " "))
     script = data(plain, f'data-for="{place}"')

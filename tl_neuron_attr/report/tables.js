@@ -1,6 +1,6 @@
 // Every table is sorted by its headings; a longer one is searched, and comes in pieces.
 const Tables = (() => {
-  const PIECE = 100, SEARCHED_FROM = 11;
+  const WHOLE = 50, FIRST = 25, MORE = 200, SEARCHED_FROM = 11;
   const natural = new Intl.Collator('en', { numeric: true });
   const EMPTY = new Set(['', '–']);
 
@@ -34,7 +34,9 @@ const Tables = (() => {
     const body = table.tBodies[0], heads = [...table.tHead.rows[0].cells];
     const count = element('span', { 'aria-live': 'polite', class: 'count' });
     const more = element('button', { type: 'button', class: 'more' });
-    let sorted = rows, column = -1, direction = 0, words = [], kept = () => true, limit = PIECE;
+    let sorted = rows, column = -1, direction = 0, words = [], kept = () => true;
+    const first = rows.length > WHOLE ? FIRST : WHOLE;
+    let limit = first;
 
     function show() {
       const found = sorted.filter(row => kept(row) && words.every(word => row.text.includes(word)));
@@ -48,7 +50,7 @@ const Tables = (() => {
         : `${found.length.toLocaleString('en')}${of} ${noun}`;
       const left = found.length - shown.length;
       more.hidden = left <= 0;
-      more.textContent = left > 5 * PIECE ? `Show ${5 * PIECE} more` : `Show the other ${left}`;
+      more.textContent = left > MORE ? `Show ${MORE} more` : `Show the other ${left}`;
     }
 
     function sort(place) {
@@ -74,7 +76,7 @@ const Tables = (() => {
       button.addEventListener('click', () => sort(place));
       head.replaceChildren(button);
     });
-    more.addEventListener('click', () => { limit += 5 * PIECE; show(); });
+    more.addEventListener('click', () => { limit += MORE; show(); });
 
     const bar = element('div', { class: 'tools' });
     if (rows.length >= SEARCHED_FROM) {
@@ -82,7 +84,7 @@ const Tables = (() => {
         'aria-label': `Search: ${table.caption ? table.caption.textContent : 'this table'}` });
       field.addEventListener('input', () => {
         words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
-        limit = PIECE;
+        limit = first;
         show();
       });
       bar.append(field);
@@ -95,7 +97,7 @@ const Tables = (() => {
     window.addEventListener('beforeprint', () => { limit = Infinity; show(); });
     return {
       // only rows for which this is true; null for all
-      filter(test) { kept = test || (() => true); limit = PIECE; show(); },
+      filter(test) { kept = test || (() => true); limit = first; show(); },
       // the rows as they stand now, those not drawn yet included
       order() {
         return sorted.filter(row => kept(row) && words.every(word => row.text.includes(word)));
@@ -109,14 +111,18 @@ const Tables = (() => {
       text: row.textContent.toLowerCase(), node: () => row };
   }
 
+  const whole = new WeakMap();  // a table's rows in their first order, shown or not
+  const rowsOf = table => whole.get(table);
+
   function start() {
     document.querySelectorAll('table:not([data-drawn])').forEach(table => {
       if (table.tHead && table.tBodies.length) {
-        bind(table, [...table.tBodies[0].rows].map(ofCells));
+        whole.set(table, [...table.tBodies[0].rows]);
+        bind(table, whole.get(table).map(ofCells));
       }
     });
   }
 
-  return { bind, element, start };
+  return { bind, element, rowsOf, start };
 })();
 Tables.start();

@@ -5,10 +5,12 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_neuron_attr.tables import (
+    COMPARED_HEAD_COLUMNS,
     COMPARED_LAYER_COLUMNS,
     COMPARED_NEURON_COLUMNS,
 )
 from tl_neuron_attr.views.checks import checked, kinds_of
+from tl_neuron_attr.views.heads import head_grid
 from tl_neuron_attr.views.style import (
     GREY,
     KIND_COLOURS,
@@ -68,6 +70,8 @@ def compared_layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go
             col=1,
         )
     finish(figure, title, "What each layer adds to log p(target), in two runs", height=520)
+    # at a notebook's width the legend takes two lines
+    figure.update_layout(height=545, margin_t=figure.to_dict()["layout"]["margin"]["t"] + 25)
     layer_axis(figure, layers["layer"].tolist())
     figure.update_xaxes(title_text=None)
     figure.update_xaxes(title_text="layer", row=len(kinds), col=1)
@@ -76,6 +80,27 @@ def compared_layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go
             title_text=f"{KIND_NAMES[kind]}: rise, nats", row=row, col=1, **zero_line()
         )
     return figure
+
+
+def compared_head_heatmap(heads: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+    """One cell a head: its score in the original less that in the other run, in nats.
+
+    Drawn from ``Comparison.heads()``. Green heads bring more in the original. Heads that are not
+    in the table are left grey.
+
+    Raises:
+        InputError: If ``heads`` is empty, lacks columns, or has two rows for one head.
+    """
+    heads = checked(
+        heads,
+        "heads",
+        COMPARED_HEAD_COLUMNS,
+        key=["layer", "head"],
+        value="difference",
+        source="Comparison.heads()",
+    )
+    quantity = "score less that in the other run, nats"
+    return head_grid(heads, "difference", quantity, title, "Heads: the original less the other run")
 
 
 def compared_neuron_scatter(neurons: pd.DataFrame, *, title: str | None = None) -> go.Figure:

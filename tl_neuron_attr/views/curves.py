@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_neuron_attr.evaluate.statistics import means
 from tl_neuron_attr.tables import CURVE_COLUMNS
 from tl_neuron_attr.views.checks import checked, kinds_of
 from tl_neuron_attr.views.effects import METRIC_AXES, WHICH, effect_rows, of_type
@@ -17,12 +18,18 @@ from tl_neuron_attr.views.style import (
     zero_line,
 )
 
+_BANDS_FROM = 3
+"""Intervals of fewer prompts would say nothing."""
+_LINES_TO = 20
+"""Lines of more prompts would be a blot."""
+
 
 def mask_curves(points: pd.DataFrame, *, title: str | None = None) -> go.Figure:
     """log p(target), in nats, by the number of neurons zeroed or kept: the mean of all prompts.
 
     Drawn from ``mask_curve(...)``, or from several such tables put together: one line for each kind
-    and for masking and keeping. With several prompts each one's own line is drawn pale behind. The
+    and for masking and keeping. With several prompts each one's own line is drawn pale behind
+    (of up to 20), and from three on a band: the mean's 95 % bootstrap interval over prompts. The
     numbers of neurons stand side by side, whatever lies between them.
 
     Raises:
@@ -41,33 +48,35 @@ def mask_curves(points: pd.DataFrame, *, title: str | None = None) -> go.Figure:
     figure = go.Figure()
     for kind in kinds_of(points):
         for keep in sorted(set(points["keep"].tolist())):
-            rows = points[(points["kind"] == kind) & (points["keep"] == keep)]
+            rows = points.loc[(points["kind"] == kind) & (points["keep"] == keep)]
             if rows.empty:
                 continue
-            prompts = sorted(set(rows["prompt_id"].tolist()))
             line = {"color": KIND_COLOURS[kind], "dash": "dash" if keep else "solid"}
-            for prompt_id in prompts if len(prompts) > 1 else []:
-                of_prompt = rows[rows["prompt_id"] == prompt_id]
+            x, prompts, values = _by_prompt(rows, place)
+            if len(prompts) >= _BANDS_FROM:
+                ends = means(values, np.arange(len(prompts)), seed=0)
+                low, high = ends.low.tolist(), ends.high.tolist()
+                figure.add_trace(band(x, low, high, KIND_COLOURS[kind]))
+            for of_prompt in values if 1 < len(prompts) <= _LINES_TO else []:
                 figure.add_scatter(
-                    x=[place[top] for top in of_prompt["top"].tolist()],
-                    y=of_prompt["log_prob"].tolist(),
+                    x=x,
+                    y=of_prompt.tolist(),
                     mode="lines",
                     line={**line, "width": 1},
-                    opacity=0.55,
+                    opacity=0.4,
                     showlegend=False,
                     hoverinfo="skip",
                 )
             name = f"{KIND_NAMES[kind]}, {'only the top kept' if keep else 'the top zeroed'}"
-            mean = pd.DataFrame(rows.groupby("top", as_index=False).agg({"log_prob": "mean"}))
             figure.add_scatter(
-                x=[place[top] for top in mean["top"].tolist()],
-                y=mean["log_prob"].tolist(),
+                x=x,
+                y=np.nanmean(values, axis=0).tolist(),
                 mode="lines+markers",
                 line={**line, "width": 3},
                 marker={"size": 8},
                 name=name,
                 showlegend=True,
-                customdata=mean["top"].tolist(),
+                customdata=[tops[number] for number in x],
                 hovertemplate=f"{name} %{{customdata}}: %{{y:.3g}} nats<extra></extra>",
             )
     count = len(set(points["prompt_id"].tolist()))
@@ -84,6 +93,14 @@ def mask_curves(points: pd.DataFrame, *, title: str | None = None) -> go.Figure:
     )
     figure.update_yaxes(title_text="log p(target), nats", **zero_line())
     return figure
+
+
+def _by_prompt(
+    rows: pd.DataFrame, place: dict[int, int]
+) -> tuple[list[int], list[str], np.ndarray]:
+    """Where on the axis there are points, the prompts, and a row of values each; NaN for none."""
+    grid = rows.pivot(index="prompt_id", columns="top", values="log_prob")
+    return [place[top] for top in grid.columns], list(grid.index), grid.to_numpy(dtype=float)
 
 
 def effect_curves(

@@ -134,7 +134,7 @@ def effect_heatmap(
         )
     )
     default = f"Without the top {int(rows['top'].iloc[0])} {WHICH[str(rows['kind'].iloc[0])]}"
-    finish(figure, title, f"{default}, by knowledge type", height=160 + 24 * len(names))
+    finish(figure, title, f"{default}, by knowledge type", height=max(320, 160 + 24 * len(names)))
     figure.update_layout(plot_bgcolor=GAP, margin_l=150)
     figure.update_xaxes(title_text="knowledge type", showgrid=False)
     figure.update_yaxes(autorange="reversed", showgrid=False, title_text="method")
@@ -204,19 +204,27 @@ def effect_rows(
     source = f"Evaluation.{name}" + ("" if name == "predicted" else "()")
     table = checked(table, name, [*sorted(keys), *numbers], key=None, value=None, source=source)
     for column, choice in wanted.items():
-        found = list(dict.fromkeys(table[column].tolist()))
-        if choice is None and len(found) > 1:
-            raise InputError(
-                f"the {name} table has several values of {column}: {', '.join(map(str, found))}; "
-                f"say which is to be drawn, for example {column}={found[0]!r}"
-            )
-        if choice is not None and choice not in found:
-            raise InputError(
-                f"the {name} table has no {column} {choice!r}; there is "
-                f"{', '.join(map(str, found))}"
-            )
-        table = table.loc[table[column] == (found[0] if choice is None else choice)]
+        table = one_of(table, name, column, choice)
     return table
+
+
+def one_of(table: pd.DataFrame, name: str, column: str, choice: Any) -> pd.DataFrame:
+    """The rows whose ``column`` is the choice, or the only value there is.
+
+    Raises:
+        InputError: If there are several and none is chosen, or none is what is chosen.
+    """
+    found = list(dict.fromkeys(table[column].tolist()))
+    if choice is None and len(found) > 1:
+        raise InputError(
+            f"the {name} table has several values of {column}: {', '.join(map(str, found))}; "
+            f"say which is to be drawn, for example {column}={found[0]!r}"
+        )
+    if choice is not None and choice not in found:
+        raise InputError(
+            f"the {name} table has no {column} {choice!r}; there is {', '.join(map(str, found))}"
+        )
+    return table.loc[table[column] == (found[0] if choice is None else choice)]
 
 
 def of_type(knowledge_type: str) -> str:

@@ -4,6 +4,7 @@ Colours are Paul Tol's schemes, told apart in every kind of colour blindness.
 """
 
 import html
+import math
 import textwrap
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
 
 RISE = "rise in log p(target), nats"
+LOG_PROB = "log p(target), nats"
 CHANGE = "change of log p(target), nats"
 KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
 
@@ -36,6 +38,8 @@ DIVERGING = (
     "#5AAE61",
     "#1B7837",
 )
+SEQUENTIAL = "Cividis"
+"""For what has one end only."""
 # length or area already says how much: marks only need the sign, and pale ones cannot be read
 SIGNS = [[0, DIVERGING[0]], [0.5, DIVERGING[0]], [0.5, DIVERGING[-1]], [1, DIVERGING[-1]]]
 # the muted scheme, for up to nine methods
@@ -53,6 +57,7 @@ METHOD_COLOURS = (
 CONTROLS = ("random", "norm_matched")
 _CONTROL_DASHES = {"random": "dash", "norm_matched": "dashdot"}
 _TOKEN_CHARS = 18
+_NAME_CHARS = 24
 _TITLE_CHARS = 80
 
 
@@ -98,6 +103,16 @@ def signed(nats: float) -> str:
     return f"{nats:+.3g}".replace("-", "−")
 
 
+def ending(name: str) -> str:
+    """A name that is not too long: names of prompts differ at the end."""
+    return name if len(name) <= _NAME_CHARS else f"…{name[1 - _NAME_CHARS :]}"
+
+
+def name_margin(names: Sequence[str]) -> int:
+    """Pixels beside the plot that such names of its rows take."""
+    return 50 + 7 * min(_NAME_CHARS, max(map(len, names)))
+
+
 def neuron_labels(neurons: pd.DataFrame) -> list[str]:
     """What each row's neuron is called."""
     sources = [None if pd.isna(source) else int(source) for source in neurons["source_pos"]]
@@ -109,6 +124,12 @@ def neuron_labels(neurons: pd.DataFrame) -> list[str]:
 
 
 # --- axes -------------------------------------------------------------------------------------
+
+
+def cells_of(grid: pd.DataFrame) -> list[list[float | None]]:
+    """Numbers as JSON has them: an empty cell is null."""
+    values = grid.to_numpy(dtype=float)
+    return [[None if math.isnan(cell) else float(cell) for cell in row] for row in values]
 
 
 def tick_step(n_values: int, at_most: int) -> int:
