@@ -53,13 +53,21 @@ def table(shown: Shown) -> str:
         for name, label in known.items()
     )
     body = "\n".join(
-        "<tr>" + "".join(f"<td{classes(name)}>{cell(row[name])}</td>" for name in known) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{classes(name)}{_exact(row[name])}>{cell(row[name])}</td>" for name in known)
+        + "</tr>"
         for row in records(rows)
     )
     return (
         f'<div class="wide" tabindex="0"><table><caption>{escaped(shown.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _exact(value: Any) -> str:
+    """What the cell is sorted by, where what it shows is rounded."""
+    rounded = isinstance(value, float) and value != 0 and math.isfinite(value)
+    return f' data-v="{value:.9g}"' if rounded else ""
 
 
 def cell(value: Any) -> str:

@@ -18,6 +18,7 @@ from tl_neuron_attr.cli.index import index
 from tl_neuron_attr.cli.paper import paper_app
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
+from tl_neuron_attr.cli.report import report
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +58,7 @@ for command in (
     prompts,
     evaluate,
     index,
+    report,
 ):
     app.command()(command)
 app.add_typer(paper_app, name="paper")
