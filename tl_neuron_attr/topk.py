@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
+from tl_neuron_attr.display import Grid, box, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.prompts import Target, at_least_one
@@ -33,6 +34,10 @@ Bounds = Callable[[], tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]]
 """Gives, for one block, a number that no neuron's score exceeds, -inf for neurons that are off
 (they score 0), and the largest slack among them. Called anew each time it is needed: the bounds
 of all blocks of a long prompt together would take more memory than its activations."""
+
+
+_SHOWN = 10
+"""How many neurons a notebook shows of a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +84,30 @@ class Certificate:
             return self.next_bound >= self.kth_score
         return self.next_bound <= self.kth_score
 
+    def __str__(self) -> str:
+        """Why, in a sentence without its subject."""
+        if not self.applies:
+            return f"all {self.total:,} scored, as no bound holds under a recomputed norm"
+        if self.linear:
+            return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
+        verb = "exclude" if self.holds else "do not exclude"
+        return (
+            f"proven of {self.total:,}: {self.evaluated:,} scored exactly, bounds {verb} the others"
+        )
+
+    def _repr_html_(self) -> str:
+        order = "below" if self.lowest else "above"
+        bound = "none is left" if self.next_bound is None else f"{self.next_bound:.6g} nats"
+        return box(
+            "Certificate: why the neurons listed are the best",
+            line(str(self)),
+            line(
+                f"The last one listed scores {self.kth_score:.6g} nats; no other can score {order} "
+                f"its bound, the farthest being: {bound}; allowance for rounding {self.slack:.2g} "
+                "nats (in the bounds already)"
+            ),
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankedNeurons:
@@ -101,6 +130,31 @@ class RankedNeurons:
 
     def __len__(self) -> int:
         return self.score.shape[0]
+
+    def __repr__(self) -> str:
+        name = "FFN" if self.kind == "ffn" else "attention"
+        few = ", ".join(
+            f"{neuron} {score:+.4g}"
+            for neuron, score in zip(self.first(3).neurons(), self.score[:3].tolist(), strict=True)
+        )
+        return f"RankedNeurons({len(self):,} {name} neurons: {few}{', ...' * (len(self) > 3)} nats)"
+
+    def _repr_html_(self) -> str:
+        shown = self.first(_SHOWN)
+        name = "FFN" if self.kind == "ffn" else "attention"
+        rows = zip(shown.neurons(), shown.score.tolist(), shown.coefficient.tolist(), strict=True)
+        return box(
+            f"{len(self):,} {name} neurons, best first",
+            grid(
+                Grid(
+                    header=("neuron", "score, nats", "coefficient"),
+                    rows=tuple((str(neuron), *numbers) for neuron, *numbers in rows),
+                    bars=frozenset({1}),
+                    more=len(self) - len(shown),
+                )
+            ),
+            line(f"Certificate: {self.certificate}"),
+        )
 
     def first(self, top: int) -> "RankedNeurons":
         """The ``top`` best of them."""
