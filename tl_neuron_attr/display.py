@@ -31,6 +31,8 @@ class Grid:
     bars: frozenset[int] = frozenset()
     """Columns whose numbers have a bar, green above 0 and purple below, as long as they are large:
     all of a grid on one scale."""
+    wraps: frozenset[int] = frozenset()
+    """Columns of long text."""
     more: int = 0
     """Rows there are beside these."""
 
@@ -95,7 +97,7 @@ def grid(shown: Grid) -> str:
         text = signed(value) if column in shown.bars and _is_number(value) else cell(value)
         if column in shown.bars and _is_number(value):
             text = f"{text} {_bar(value, largest)}"
-        words = isinstance(value, tuple) and len(value) > 1
+        words = column in shown.wraps or (isinstance(value, tuple) and len(value) > 1)
         name = "num" if column in numeric else "words" if words else ""
         return f'<td class="{name}">{text}</td>' if name else f"<td>{text}</td>"
 
@@ -221,15 +223,15 @@ def escaped(text: str) -> str:
     return html.escape(shown, quote=True)
 
 
-def brief(value: Any) -> str:
+def brief(self: Any) -> str:
     """A dataclass in one line: tensors and tables by shape, long sequences by length.
 
     To be a class's ``__repr__``, where the one that dataclasses come with would print every number.
     """
     parts = ", ".join(
-        f"{each.name}={_short(getattr(value, each.name))}" for each in fields(value) if each.repr
+        f"{each.name}={_short(getattr(self, each.name))}" for each in fields(self) if each.repr
     )
-    return f"{type(value).__name__}({parts})"
+    return f"{type(self).__name__}({parts})"
 
 
 _LONG = 60
@@ -238,6 +240,8 @@ _LONG = 60
 def _short(value: Any) -> str:
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+    if hasattr(value, "named_modules"):  # a model would print all its modules
+        return f"<{type(value).__name__}>"
     if hasattr(value, "shape") and hasattr(value, "columns"):
         rows, columns = value.shape
         return f"<table, {rows:,} rows of {columns} columns>"

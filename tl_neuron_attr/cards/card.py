@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from tl_neuron_attr.display import box, escaped, facts, grid, line, signed, token
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
 from tl_neuron_attr.prompts import Target, visible
+from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import records, write_tables
 from tl_neuron_attr.topk import Kind
 
@@ -140,6 +142,9 @@ class NeuronCard:
     def __repr__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        return _html(self)
+
     def text(self, width: int = 100) -> str:
         """The card as plain text, no line longer than ``width`` (at least 60)."""
         return "\n".join(line.rstrip() for line in _text(self, max(60, width)))
@@ -174,6 +179,58 @@ class NeuronCard:
 
 def kind_of(neuron: FFNNeuron | AttnNeuron) -> Kind:
     return "ffn" if isinstance(neuron, FFNNeuron) else "attn"
+
+
+# --- in a notebook ----------------------------------------------------------------------------
+
+_TABLES = (
+    ("sources", "Where it comes from", "coefficient"),
+    ("query_layers", "What set it off: layers", "share"),
+    ("query_neurons", "What set it off: neurons", "share"),
+    ("downstream", "What it sets off", "effect"),
+    ("heads", "Through later heads", ""),
+    ("prompts", "Prompts where its score is largest", ""),
+)
+"""Tables of a card, what they are of, and the column whose largest values are shown."""
+
+
+def _html(card: NeuronCard) -> str:
+    what = "FFN neuron" if kind_of(card.neuron) == "ffn" else "attention neuron"
+    against = card.target.against
+    aim = token(card.target.text) + ("" if against is None else f" against {token(against.text)}")
+    numbers = [f"coefficient {signed(card.coefficient)}"]
+    if card.score is not None:
+        ranked = card.rank is not None
+        place = f"rank {card.rank:,}" if ranked else f"not among the best {card.ranked:,}"
+        numbers += [f"score {signed(card.score)} nats", f"{place} of {card.total:,}"]
+    told = {
+        "prompt": escaped(_sentence("".join(card.tokens))),
+        "writes at": f"{card.position}: {token(card.tokens[card.position])}",
+        "target": f"{aim}, {'log p' if against is None else 'difference of log p'} "
+        f"{signed(card.log_prob)} nats",
+        "in this run": escaped("; ".join(numbers)),
+    }
+    for end in ("top", "bottom"):
+        rows = [row for row in records(card.ends) if row["end"] == end]
+        moved = "raised" if rows and rows[0]["raised"] else "lowered"
+        moved = "" if card.coefficient == 0 else moved
+        told[f"{end} {moved}".strip()] = " ".join(
+            f"{token(row['token'])} {signed(row['logit'])}" for row in rows
+        )
+    grids = []
+    for name, caption, by in _TABLES:
+        table = getattr(card, name)
+        if len(table) and by:
+            table = table.loc[table[by].abs().sort_values(ascending=False, kind="stable").index]
+        if len(table):
+            grids.append(grid(grid_of(table, caption, top=_SOURCES_SHOWN)))
+    return box(
+        f"{card.neuron}, {what} of {card.model_name}",
+        facts(told),
+        line("top and bottom: logits per unit of coefficient"),
+        *grids,
+        *map(line, card.notes),
+    )
 
 
 # --- as text ----------------------------------------------------------------------------------
