@@ -14,8 +14,9 @@ from typing import Any
 
 from tl_neuron_attr.prompts import visible
 
-RAISES, LOWERS = (27, 120, 55), (118, 42, 131)
-"""The ends of the diverging scale, green and purple: they differ to colour-blind readers too."""
+RAISES, LOWERS = (60, 147, 80), (153, 112, 171)
+"""The ends of the diverging scale, green and purple: they differ to colour-blind readers too, and
+stand out from white as from black."""
 ATTENTION, FFN = "#4477AA", "#B8860B"
 """The two kinds of neuron; legible on white and on black."""
 
@@ -165,7 +166,7 @@ def tinted(value: float, largest: float) -> str:
     """The colour of a value on the diverging scale centred on 0, over whatever lies behind."""
     share = min(1.0, abs(value) / largest) if largest > 0 else 0.0
     red, green, blue = RAISES if value >= 0 else LOWERS
-    return f"rgba({red},{green},{blue},{0.45 * share:.2f})"
+    return f"rgba({red},{green},{blue},{0.6 * share:.2f})"
 
 
 def _bar(value: float, largest: float) -> str:

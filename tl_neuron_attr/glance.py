@@ -95,11 +95,11 @@ def target_words(target: Target, log_prob: float, embedding_log_prob: float | No
         before = (
             ""
             if embedding_log_prob is None
-            else f"; before the first layer {number(math.exp(embedding_log_prob))}"
+            else f"; before the first layer p = {number(math.exp(embedding_log_prob))}"
         )
         return (
-            f"{token(target.text)} (id {target.id}), p = {number(math.exp(log_prob))}{before}; "
-            f"log p = {number(log_prob)} nats"
+            f"{token(target.text)} (id {target.id}), p = {number(math.exp(log_prob))}, "
+            f"log p = {number(log_prob)} nats{before}"
         )
     return (
         f"{token(target.text)} (id {target.id}) against {token(target.against.text)} "

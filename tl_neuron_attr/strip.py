@@ -138,9 +138,11 @@ class TokenStrip:
         if not self.values:
             return line(told)
         end = self.largest
-        ends = f"{tinted(-1, 1)},transparent,{tinted(1, 1)}"
+        falls = any(value is not None and value < 0 for value in self.values)
+        ends = f"{tinted(-1, 1)}," * falls + f"transparent,{tinted(1, 1)}"
+        start = number(-end) if falls else "0"
         return (
-            f'<div class="soft" dir="ltr">{escaped(self.quantity)}: {number(-end)}'
+            f'<div class="soft" dir="ltr">{escaped(self.quantity)}: {start}'
             f'<span class="scale" style="background:linear-gradient(90deg,{ends})"></span>'
             f"{signed(end)}. {told}</div>"
         )

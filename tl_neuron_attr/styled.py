@@ -35,7 +35,7 @@ _NAMES = {
     "rank": "#",
 }
 _BARS = ("score", "difference", "change", "contrast")
-_DULL = ("prompt_id", "role")
+_DULL = ("prompt_id", "role", "raised_by", "lowered_by")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +46,8 @@ class Styled:
     caption: str = ""
     top: int = 30
     """How many rows are shown."""
+    tokens: int = 5
+    """How many tokens of a list are shown."""
     columns: tuple[str, ...] | None = None
     """Which columns; by default all that are not the same in every row."""
 
@@ -54,7 +56,8 @@ class Styled:
         return f"Styled({rows:,} rows of {columns} columns; .table is the DataFrame)"
 
     def _repr_html_(self) -> str:
-        return box("", grid(grid_of(self.table, self.caption, top=self.top, columns=self.columns)))
+        asked = {"top": self.top, "tokens": self.tokens, "columns": self.columns}
+        return box("", grid(grid_of(self.table, self.caption, **asked)))
 
 
 def styled(
@@ -62,6 +65,7 @@ def styled(
     caption: str = "",
     *,
     top: int = 30,
+    tokens: int = 5,
     columns: Sequence[str] | None = None,
 ) -> Styled:
     """A table of this package to look at in a notebook: the ``top`` first rows, in their order.
@@ -71,12 +75,13 @@ def styled(
     are not among ``columns``.
 
     Raises:
-        InputError: If ``top`` is not at least 1.
+        InputError: If ``top`` or ``tokens`` is not at least 1.
     """
     return Styled(
         table=table,
         caption=caption,
         top=at_least_one(top, "top"),
+        tokens=at_least_one(tokens, "tokens"),
         columns=None if columns is None else tuple(columns),
     )
 
@@ -86,6 +91,7 @@ def grid_of(
     caption: str = "",
     *,
     top: int = 30,
+    tokens: int = 5,
     columns: Sequence[str] | None = None,
 ) -> Grid:
     """The first rows of a table as a grid: see ``styled``."""
@@ -109,7 +115,7 @@ def grid_of(
     return Grid(
         caption=caption,
         header=tuple(heads),
-        rows=tuple(tuple(map(_plain, each)) for each in cells),
+        rows=tuple(tuple(_plain(value, tokens) for value in each) for each in cells),
         bars=frozenset(
             place + (label is not None) for place, name in enumerate(names) if name in _BARS
         ),
@@ -137,5 +143,7 @@ def _labelled(table: pd.DataFrame) -> tuple[str, ...] | None:
     return None
 
 
-def _plain(value: Any) -> Any:
-    return tuple(map(str, value)) if hasattr(value, "tolist") or isinstance(value, list) else value
+def _plain(value: Any, tokens: int) -> Any:
+    if isinstance(value, list) or hasattr(value, "tolist"):
+        return tuple(str(each) for each in value[:tokens])
+    return value

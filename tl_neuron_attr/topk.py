@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
-from tl_neuron_attr.display import Grid, box, grid, line
+from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.prompts import Target, at_least_one
@@ -75,6 +75,8 @@ class Certificate:
             slack=0.0,
         )
 
+    __repr__ = brief
+
     @property
     def holds(self) -> bool:
         """Whether the list is proven complete."""
@@ -97,14 +99,15 @@ class Certificate:
 
     def _repr_html_(self) -> str:
         order = "below" if self.lowest else "above"
-        bound = "none is left" if self.next_bound is None else f"{self.next_bound:.6g} nats"
+        rest = "no active neuron is left"
+        if self.next_bound is not None:
+            rest = f"no other can score {order} {self.next_bound:.6g}"
         return box(
             "Certificate: why the neurons listed are the best",
             line(str(self)),
             line(
-                f"The last one listed scores {self.kth_score:.6g} nats; no other can score {order} "
-                f"its bound, the farthest being: {bound}; allowance for rounding {self.slack:.2g} "
-                "nats (in the bounds already)"
+                f"The last one listed scores {self.kth_score:.6g} nats, and {rest}; this allows "
+                f"{self.slack:.2g} nats for rounding"
             ),
         )
 

@@ -223,7 +223,7 @@ def _html(card: NeuronCard) -> str:
         if len(table) and by:
             table = table.loc[table[by].abs().sort_values(ascending=False, kind="stable").index]
         if len(table):
-            grids.append(grid(grid_of(table, caption, top=_SOURCES_SHOWN)))
+            grids.append(grid(grid_of(table, caption, top=_SOURCES_SHOWN, tokens=3)))
     return box(
         f"{card.neuron}, {what} of {card.model_name}",
         facts(told),
