@@ -8,6 +8,7 @@ become grids in ``styled.py``.
 
 import html
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -216,6 +217,18 @@ def number(value: float) -> str:
 def signed(value: float) -> str:
     """The same with a plus sign before what is positive."""
     return f"+{number(value)}" if value > 0 else number(value)
+
+
+def decimals(value: float, digits: int = 3, *, sign: bool = True) -> str:
+    """So many decimals, for columns of plain text; what they would show as 0 has two digits that
+    count instead, as in ``+3.2e-5``. No longer than 7 characters
+    below 100 with three decimals.
+    """
+    shown = f"{value:{'+' if sign else ''}.{digits}f}"
+    if value == 0 or not math.isfinite(value) or any(char in "123456789" for char in shown):
+        return shown
+    shown = f"{value:{'+' if sign else ''}.{1 if abs(value) >= 1e-9 else 0}e}"
+    return re.sub(r"e-0*", "e-", shown)
 
 
 def escaped(text: str) -> str:

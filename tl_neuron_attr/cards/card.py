@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from tl_neuron_attr.display import box, escaped, facts, grid, line, signed, token
+from tl_neuron_attr.display import box, decimals, escaped, facts, grid, line, signed, token
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
 from tl_neuron_attr.prompts import Target, visible
@@ -248,7 +248,7 @@ def _text(card: NeuronCard, width: int) -> Iterator[str]:
     for end in ("top", "bottom"):
         rows = [row for row in records(card.ends) if row["end"] == end]
         moved = "" if sign == 0 else "raised " if rows and rows[0]["raised"] else "lowered"
-        shown = [f"{visible(row['token'])} {row['logit']:+.2f}" for row in rows]
+        shown = [f"{visible(row['token'])} {decimals(row['logit'], 2)}" for row in rows]
         yield _clipped(f"  {end:6}  {moved}  {'  '.join(shown)}", width)
     if len(card.sources):
         yield from _section("Where it comes from", _source_grid(card, width))
@@ -278,11 +278,11 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     yield _clipped(f"prompt    {_sentence(''.join(card.tokens))}", width)
     aim = visible(card.target.text)
     if card.target.against is None:
-        yield _clipped(f"target    {aim}   log p {card.log_prob:+.3f} nats", width)
+        yield _clipped(f"target    {aim}   log p {decimals(card.log_prob)} nats", width)
     else:
         other = visible(card.target.against.text)
         yield _clipped(
-            f"target    {aim} against {other}   difference of log p {card.log_prob:+.3f} nats",
+            f"target    {aim} against {other}   difference of log p {decimals(card.log_prob)} nats",
             width,
         )
     yield ""
@@ -291,7 +291,7 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
         place = (
             f"not among the best {card.ranked:,}" if card.rank is None else f"rank {card.rank:,}"
         )
-        facts += [f"score {card.score:+.4f} nats", f"{place} of {card.total:,}"]
+        facts += [f"score {decimals(card.score, 4)} nats", f"{place} of {card.total:,}"]
     yield _clipped("   ".join(facts), width)
     norms = (
         f"norms     subvalue {card.subvalue_norm:.3g}   contribution {card.contribution_norm:.3g}"
@@ -318,9 +318,9 @@ def _source_grid(card: NeuronCard, width: int) -> Iterator[str]:
         (">attention", ">v", ">coef.", ">score", "source"),
         [
             (
-                f"{row['attention']:.3f}",
-                f"{row['v']:+.3f}",
-                f"{row['coefficient']:+.4f}",
+                decimals(row["attention"], sign=False),
+                decimals(row["v"]),
+                decimals(row["coefficient"], 4),
                 _signed(row["score"]),
                 f"{row['source_pos']}:{visible(row['token'])}",
             )
@@ -332,7 +332,7 @@ def _source_grid(card: NeuronCard, width: int) -> Iterator[str]:
 
 def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
     layers = [
-        f"{row['kind']}{'' if row['layer'] is None else row['layer']} {row['share']:+.2f}"
+        f"{row['kind']}{'' if row['layer'] is None else row['layer']} {decimals(row['share'], 2)}"
         for row in sorted(records(card.query_layers), key=lambda row: -abs(row["share"]))
         if row["share"]
     ]
@@ -343,9 +343,9 @@ def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
             (
                 _label(row),
                 str(row["position"]),
-                f"{row['share']:+.3f}",
+                decimals(row["share"]),
                 _signed(row["score"]),
-                f"{row['coefficient']:+.2f}",
+                decimals(row["coefficient"], 2),
                 _tokens(row["raises"]),
                 _tokens(row["lowers"]),
             )
@@ -363,9 +363,9 @@ def _downstream_grid(card: NeuronCard, width: int) -> Iterator[str]:
             (
                 _label(row),
                 row["input"],
-                f"{row['effect']:+.3f}",
-                f"{row['product']:+.3f}",
-                f"{row['pre_activation']:+.3f}",
+                decimals(row["effect"]),
+                decimals(row["product"]),
+                decimals(row["pre_activation"]),
                 _signed(row["share"], 2),
                 _signed(row["coefficient"], 2),
             )
@@ -382,7 +382,7 @@ def _ov_grid(card: NeuronCard, width: int) -> Iterator[str]:
             (
                 str(Head(row["layer"], row["head"])),
                 f"{row['readability']:.1f}",
-                f"{row['attention']:.3f}",
+                decimals(row["attention"], sign=False),
                 _tokens(row["raises"]),
                 _tokens(row["lowers"]),
             )
@@ -398,8 +398,8 @@ def _prompt_grid(card: NeuronCard, width: int) -> Iterator[str]:
         (">score", ">coef.", "target", "source", "prompt"),
         [
             (
-                f"{row['score']:+.4f}",
-                f"{row['coefficient']:+.3f}",
+                decimals(row["score"], 4),
+                decimals(row["coefficient"]),
                 visible(row["target"]),
                 ""
                 if row["source_pos"] is None
@@ -452,7 +452,7 @@ def _sentence(text: str) -> str:
 
 
 def _signed(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:+.{digits}f}"
+    return "" if value is None else decimals(value, digits)
 
 
 def _clipped(text: str, width: int) -> str:

@@ -51,6 +51,7 @@ from tl_neuron_attr.cli.terminal import (
     target_line,
     token_line,
 )
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.plan import Plan
@@ -246,7 +247,9 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
 def _prediction_line(result: Attribution) -> Text:
     line = Text.assemble(("Predicts", "bold"), "  ")
     for row in records(result.predictions(5)):
-        line.append(visible(row["token"])).append(f" {row['prob']:.3f}", style="dim")
+        line.append(visible(row["token"])).append(
+            f" {decimals(row['prob'], sign=False)}", style="dim"
+        )
         line.append("   ")
     return line
 
@@ -261,12 +264,14 @@ def _layer_table(result: Attribution) -> Table:
         zip(scores.attn.tolist(), scores.ffn.tolist(), strict=True)
     ):
         table.add_row(
-            str(layer), f"{attn:+.3f}", bar(attn / largest), f"{ffn:+.3f}", bar(ffn / largest)
+            str(layer), decimals(attn), bar(attn / largest), decimals(ffn), bar(ffn / largest)
         )
     if not result.host.parallel:  # only there does the sum mean something
         total = float(scores.attn.sum() + scores.ffn.sum())
-        label = Text(f"together {total:+.3f}", style="dim")
-        table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", label)
+        label = Text(f"together {decimals(total)}", style="dim")
+        table.add_row(
+            "sum", decimals(float(scores.attn.sum())), "", decimals(float(scores.ffn.sum())), label
+        )
     return table
 
 
@@ -278,11 +283,11 @@ def _head_table(result: Attribution, top: int) -> Table:
     for row in records(result.heads(top)):
         positions = result.positions(row["layer"], row["head"])
         sources = [
-            f"{source['source_pos']}:{visible(source['token'])} ({source['score']:+.2f})"
+            f"{source['source_pos']}:{visible(source['token'])} ({decimals(source['score'], 2)})"
             for source in records(positions.nlargest(3, "score"))
         ]
         label = f"L{row['layer']}.H{row['head']}"
-        table.add_row(label, f"{row['score']:+.3f}", Text("  ".join(sources)))
+        table.add_row(label, decimals(row["score"]), Text("  ".join(sources)))
     return table
 
 
@@ -291,9 +296,10 @@ def _share_table(shares: pd.DataFrame) -> Table:
     for name in ("", "all raising neurons, nats", "share of the best"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for row in records(shares):
+        rise = [decimals(row[name], sign=False) for name in ("rise_lower", "rise_upper")]
         table.add_row(
             {"ffn": "FFN", "attn": "attention"}[row["kind"]],
-            f"{row['rise_lower']:.3f} to {row['rise_upper']:.3f}",
+            " to ".join(rise),
             f"{row['share_lower']:.1%} to {row['share_upper']:.1%}",
         )
     return table

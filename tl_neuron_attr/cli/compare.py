@@ -48,6 +48,7 @@ from tl_neuron_attr.cli.terminal import (
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import Zeroed
@@ -259,12 +260,12 @@ def _plain(what: str) -> str:
 
 
 def _other_line(found: Comparison) -> str:
-    line = f"[bold]There[/]   log p = {found.own_log_prob:.3f} nats"
+    line = f"[bold]There[/]   log p = {decimals(found.own_log_prob, sign=False)} nats"
     if found.original.target.against is None:
         line += f", p = {math.exp(found.own_log_prob):.3g}"
     else:
-        line = f"[bold]There[/]   difference of log p = {found.own_log_prob:+.3f} nats"
-    return f"{line}; at the original's norm scale {found.log_prob:+.3f}"
+        line = f"[bold]There[/]   difference of log p = {decimals(found.own_log_prob)} nats"
+    return f"{line}; at the original's norm scale {decimals(found.log_prob)}"
 
 
 def _layer_table(layers: pd.DataFrame) -> Table:
@@ -274,7 +275,7 @@ def _layer_table(layers: pd.DataFrame) -> Table:
     rows = records(layers)
     for attn, ffn in zip(rows[::2], rows[1::2], strict=True):
         cells = [
-            f"{row[name]:+.3f}"
+            decimals(row[name])
             for row in (attn, ffn)
             for name in ("score", "other_score", "difference")
         ]
@@ -288,7 +289,7 @@ def _head_table(heads: pd.DataFrame) -> Table:
     for name in ("score", "other", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in records(heads):
-        cells = [f"{row[name]:+.3f}" for name in ("score", "other_score", "difference")]
+        cells = [decimals(row[name]) for name in ("score", "other_score", "difference")]
         table.add_row(f"L{row['layer']}.H{row['head']}", *cells)
     return table
 
@@ -319,7 +320,7 @@ def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
         table.add_row(
             label,
             *([] if source is None else [source]),
-            *(f"{row[name]:+.3f}" for name in numbers),
+            *(decimals(row[name]) for name in numbers),
             *(Text(" ".join(map(visible, row[name]))) for name in ("raises", "lowers")),
         )
     return table

@@ -25,6 +25,7 @@ from tl_neuron_attr.cli.options import (
     load,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, model_line
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import ALL_TYPES, By, Evaluation
 from tl_neuron_attr.evaluate import evaluate as evaluate_methods
@@ -367,12 +368,18 @@ def _number(value: float | None) -> str:
     """Three digits that count, without the zero in front: ``.614``, ``-1.79``."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
+    digits = 2 if abs(value) >= 1 else 3
+    return _bare(decimals(value, digits, sign=False))
 
 
 def _ends(value: float) -> str:
     """Two of them."""
-    return f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}".replace("0.", ".", 1)
+    return _bare(decimals(value, 1 if abs(value) >= 1 else 2, sign=False))
+
+
+def _bare(shown: str) -> str:
+    """A number without the zero in front of its point."""
+    return shown.replace("0.", ".", 1) if shown.lstrip("-").startswith("0.") else shown
 
 
 def _table(columns: Sequence[str]) -> Table:

@@ -33,6 +33,7 @@ from tl_neuron_attr.cli.options import (
     prompt_of,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, model_line, records, target_line, token_line
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import head_scan
@@ -116,7 +117,7 @@ def _show(result: Attribution, model: str, table: pd.DataFrame, top: int) -> Non
     lines.add_column("own rise", justify="right", no_wrap=True)
     for row in records(shown):
         label = f"L{row['layer']}.H{row['head']}"
-        lines.add_row(label, f"{row['change']:+.3f}", f"{row['score']:+.3f}")
+        lines.add_row(label, decimals(row["change"]), decimals(row["score"]))
     console.print(lines)
     console.print("[dim]own rise: what the head itself adds to the target, nothing zeroed[/]")
     for message in result.warnings:

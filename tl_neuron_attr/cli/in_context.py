@@ -36,6 +36,7 @@ from tl_neuron_attr.cli.options import (
     prompt_of,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
@@ -166,7 +167,7 @@ def _show(
     console.print(_position_table(result, found, head))
     console.print(
         "[dim]M: log p(label 1) - log p(label 2) of what the head brings from there, read out "
-        f"alone: of it {found.constant:+.3f} comes from the biases, the same everywhere; "
+        f"alone: of it {decimals(found.constant)} comes from the biases, the same everywhere; "
         "label 1 - 2: M without that[/]"
     )
     console.print(f"\n[bold]What {head} reads[/], by where it comes from")
@@ -183,16 +184,16 @@ def _show(
 def _head_table(found: InContextHeads) -> Table:
     table = _table("head", "score", "zeroed", "label 1 - 2", "from 1", "from 2", "att. 1", "att. 2")
     for row in records(found.heads):
-        zeroed = "" if row["zeroed"] is None else f"{row['zeroed']:+.3f}"
+        zeroed = "" if row["zeroed"] is None else decimals(row["zeroed"])
         table.add_row(
             f"L{row['layer']}.H{row['head']}",
-            f"{row['score']:+.3f}",
+            decimals(row["score"]),
             zeroed,
-            f"{row['contrast']:+.3f}",
-            f"{row['contrast_1']:+.3f}",
-            f"{row['contrast_2']:+.3f}",
-            f"{row['attention_1']:.3f}",
-            f"{row['attention_2']:.3f}",
+            decimals(row["contrast"]),
+            decimals(row["contrast_1"]),
+            decimals(row["contrast_2"]),
+            decimals(row["attention_1"], sign=False),
+            decimals(row["attention_2"], sign=False),
         )
     return table
 
@@ -206,9 +207,9 @@ def _position_table(result: Attribution, found: InContextHeads, head: Head) -> T
     for row in _of(found.positions, head):
         table.add_row(
             str(row["source_pos"]),
-            f"{row['attention']:.3f}",
-            f"{row['log_prob_difference']:+.3f}",
-            f"{row['contrast']:+.3f}",
+            decimals(row["attention"], sign=False),
+            decimals(row["log_prob_difference"]),
+            decimals(row["contrast"]),
             Text(visible(row["label"])),
         )
     return table
@@ -236,8 +237,8 @@ def _input_table(inputs: pd.DataFrame, read_pos: int, width: int) -> Table:
             Text(f"{row['position']}:{visible(row['token'])[:12]} ({what})" if first else ""),
             row["part"],
             "" if row["norm"] is None else f"{row['norm']:.2f}",
-            f"{row['share']:+.2f}",
-            f"{row['value_share']:+.2f}",
+            decimals(row["share"], 2),
+            decimals(row["value_share"], 2),
             Text(" ".join(map(visible, row["raises"]))),
             Text(" ".join(map(visible, row["lowers"]))),
         )

@@ -31,7 +31,9 @@ def index(
 ) -> None:
     """The projection of every neuron of a model on the vocabulary, computed once and kept.
 
-    Goes on where it was interrupted. Example: tl-neuron-attr index --model ./my-model --out indices
+    Goes on where it was interrupted.
+
+    Example: tl-neuron-attr index --model tiny-facts --out indices
     """
     with errors_in_one_sentence():
         directory = default_directory() if out is None else out

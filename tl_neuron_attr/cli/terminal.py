@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
@@ -46,14 +47,15 @@ def target_line(result: Attribution) -> str:
     target, before = result.target, result.embedding_log_prob
     line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
     if target.against is None:
+        log_prob = decimals(result.log_prob, sign=False)
         return (
-            f"{line}   log p = {result.log_prob:.3f} nats, p = {math.exp(result.log_prob):.3g}; "
+            f"{line}   log p = {log_prob} nats, p = {math.exp(result.log_prob):.3g}; "
             f"before the first layer p = {math.exp(before):.2g}"
         )
     other = target.against
     return (
         f"{line} against {escape(visible(other.text))} (id {other.id})   difference of log p = "
-        f"{result.log_prob:+.3f} nats; before the first layer {before:+.3f}"
+        f"{decimals(result.log_prob)} nats; before the first layer {decimals(before)}"
     )
 
 
@@ -122,8 +124,8 @@ def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] =
             label,
             *([Text(source)] if attention else []),
             *([Text(at[number][:longest])] if query else []),
-            f"{row['score']:+.3f}",
-            f"{row['coefficient']:+.2f}",
+            decimals(row["score"]),
+            decimals(row["coefficient"], 2),
             Text(" ".join(visible(token) for token in row["raises"])),
             Text(" ".join(visible(token) for token in row["lowers"])),
         )
