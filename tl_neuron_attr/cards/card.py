@@ -241,7 +241,7 @@ def _text(card: NeuronCard, width: int) -> Iterator[str]:
     sign = card.coefficient
     meaning = "0: nothing is raised" if sign == 0 else "positive" if sign > 0 else "negative"
     yield ""
-    yield _clipped(
+    yield from textwrap.wrap(
         f"What it says (logits per unit; {card.readability:.1f} sd)   the coefficient is {meaning}",
         width,
     )
@@ -299,10 +299,11 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     yield _clipped(norms, width)
     for row in records(card.inputs):
         value = "" if row["value"] is None else f" {row['value']:+.4g}"
-        yield _clipped(
+        yield from textwrap.wrap(
             f"input     {row['input']}{value}   subkey's norm {row['subkey_norm']:.3g}, "
             f"with the norm's gain {row['gained_norm']:.3g}",
             width,
+            subsequent_indent=" " * 10,
         )
 
 
@@ -358,7 +359,7 @@ def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
 
 def _downstream_grid(card: NeuronCard, width: int) -> Iterator[str]:
     yield from _grid(
-        ("neuron", "input", ">effect", ">per unit", ">pre-activation", ">share", ">coef."),
+        ("neuron", "input", ">effect", ">per unit", ">pre-act.", ">share", ">coef."),
         [
             (
                 _label(row),

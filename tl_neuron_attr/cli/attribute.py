@@ -47,6 +47,7 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     neuron_lines,
     peak_memory,
+    print_table,
     records,
     target_line,
     token_line,
@@ -197,7 +198,7 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
     console.print(_prediction_line(result))
     console.print(target_line(result))
     console.print(f"\n[bold]Rise in {result.target.quantity}, nats[/], from each layer")
-    console.print(_layer_table(result))
+    print_table(console, _layer_table(result, console.width))
     console.print(f"\n[bold]Heads[/], the best {min(top, result.head_scores.numel())}")
     console.print(_head_table(result, top))
     kinds: tuple[tuple[Kind, str], ...] = (("ffn", "FFN"), ("attn", "Attention"))
@@ -224,7 +225,7 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
             console.print(f"\n[bold]{name} neurons that lower the target most[/]")
             console.print(neuron_lines(table, console.width))
         console.print(f"\n[bold]Share of all that raises the target[/], in the best {top}")
-        console.print(_share_table(result.shares(top)))
+        print_table(console, _share_table(result.shares(top)))
     console.print(
         "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
         "coefficient has here[/]"
@@ -254,24 +255,25 @@ def _prediction_line(result: Attribution) -> Text:
     return line
 
 
-def _layer_table(result: Attribution) -> Table:
+def _layer_table(result: Attribution, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("layer", "attention", "", "FFN", ""):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     scores = result.layer_scores
     largest = max(float(scores.attn.abs().max()), float(scores.ffn.abs().max()), 1e-9)
+    longest = max(1, min(24, (width - 28) // 2))  # what the numbers leave
     for layer, (attn, ffn) in enumerate(
         zip(scores.attn.tolist(), scores.ffn.tolist(), strict=True)
     ):
         table.add_row(
-            str(layer), decimals(attn), bar(attn / largest), decimals(ffn), bar(ffn / largest)
+            str(layer),
+            *(decimals(attn), bar(attn / largest, longest)),
+            *(decimals(ffn), bar(ffn / largest, longest)),
         )
     if not result.host.parallel:  # only there does the sum mean something
-        total = float(scores.attn.sum() + scores.ffn.sum())
-        label = Text(f"together {decimals(total)}", style="dim")
-        table.add_row(
-            "sum", decimals(float(scores.attn.sum())), "", decimals(float(scores.ffn.sum())), label
-        )
+        attn, ffn = float(scores.attn.sum()), float(scores.ffn.sum())
+        label = Text(f"together {decimals(attn + ffn)}", style="dim")
+        table.add_row("sum", decimals(attn), "", decimals(ffn), label)
     return table
 
 
@@ -283,7 +285,7 @@ def _head_table(result: Attribution, top: int) -> Table:
     for row in records(result.heads(top)):
         positions = result.positions(row["layer"], row["head"])
         sources = [
-            f"{source['source_pos']}:{visible(source['token'])} ({decimals(source['score'], 2)})"
+            f"{source['source_pos']}:{visible(source['token'])} ({decimals(source['score'])})"
             for source in records(positions.nlargest(3, "score"))
         ]
         label = f"L{row['layer']}.H{row['head']}"

@@ -42,9 +42,11 @@ from tl_neuron_attr.cli.terminal import (
     WIDTH,
     model_line,
     neuron_of,
+    print_table,
     records,
     target_line,
     token_line,
+    token_widths,
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
@@ -229,9 +231,9 @@ def _show(
         console.print(token_line(other.captured.prompt.token_texts, prompt.read_pos))
     console.print(_other_line(found))
     console.print(f"\n[bold]Rise in {original.target.quantity}, nats[/], from each layer")
-    console.print(_layer_table(found.layers()))
+    print_table(console, _layer_table(found.layers(), console.width))
     console.print(f"\n[bold]Heads[/], the largest {min(top, original.head_scores.numel())}")
-    console.print(_head_table(found.heads(top)))
+    print_table(console, _head_table(found.heads(top)))
     for kind in kinds:
         _show_neurons(console, found, kind, top, lowest=False)
     for kind in kinds if lowest else ():
@@ -268,9 +270,10 @@ def _other_line(found: Comparison) -> str:
     return f"{line}; at the original's norm scale {decimals(found.log_prob)}"
 
 
-def _layer_table(layers: pd.DataFrame) -> Table:
+def _layer_table(layers: pd.DataFrame, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("layer", "attention", "other", "difference", "FFN", "other", "difference"):
+    attention, difference = ("attn.", "diff.") if width < 70 else ("attention", "difference")
+    for name in ("layer", attention, "other", difference, "FFN", "other", difference):
         table.add_column(name, justify="right", no_wrap=True)
     rows = records(layers)
     for attn, ffn in zip(rows[::2], rows[1::2], strict=True):
@@ -304,8 +307,8 @@ def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
     widths = [("neuron", max(map(len, labels)))]
     widths += [("source", 8)] if attention else []
     widths += [(name, 7) for name in ("diff.", "score", "other", "coef.", "other")]
-    taken = sum(size for _, size in widths) + 2 * (len(widths) + 1)
-    widths += [(name, max(8, (width - taken) // 2)) for name in ("raises", "lowers")]
+    lists = token_widths(width - sum(size for _, size in widths) - 2 * (len(widths) - 1))
+    widths += lists.items()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, size in widths:
         table.add_column(
@@ -321,7 +324,7 @@ def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
             label,
             *([] if source is None else [source]),
             *(decimals(row[name]) for name in numbers),
-            *(Text(" ".join(map(visible, row[name]))) for name in ("raises", "lowers")),
+            *(Text(" ".join(map(visible, row[name]))) for name in lists),
         )
     return table
 

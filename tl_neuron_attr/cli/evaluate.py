@@ -24,7 +24,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import ALL_TYPES, By, Evaluation
@@ -205,28 +205,28 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
         f"[bold]Prompts[/]  {asked['measured']:,} measured, of {asked['kept']:,} kept and "
         f"{asked['dropped']:,} left out"
     )
-    console.print(_count_table(asked["counts"]))
+    print_table(console, _count_table(asked["counts"]))
     summary, tops = records(found.summary(by=by)), facts["tops"]
     for kind in facts["kinds"]:
         rows = [row for row in summary if row["kind"] == kind]
         whole = [row for row in rows if row["knowledge_type"] == ALL_TYPES]
         if len(tops) == 1:
             console.print(f"\n[bold]Without the top {tops[0]} {_KIND_NAMES[kind]}[/]")
-            console.print(_effect_table(found, whole, _q(found, kind, by, area=False)))
+            print_table(console, _effect_table(found, whole, _q(found, kind, by, area=False)))
         else:
             console.print(
                 f"\n[bold]Probability of the answer without the top N {_KIND_NAMES[kind]}[/]"
             )
             areas = [row for row in records(found.areas(by=by)) if row["kind"] == kind]
-            console.print(_curve_table(found, whole, areas, _q(found, kind, by, area=True)))
+            print_table(console, _curve_table(found, whole, areas, _q(found, kind, by, area=True)))
         console.print(_legend(found, by, len(tops) > 1), style="dim")
         if len({row["knowledge_type"] for row in rows}) > 2:
             console.print(f"\n[bold]Probability by knowledge type[/], top {tops[-1]}")
-            console.print(_type_table(found, rows))
+            print_table(console, _type_table(found, rows))
     _show_calibration(console, found)
     if not found.correlations.empty:
         console.print("\n[bold]Rank correlation with exact ablation[/], over all neurons")
-        console.print(_correlation_table(found.rank_correlation(by=by)))
+        print_table(console, _correlation_table(found.rank_correlation(by=by)))
     for name, count in facts["without"].items():
         first = next(row["reason"] for row in records(found.skipped) if row["method"] == name)
         console.print(
@@ -325,7 +325,7 @@ def _show_calibration(console: Console, found: Evaluation) -> None:
         names = ("predicted", "measured", "correlation", "slope")
         cells = ["-" if row[name] is None else f"{row[name]:+.2f}" for name in names]
         shown.add_row(escape(row["method"]), f"{row['top']} {row['kind']}", *cells)
-    console.print(shown)
+    print_table(console, shown)
 
 
 def _correlation_table(table: pd.DataFrame) -> Table:

@@ -204,7 +204,12 @@ def _line(node: Node, weight: float, again: bool) -> Text:
 
 def _rest_line(node: Node) -> Text:
     rest = node.rest
-    line = Text(f"{decimals(node.handed_down - node.explained)}  rest", no_wrap=True, style="dim")
+    line = Text(
+        f"{decimals(node.handed_down - node.explained)}  rest",
+        no_wrap=True,
+        overflow="ellipsis",
+        style="dim",
+    )
     parts = {"token": rest.token, "attention": rest.attn, "FFN": rest.ffn, "biases": rest.bias}
     named = [f"{name} {decimals(nats)}" for name, nats in parts.items() if abs(nats) >= 5e-4]
     return line.append(f": {', '.join(named)}" if named else "")

@@ -32,7 +32,14 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, records, target_line, token_line
+from tl_neuron_attr.cli.terminal import (
+    WIDTH,
+    model_line,
+    print_table,
+    records,
+    target_line,
+    token_line,
+)
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -118,7 +125,7 @@ def _show(result: Attribution, model: str, table: pd.DataFrame, top: int) -> Non
     for row in records(shown):
         label = f"L{row['layer']}.H{row['head']}"
         lines.add_row(label, decimals(row["change"]), decimals(row["score"]))
-    console.print(lines)
+    print_table(console, lines)
     console.print("[dim]own rise: what the head itself adds to the target, nothing zeroed[/]")
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")

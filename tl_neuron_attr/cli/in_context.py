@@ -35,7 +35,7 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, target_line, token_line
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -79,7 +79,7 @@ def in_context(
 ) -> None:
     """The heads that carry the labels of a few-shot prompt to its answer.
 
-    Example: tl-neuron-attr in-context "great: positive awful: negative nice:" --model gpt2
+    Example: tl-neuron-attr in-context "the color red, the number two, the" --labels " color" " number"
     """
     with errors_in_one_sentence():
         prompt = prompt_of(text, tokens, bos, position, either("--target", target, target_id), None)
@@ -157,14 +157,14 @@ def _show(
         where = ", ".join(map(str, places))
         console.print(f"[bold]Label {number}[/]  {escape(visible(label.text))} at {where}")
     console.print(f"\n[bold]Heads[/], the best {len(found.heads)} by score, nats")
-    console.print(_head_table(found))
+    print_table(console, _head_table(found))
     console.print(
         "[dim]score: rise in log p(target); zeroed: its change without the head; label 1 - 2: rise "
         "in log p(label 1) - log p(label 2), of the whole head and from the positions of each "
         "label; att.: the attention these are paid[/]"
     )
     console.print(f"\n[bold]{head} at the label positions[/]")
-    console.print(_position_table(result, found, head))
+    print_table(console, _position_table(result, found, head))
     console.print(
         "[dim]M: log p(label 1) - log p(label 2) of what the head brings from there, read out "
         f"alone: of it {decimals(found.constant)} comes from the biases, the same everywhere; "
@@ -220,7 +220,7 @@ def _of(table: pd.DataFrame, head: Head) -> list[dict[str, Any]]:
 
 
 def _input_table(inputs: pd.DataFrame, read_pos: int, width: int) -> Table:
-    tokens = max(12, (width - 58) // 2)
+    tokens = max(8, (width - 58) // 2)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("position", "part", "norm", "share", "of value", "raises", "lowers"):
         table.add_column(

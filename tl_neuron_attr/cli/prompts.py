@@ -20,7 +20,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, records
+from tl_neuron_attr.cli.terminal import WIDTH, print_table, records
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.knowledge import (
@@ -123,7 +123,7 @@ def _show(
     for row in records(table):
         cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
         lines.add_row(*map(escape, cells), style="bold" if row["knowledge_type"] == "all" else "")
-    console.print(lines)
+    print_table(console, lines)
     if known is not None:
         _show_reasons(console, known)
     for message in messages:

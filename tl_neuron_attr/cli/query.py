@@ -47,6 +47,7 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     neuron_lines,
     peak_memory,
+    print_table,
     records,
     target_line,
     token_line,
@@ -115,8 +116,9 @@ def query(
 ) -> None:
     """What set the value neurons off: earlier layers, heads and neurons, by how much they fed them.
 
-    Scores are the value neurons' own, handed down by share of what they read. Example:
-    tl-neuron-attr query "The capital of France is" --for attn --value-top 30
+    Scores are the value neurons' own, handed down by share of what they read.
+
+    Example: tl-neuron-attr query "The capital of France is" --for attn --value-top 30
     """
     with errors_in_one_sentence():
         prompt = prompt_of(
@@ -266,7 +268,7 @@ def _show(result: Attribution, scores: QueryScores, asked: _Asked, model: str, t
     console.print(target_line(result))
     console.print(_value_lines(scores, asked))
     console.print("\n[bold]What feeds them, nats[/], from each layer")
-    console.print(_layer_table(scores, console.width))
+    print_table(console, _layer_table(scores, console.width))
     heads = [
         f"{Head(row['layer'], row['head'])} {decimals(row['score'])}"
         for row in records(result.query_heads(scores, top=top))
@@ -338,7 +340,7 @@ def _layer_table(scores: QueryScores, width: int) -> Table:
     attn, ffn = scores.attn.tolist(), scores.ffn.tolist()
     embed, bias = float(scores.embed), float(scores.bias)
     largest = max(*map(abs, (*attn, *ffn, embed, bias)), 1e-9)
-    longest = min(24, (width - 34) // 2)  # what the numbers leave
+    longest = max(1, min(24, (width - 34) // 2))  # what the numbers leave
 
     def cells(score: float) -> tuple[str, Text]:
         return decimals(score), bar(score / largest, longest)

@@ -9,7 +9,9 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +23,9 @@ from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.tables import records
 
 WIDTH = 100
+
+_LEAST = 8
+"""Characters below which a list of tokens says nothing."""
 
 
 def model_line(host: Host, model: str) -> str:
@@ -107,8 +112,7 @@ def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] =
     if query:
         widths["at"] = max(len(place[:longest]) for place in at)
     widths |= {"score": 7, "coef.": 7}
-    tokens = max(12, (width - sum(widths.values()) - 2 * len(widths) - 2) // 2)
-    widths |= {"raises": tokens, "lowers": tokens}
+    widths |= token_widths(width - sum(widths.values()) - 2 * (len(widths) - 1))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, columns in widths.items():
         number = name in ("score", "coef.")
@@ -126,10 +130,58 @@ def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] =
             *([Text(at[number][:longest])] if query else []),
             decimals(row["score"]),
             decimals(row["coefficient"], 2),
-            Text(" ".join(visible(token) for token in row["raises"])),
-            Text(" ".join(visible(token) for token in row["lowers"])),
+            *(
+                Text(" ".join(map(visible, row[name])))
+                for name in ("raises", "lowers")
+                if name in widths
+            ),
         )
     return table
+
+
+def token_widths(left: int) -> dict[str, int]:
+    """Columns of token lists in what a line has left: both, the first, or none; never numbers."""
+    if left >= 2 * (_LEAST + 2):
+        return dict.fromkeys(("raises", "lowers"), left // 2 - 2)
+    return {"raises": left - 2} if left >= _LEAST + 2 else {}
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table whose cells are not to be cut: in parts, where the terminal is too narrow.
+
+    Each part begins with the first column.
+    """
+    cells = [list(column.cells) for column in table.columns]
+    sizes = [
+        max(
+            Measurement.get(console, console.options, each).maximum
+            for each in (*of_column, column.header)
+        )
+        for of_column, column in zip(cells, table.columns, strict=True)
+    ]
+    parts: list[list[int]] = [[0]]
+    for number in range(1, len(sizes)):
+        taken = sum(sizes[place] + 2 for place in parts[-1])
+        if taken + sizes[number] > console.width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(number)
+    if len(parts) == 1:
+        console.print(table)
+        return
+    for number, part in enumerate(parts):
+        one = Table(
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+            show_header=table.show_header,
+            caption=table.caption if number == len(parts) - 1 else None,
+        )
+        for place in part:
+            column = table.columns[place]
+            one.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+        for row, line in enumerate(table.rows):
+            one.add_row(*(cells[place][row] for place in part), style=line.style)
+        console.print(one)
 
 
 def neuron_of(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
