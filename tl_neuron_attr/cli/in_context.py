@@ -79,7 +79,7 @@ def in_context(
 ) -> None:
     """The heads that carry the labels of a few-shot prompt to its answer.
 
-    Example: tl-neuron-attr in-context "the color red, the number two, the" --labels " color" " number"
+    Example: tl-neuron-attr in-context "the color red, number two, the" --labels " color" " number"
     """
     with errors_in_one_sentence():
         prompt = prompt_of(text, tokens, bos, position, either("--target", target, target_id), None)
