@@ -82,7 +82,7 @@ def grid(shown: Grid) -> str:
     """A grid as a ``<table>``, which scrolls sideways where it is too wide."""
     largest = max(
         (
-            abs(row[column])
+            abs(float(row[column]))
             for row in shown.rows
             for column in shown.bars
             if isinstance(row[column], (int, float)) and math.isfinite(row[column])
@@ -96,9 +96,9 @@ def grid(shown: Grid) -> str:
     }
 
     def data(column: int, value: Any) -> str:
-        text = signed(value) if column in shown.bars and _is_number(value) else cell(value)
+        text = cell(value)
         if column in shown.bars and _is_number(value):
-            text = f"{text} {_bar(value, largest)}"
+            text = f"{signed(float(value))} {_bar(float(value), largest)}"
         words = column in shown.wraps or (isinstance(value, tuple) and len(value) > 1)
         name = "num" if column in numeric else "words" if words else ""
         return f'<td class="{name}">{text}</td>' if name else f"<td>{text}</td>"
@@ -137,8 +137,8 @@ def layer_bars(attn: Sequence[float], ffn: Sequence[float], unit: str) -> str:
         ):
             x = left + each * (layer + 0.1 + 0.4 * place)
             bars.append(
-                f'<rect x="{x:.1f}" y="{min(y(value), y(0)):.1f}" width="{each * 0.36:.1f}" '
-                f'height="{max(abs(y(value) - y(0)), 0.5):.1f}" fill="{colour}">'
+                f'<rect x="{x:.1f}" y="{min(y(value), y(0.0)):.1f}" width="{each * 0.36:.1f}" '
+                f'height="{max(abs(y(value) - y(0.0)), 0.5):.1f}" fill="{colour}">'
                 f"<title>layer {layer}, {name}: {signed(value)} {escaped(unit)}</title></rect>"
             )
     step = max(1, math.ceil(len(attn) / 20))
@@ -151,13 +151,13 @@ def layer_bars(attn: Sequence[float], ffn: Sequence[float], unit: str) -> str:
         f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end">{signed(value)}</text>'
         for value in dict.fromkeys((high, 0.0, low))
         # the ends would stand on the 0 otherwise
-        if value == 0 or abs(y(value) - y(0)) > 12
+        if value == 0 or abs(y(value) - y(0.0)) > 12
     )
     label = f"Rise from each layer's attention and FFN, {unit}"
     return (
         f'<svg viewBox="0 0 {width} {top + height + 22}" width="{width}" role="img" '
         f'aria-label="{escaped(label)}"><g class="axis">{scale}{names}'
-        f'<line x1="{left}" x2="{width}" y1="{y(0):.1f}" y2="{y(0):.1f}"/></g>{"".join(bars)}'
+        f'<line x1="{left}" x2="{width}" y1="{y(0.0):.1f}" y2="{y(0.0):.1f}"/></g>{"".join(bars)}'
         f'</svg><div class="soft">by layer, {escaped(unit)}: '
         f'<b style="color:{ATTENTION}">■</b> attention <b style="color:{FFN}">■</b> FFN</div>'
     )

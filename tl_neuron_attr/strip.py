@@ -139,7 +139,7 @@ class TokenStrip:
             return line(told)
         end = self.largest
         falls = any(value is not None and value < 0 for value in self.values)
-        ends = f"{tinted(-1, 1)}," * falls + f"transparent,{tinted(1, 1)}"
+        ends = f"{tinted(-1.0, 1.0)}," * falls + f"transparent,{tinted(1.0, 1.0)}"
         start = number(-end) if falls else "0"
         return (
             f'<div class="soft" dir="ltr">{escaped(self.quantity)}: {start}'

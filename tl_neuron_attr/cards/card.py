@@ -249,7 +249,8 @@ def _text(card: NeuronCard, width: int) -> Iterator[str]:
         rows = [row for row in records(card.ends) if row["end"] == end]
         moved = "" if sign == 0 else "raised " if rows and rows[0]["raised"] else "lowered"
         shown = [f"{visible(row['token'])} {decimals(row['logit'], 2)}" for row in rows]
-        yield _clipped(f"  {end:6}  {moved}  {'  '.join(shown)}", width)
+        start = f"  {end:6}  {moved}  "
+        yield start + _first_of(shown, width - len(start))
     if len(card.sources):
         yield from _section("Where it comes from", _source_grid(card, width))
     if len(card.query_layers):
@@ -337,7 +338,7 @@ def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
         for row in sorted(records(card.query_layers), key=lambda row: -abs(row["share"]))
         if row["share"]
     ]
-    yield _clipped(f"  {'  '.join(layers)}", width)
+    yield "  " + _first_of(layers, width - 2)
     yield from _grid(
         ("neuron", ">at", ">share", ">score", ">coef.", "raises", "lowers"),
         [
@@ -454,6 +455,15 @@ def _sentence(text: str) -> str:
 
 def _signed(value: float | None, digits: int = 4) -> str:
     return "" if value is None else decimals(value, digits)
+
+
+def _first_of(items: Sequence[str], width: int) -> str:
+    """As many of them as a line holds, whole."""
+    line = "  ".join(items)
+    while len(line) > width and len(items) > 1:
+        items = items[:-1]
+        line = "  ".join([*items, "…"])
+    return _clipped(line, width)
 
 
 def _clipped(text: str, width: int) -> str:

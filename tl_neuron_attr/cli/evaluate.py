@@ -100,7 +100,7 @@ def evaluate(
 ) -> None:
     """What becomes of the answers without the best neurons of each method, beside controls.
 
-    Example: tl-neuron-attr evaluate --prompts capital --methods a,b,d --limit 50 --out results
+    Example: tl-neuron-attr evaluate --prompts capital --methods a,b,d --limit 20 --out results
     """
     with errors_in_one_sentence(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # shown below, from the result

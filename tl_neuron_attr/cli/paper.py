@@ -31,7 +31,6 @@ from tl_neuron_attr.tables import records
 
 paper_app = typer.Typer(
     invoke_without_command=True,
-    help="Every table and figure of the paper for one model, published numbers beside them.",
 )
 
 
@@ -76,7 +75,7 @@ def write(
 
     Stopped, it goes on where it was when called again with the same arguments.
 
-    Example: tl-neuron-attr paper --model tiny-facts --out paper-of-tiny-facts
+    Example: tl-neuron-attr paper --limit 12 --out paper-of-tiny-facts
     """
     if context.invoked_subcommand is not None:
         return

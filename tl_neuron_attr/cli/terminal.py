@@ -152,13 +152,12 @@ def print_table(console: Console, table: Table) -> None:
     Each part begins with the first column.
     """
     cells = [list(column.cells) for column in table.columns]
-    sizes = [
-        max(
-            Measurement.get(console, console.options, each).maximum
-            for each in (*of_column, column.header)
-        )
-        for of_column, column in zip(cells, table.columns, strict=True)
-    ]
+    sizes = []
+    for of_column, column in zip(cells, table.columns, strict=True):
+        found = [Measurement.get(console, console.options, each).maximum for each in of_column]
+        header = Measurement.get(console, console.options, column.header)
+        # the words of a header may stand under each other
+        sizes.append(max([*found, header.maximum if column.no_wrap else header.minimum]))
     parts: list[list[int]] = [[0]]
     for number in range(1, len(sizes)):
         taken = sum(sizes[place] + 2 for place in parts[-1])
