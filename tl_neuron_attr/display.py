@@ -79,7 +79,9 @@ def next_calls(calls: Mapping[str, str]) -> str:
 
 
 def grid(shown: Grid) -> str:
-    """A grid as a ``<table>``, which scrolls sideways where it is too wide."""
+    """A grid as a ``<table>``, which scrolls sideways where it is too wide; without rows a line."""
+    if not shown.rows:
+        return line(shown.caption or "no rows")
     largest = max(
         (
             abs(float(row[column]))

@@ -168,7 +168,7 @@ def _ranked_strip(shown: Glance) -> TokenStrip:
     grids: dict[int, tuple[Grid, ...]] = {}
     for place in range(shown.prompt.read_pos + 1):
         here = ranked.get(place, [])
-        values.append(sum(row["score"] for row in here))
+        values.append(sum((row["score"] for row in here), 0.0))
         words = f"{len(here):,} of the {count:,} ranked attention neurons read here"
         some = pd.DataFrame(here, columns=shown.attn_neurons.columns)
         grids[place] = (grid_of(some, words, columns=("score", "coefficient"), top=3),)
