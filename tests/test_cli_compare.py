@@ -37,7 +37,7 @@ def test_a_comparison_prints_everything_a_reader_needs(run):
         "Target  ·Paris (id ",
         "Compared  with the same prompt without L0.H2, L1.N3",
         "at the original's norm scale",
-        "layer  attention   other  difference",
+        "layer  attention",
         "Heads, the largest 4",
         "FFN neurons that score more here than there, the first 4",
         "Attention neurons that score more here than there",

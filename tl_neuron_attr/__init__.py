@@ -91,6 +91,8 @@ from tl_neuron_attr.scores import (
     neuron_scores,
     position_scores,
 )
+from tl_neuron_attr.strip import TokenStrip, token_strip
+from tl_neuron_attr.styled import styled
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"
@@ -140,6 +142,7 @@ __all__ = [
     "Side",
     "Sources",
     "Target",
+    "TokenStrip",
     "UnsupportedModelError",
     "Zeroed",
     "attn_decomposition",
@@ -193,6 +196,8 @@ __all__ = [
     "scale",
     "score_intervals",
     "suppressing_neurons",
+    "styled",
+    "token_strip",
     "tokenize",
     "top_differences",
     "top_neurons",

@@ -21,6 +21,7 @@ from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_file, check_writable
+from tl_neuron_attr.glance import Glance, attribution_box, source_strip
 from tl_neuron_attr.host import Host, model_facts
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
@@ -31,12 +32,13 @@ from tl_neuron_attr.intervals import (
     suppressing_neurons,
 )
 from tl_neuron_attr.lens import log_probs_everywhere
-from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
-from tl_neuron_attr.prompts import Target, at_least_one, integer
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
+from tl_neuron_attr.prompts import Target, at_least_one, integer, visible
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
 from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
+from tl_neuron_attr.strip import TokenStrip
 from tl_neuron_attr.tables import (
     Saved,
     head_table,
@@ -189,6 +191,44 @@ class Attribution:
             return {"log_probs": self.log_probs()}, ()
         except NeuronAttrError as error:
             return {}, (f"no log p by layer and position: {error}",)
+
+    def token_strip(
+        self,
+        layer: int | None = None,
+        head: int | None = None,
+        *,
+        attention: bool = False,
+        top: int = 5,
+    ) -> TokenStrip:
+        """The prompt's tokens to click: what a head, a layer's heads or all heads bring from each.
+
+        Of each token the ``top`` heads that bring most from there, and the best attention neurons
+        there among those ranked, with tokens they raise. By default a token's value is the rise in
+        nats; of several heads the sum of each one's own, which is not what they do together. With
+        ``attention`` it is the weight (0 to 1) that the read position pays it, of several heads
+        their mean. Cost and errors: as ``positions``.
+        """
+        top = at_least_one(top, "top")
+        positions = self.positions(layer, head)
+        asked = {"layer": layer, "head": head}
+        count: dict[int, int] = {}
+        places = []
+        for place, row in enumerate(records(self.neurons("attn"))):
+            if all(wanted in (None, row[name]) for name, wanted in asked.items()):
+                count[row["source_pos"]] = count.get(row["source_pos"], 0) + 1
+                if count[row["source_pos"]] <= top:
+                    places.append(place)
+        device = self.attn_neurons.score.device
+        listed = self.attn_neurons.at(torch.tensor(places, dtype=torch.long, device=device))
+        of = "all heads" if layer is None else f"the heads of layer {layer}"
+        return source_strip(
+            self.captured.prompt,
+            positions,
+            self._table(listed, self.attns, 3),
+            of if layer is None or head is None else str(Head(layer, head)),
+            attention=attention,
+            top=top,
+        )
 
     def neurons(
         self,
@@ -562,6 +602,53 @@ class Attribution:
 
         place = check_file(path, "report.html")
         return write_report(report_files(self, self.saved(progress=progress)), place)
+
+    def __repr__(self) -> str:
+        target, prompt = self.target, self.captured.prompt
+        aim = visible(target.text)
+        if target.against is not None:
+            aim += f" against {visible(target.against.text)}"
+        asked = prompt.text if prompt.text is not None else f"{len(prompt.tokens)} token ids"
+        warned = f", {len(self.warnings)} warnings" * bool(self.warnings)
+        return (
+            f"Attribution of {aim} after {asked!r}: {target.quantity} = {self.log_prob:.4g} nats, "
+            f"{self.host.model_name}, {self.convention}, the best {len(self.ffn_neurons)} FFN and "
+            f"{len(self.attn_neurons)} attention neurons{warned}"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks. Runs no model: the costliest part is one small matrix product."""
+        host = self.host
+        best = {"FFN": self.ffn_neurons.first(5), "Attention": self.attn_neurons.first(5)}
+        messages = list(self.warnings)
+        try:
+            neurons = {
+                name: self._table(ranked, self._blocks(ranked.kind), 5)
+                for name, ranked in best.items()
+            }
+        except (RuntimeError, NeuronAttrError) as error:  # the model was moved, or its weights are
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            messages.append(f"neurons are shown without their tokens: {reason}")
+            neurons = {name: self._table(ranked, (), 0) for name, ranked in best.items()}
+        return attribution_box(
+            Glance(
+                prompt=self.captured.prompt,
+                model=f"{host.model_name}, {host.architecture}, {host.n_layers} layers",
+                target=self.target,
+                log_prob=self.log_prob,
+                embedding_log_prob=self.embedding_log_prob,
+                convention=self.convention,
+                predictions=self.predictions(),
+                layers=self.layers(),
+                neurons=neurons,
+                attn_neurons=neuron_table(self.attn_neurons, ""),
+                certificates={
+                    "FFN": str(self.ffn_neurons.certificate),
+                    "attention": str(self.attn_neurons.certificate),
+                },
+                warnings=messages,
+            )
+        )
 
     def _blocks(self, kind: Kind) -> Sequence[Decomposition]:
         return self.ffns if kind == "ffn" else self.attns

@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import (
@@ -70,6 +71,8 @@ class Capture:
     logits: Float[Tensor, " d_vocab"]
     """The model's own logits at the read position."""
 
+    __repr__ = brief
+
     def to(self, dtype: torch.dtype) -> "Capture":
         """The same capture with its activations in ``dtype`` (e.g. to score in float64)."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
@@ -102,6 +105,8 @@ class Sources:
     """Coefficients of the FFN neurons there."""
     pattern: Float[Tensor, "layer head source pos"]
     """Attention these positions pay to each position up to the read position."""
+
+    __repr__ = brief
 
 
 _SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern")

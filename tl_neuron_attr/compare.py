@@ -24,16 +24,19 @@ from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture_all, check_fits, check_same_run
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
+from tl_neuron_attr.display import box, brief, escaped, facts, grid, next_calls, number
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
+from tl_neuron_attr.glance import target_words
 from tl_neuron_attr.host import Host, model_facts, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.interventions import Part, Zeroed, as_zeroed, capture_zeroed, check_zeroed
 from tl_neuron_attr.neurons import FFNNeuron
-from tl_neuron_attr.prompts import Prompt, TokenizedPrompt, as_prompt, at_least_one
+from tl_neuron_attr.prompts import Prompt, TokenizedPrompt, as_prompt, at_least_one, visible
 from tl_neuron_attr.readout import full_precision, project, read_out
 from tl_neuron_attr.scores import LayerScores, baselines, head_scores, layer_scores
+from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import (
     Saved,
     compared_head_table,
@@ -70,6 +73,11 @@ class OtherRun:
     """What happened; coefficients of what was zeroed are 0."""
     zeroed: Zeroed = Zeroed()
     """What it was without."""
+
+    __repr__ = brief
+
+
+_COMPARED = ("difference", "score", "other_score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +240,52 @@ class Comparison:
         texts["run.json"] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
         stale = [] if lowest else ["lowest"]
         write_tables(path, tables, texts, stale, [] if report else ["report.html"])
+
+    def __repr__(self) -> str:
+        target = self.original.target
+        return (
+            f"Comparison with {self.other.what}: {target.quantity} of {visible(target.text)} = "
+            f"{self.original.log_prob:.4g} nats, there {self.log_prob:.4g} nats"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks; runs no model."""
+        original = self.original
+        prompt = original.captured.prompt
+        names = {"ffn": "FFN", "attn": "Attention"}
+        tables = [
+            grid(
+                grid_of(
+                    compared_neuron_table(found.first(5), prompt.prompt_id),
+                    f"{names[kind]} neurons that raise the target more in the original",
+                    columns=_COMPARED,
+                )
+            )
+            for kind, found in self._highest.items()
+        ]
+        proofs = {f"{names[kind]} neurons": found for kind, found in self._highest.items()}
+        asked = prompt.text if prompt.text is not None else "".join(prompt.token_texts)
+        return box(
+            "Comparison of two runs",
+            facts(
+                {
+                    "original": f"{escaped(asked)}: "
+                    f"{target_words(original.target, original.log_prob)}",
+                    "other": f"{escaped(self.other.what)}: log p = {number(self.log_prob)} nats, "
+                    f"with its own norm {number(self.own_log_prob)}",
+                }
+            ),
+            *tables,
+            grid(grid_of(self.heads(5), "Heads by difference", columns=_COMPARED)),
+            facts({name: escaped(str(each.neurons.certificate)) for name, each in proofs.items()}),
+            next_calls(
+                {
+                    "comparison.neurons(tokens=5)": "all ranked neurons",
+                    "comparison.neurons(lowest=True)": "those that score less in the original",
+                    "comparison.layers()": "layers",
+                }
+            ),
+        )
 
     @property
     def _highest(self) -> dict[Kind, RankedDifferences]:

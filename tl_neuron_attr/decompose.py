@@ -14,6 +14,7 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import row_norms
@@ -35,6 +36,8 @@ class FFNDecomposition:
     coefficients: Float[Tensor, " d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
+
+    __repr__ = brief
 
     @property
     def n_neurons(self) -> int:
@@ -93,6 +96,8 @@ class AttnDecomposition:
     b_O: Float[Tensor, " d_model"] | None
     summed: bool = False
     """Whether source positions were summed into one (see ``over_sources``)."""
+
+    __repr__ = brief
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import Decomposition
+from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import BlockEnds, ends_of_blocks
 from tl_neuron_attr.prompts import at_least_one
@@ -46,6 +47,8 @@ class Side:
     index: ProjectionIndex | None = None
     """Of this run's model; it makes bounds closer."""
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True, kw_only=True)
 class RankedDifferences:
@@ -60,6 +63,27 @@ class RankedDifferences:
 
     def __len__(self) -> int:
         return len(self.neurons)
+
+    def __repr__(self) -> str:
+        return f"RankedDifferences({self.neurons!r})"
+
+    def _repr_html_(self) -> str:
+        shown = self.neurons.first(10)
+        scores = (shown.score, self.first_score[:10], self.second_score[:10])
+        rows = zip(shown.neurons(), *(each.tolist() for each in scores), strict=True)
+        name = "FFN" if shown.kind == "ffn" else "attention"
+        return box(
+            f"{len(self):,} {name} neurons by the difference of their scores",
+            grid(
+                Grid(
+                    header=("neuron", "difference, nats", "first, nats", "second, nats"),
+                    rows=tuple((str(neuron), *numbers) for neuron, *numbers in rows),
+                    bars=frozenset({1}),
+                    more=len(self) - len(shown),
+                )
+            ),
+            line(f"Certificate: {self.neurons.certificate}"),
+        )
 
     def first(self, top: int) -> "RankedDifferences":
         """The ``top`` first of them."""

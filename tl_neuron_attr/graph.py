@@ -29,6 +29,7 @@ import torch
 from tl_neuron_attr.attribution import Attribution, ValueNeurons, named_neurons
 from tl_neuron_attr.capture import Sources, capture_sources
 from tl_neuron_attr.chosen import value_neurons
+from tl_neuron_attr.display import Grid, box, brief, grid, line, next_calls, signed
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.identities import verify_subkeys
@@ -127,6 +128,8 @@ class Node:
     """Tokens whose logits its signed contribution raises most, if asked for."""
     lowers: tuple[str, ...] = ()
 
+    __repr__ = brief
+
 
 @dataclass(frozen=True, kw_only=True)
 class Edge:
@@ -165,6 +168,12 @@ class Graph:
     max_values: int
     max_inputs: int
     opposing: bool
+
+    def __repr__(self) -> str:
+        return (
+            f"Graph of what gave {visible(self.target.text)}: {len(self.nodes)} nodes, "
+            f"{len(self.edges)} edges, {self.model_name}, {self.convention}"
+        )
 
     @property
     def answer(self) -> Node:
@@ -259,6 +268,47 @@ class Graph:
         text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
         texts = {**pages, **(beside or {}), "graph.json": text + "\n"}
         write_tables(path, tables, texts, stale_texts=[] if report else ["report.html"])
+
+    def _repr_html_(self) -> str:
+        names = {node.id: node for node in self.nodes}
+        values = [names[edge.source] for edge in self.inputs(self.answer.id)]
+        rows = tuple(
+            (
+                str(node.neuron or node.id),
+                f"{node.position}: {visible(node.token)}",
+                node.score,
+                ", ".join(
+                    f"{names[edge.source].label} {signed(edge.weight)}"
+                    for edge in self.inputs(node.id)
+                ),
+                node.raises[:3],
+            )
+            for node in values
+        )
+        reached = self.answer.reached
+        held = "" if reached is None else f", which hold {reached:.0%} of what was ranked"
+        return box(
+            f"What gave {visible(self.target.text)}: value neurons and what set them off",
+            line(
+                f"{len(self.nodes)} nodes, {len(self.edges)} edges; {len(values)} value "
+                f"neurons{held}"
+            ),
+            grid(
+                Grid(
+                    header=("value neuron", "from", "score, nats", "set off by", "raises"),
+                    rows=rows,
+                    bars=frozenset({2}),
+                    wraps=frozenset({3}),
+                )
+            ),
+            next_calls(
+                {
+                    "views.sankey(graph.node_table(), graph.edge_table())": "the picture",
+                    "graph.node_table()": "all nodes",
+                    "graph.edge_table()": "all edges",
+                }
+            ),
+        )
 
     @property
     def _with_tokens(self) -> bool:

@@ -17,6 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, Kind
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
@@ -40,6 +41,8 @@ class Norm:
 
     gain: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +70,8 @@ class Host:
     d_mlp: int
     d_vocab: int
     n_ctx: int
+
+    __repr__ = brief
 
     @cached_property
     def parameters(self) -> tuple[torch.nn.Parameter, ...]:

@@ -30,6 +30,7 @@ from torch import Tensor
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import capture_sources
 from tl_neuron_attr.cards import as_head, check_head
+from tl_neuron_attr.display import box, brief, facts, grid, line, token
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, one_token
 from tl_neuron_attr.interventions import head_scan
@@ -37,6 +38,7 @@ from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, integer
 from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.readout import full_precision, project
+from tl_neuron_attr.styled import grid_of
 
 IN_CONTEXT_COLUMNS = (
     "layer",
@@ -95,6 +97,21 @@ class InContextHeads:
     """
     constant: float
     """M of nothing: what the read-out's biases add to every ``log_prob_difference``."""
+
+    __repr__ = brief
+
+    def _repr_html_(self) -> str:
+        first, second = (token(label.text) for label in self.labels)
+        where = [", ".join(map(str, places)) for places in self.label_positions]
+        return box(
+            "Heads of a few-shot prompt",
+            facts({"first label": f"{first} at {where[0]}", "second": f"{second} at {where[1]}"}),
+            grid(grid_of(self.heads, "", top=10)),
+            line(
+                "contrast: rise in log p(first) - log p(second); attention and contrast 1, 2: to "
+                "and from where each label stands; zeroed: change of log p(target) without the head"
+            ),
+        )
 
 
 @full_precision()

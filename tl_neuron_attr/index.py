@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, open_host, weights_hash
@@ -79,6 +80,8 @@ class ProjectionIndex:
     """Largest norm of a column of the unembedding."""
     ffn: Projections
     attn: Projections
+
+    __repr__ = brief
 
     @property
     def k(self) -> int:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
 from tl_neuron_attr.decompose import slopes
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.query import neurons_at
@@ -40,6 +41,8 @@ class Inputs:
     neurons: QueryNeurons
     """Largest score first: what each brings to this one value neuron, in nats."""
     value: Int[Tensor, " neuron"]
+
+    __repr__ = brief
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +71,8 @@ class QueryInputs:
     """The neurons among the inputs kept, by kind."""
     reached: Float[Tensor, " value"]
     """What share of all that sets the neuron off the inputs kept hold (0 if nothing does)."""
+
+    __repr__ = brief
 
 
 @full_precision()

@@ -40,6 +40,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.index import ProjectionIndex, rounding_unit
 from tl_neuron_attr.prompts import Target, at_least_one
@@ -95,6 +96,8 @@ class Intervals:
     """Neurons whose interval took a look at the likeliest tokens (stage 2)."""
     evaluated: int
     """Neurons whose score was computed (stage 3)."""
+
+    __repr__ = brief
 
     @property
     def width(self) -> Float[Tensor, "layer neuron"]:

@@ -4,7 +4,6 @@ Text from a model or a user is escaped, and what it has that cannot be seen is m
 here needs a script, a style sheet or a network: pages bring theirs along (``report/``).
 """
 
-import html
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 
 import pandas as pd
 
-from tl_neuron_attr.prompts import visible
+from tl_neuron_attr.display import cell, escaped, number
 from tl_neuron_attr.tables import records
+
+__all__ = ["Shown", "cell", "escaped", "number", "table"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,34 +69,3 @@ def _exact(value: Any) -> str:
     """What the cell is sorted by, where what it shows is rounded."""
     rounded = isinstance(value, float) and value != 0 and math.isfinite(value)
     return f' data-v="{value:.9g}"' if rounded else ""
-
-
-def cell(value: Any) -> str:
-    """One value as a reader wants it: numbers short, lists as tokens, nothing as a dash."""
-    if value is None:
-        return '<span class="none">–</span>'
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return "–" if math.isnan(value) else number(value)
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, (list, tuple)) or hasattr(value, "tolist"):
-        return " ".join(f"<code>{escaped(visible(str(each)))}</code>" for each in value)
-    return escaped(str(value))
-
-
-def number(value: float) -> str:
-    """Three significant digits, and a real minus sign."""
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    if digits > 6:
-        return f"{value:.1e}".replace("-", "−")
-    return f"{value:,.{digits}f}".replace("-", "−")
-
-
-def escaped(text: str) -> str:
-    """Text as HTML shows it: what cannot be seen is made visible, and nothing is markup."""
-    shown = "".join(char if char == " " else visible(char) for char in text)
-    return html.escape(shown, quote=True)

@@ -15,6 +15,7 @@ from typing import Any, SupportsIndex
 
 import torch
 
+from tl_neuron_attr.display import Grid, box, grid, line
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.host import open_host
 from tl_neuron_attr.models import load_config, weight_dtype
@@ -122,6 +123,9 @@ class Cost:
     """An estimate: operations over the measured rate, without what Python itself takes."""
 
 
+_WAYS = ("forward", "certified", "dense", "index")
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """What attributing so many prompts of one length to a model's neurons will take.
@@ -155,6 +159,25 @@ class Plan:
     index: Cost
     """The projection index: every subvalue of the model projected on the vocabulary, once."""
 
+    def __repr__(self) -> str:
+        return str(self)
+
+    def _repr_html_(self) -> str:
+        first, asked, *_ = lines = str(self).splitlines()
+        rows = []
+        for name in _WAYS:
+            cost = getattr(self, name)
+            operations, peak = f"{cost.operations:.2g}", in_bytes(cost.peak_bytes)
+            rows.append((name, operations, cost.readouts, peak, in_time(cost.seconds)))
+        header = ("", "operations", "read-outs", "peak memory", "about")
+        return box(
+            "Plan",
+            line(first),
+            line(asked),
+            grid(Grid(header=header, rows=tuple(rows))),
+            *map(line, lines[-3:]),
+        )
+
     def __str__(self) -> str:
         shapes = self.shapes
         prompts = "" if self.n_prompts == 1 else f"{self.n_prompts:,} prompts of "
@@ -168,7 +191,7 @@ class Plan:
             "",
             f"{'':12}{'operations':>12}{'read-outs':>18}{'peak memory':>14}{'about':>10}",
         ]
-        for name in ("forward", "certified", "dense", "index"):
+        for name in _WAYS:
             cost = getattr(self, name)
             lines.append(
                 f"{name:12}{cost.operations:12.2g}{cost.readouts:18,}"

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
 from tl_neuron_attr.decompose import slopes
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.reading import (
@@ -82,6 +83,8 @@ class QueryScores:
     """Likewise for attention."""
     sources: Sources
     """What happened wherever value neurons are set off, and at the read position."""
+
+    __repr__ = brief
 
     @property
     def ffn_neurons(self) -> Float[Tensor, "layer d_mlp"]:

@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.topk import RankedNeurons
@@ -54,6 +55,8 @@ class PreActivations:
     weight: Float[Tensor, " row"]
     """Nats per unit of the parts: ``Imp / total`` (halved with two rows), 0 if left out."""
 
+    __repr__ = brief
+
     @property
     def shares(self) -> Float[Tensor, "row source"]:
         """Each source's share of each pre-activation; with the bias's they sum to 1 (``exact``)."""
@@ -68,6 +71,8 @@ class QueryNeurons:
     """Scored as query neurons, in nats; coefficients are those at ``position``."""
     position: Int[Tensor, " neuron"]
     """Where the neuron feeds the value neurons; if positions were summed, where it does most."""
+
+    __repr__ = brief
 
     @property
     def set_off(self) -> Int[Tensor, " neuron"]:
@@ -90,6 +95,8 @@ class Readings:
     bias: Float[Tensor, " row"]
     x: Float[Tensor, "row d_model"]
     """The residual stream it is formed from."""
+
+    __repr__ = brief
 
 
 def where_set_off(

@@ -22,6 +22,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import WeightNorms, column_norms, weight_norms
@@ -88,6 +89,8 @@ class ReadOut:
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
     norms: WeightNorms | None = None
     """Of the model's weights, where they are known already: for the allowance for rounding."""
+
+    __repr__ = brief
 
     @property
     def affine(self) -> bool:
@@ -514,6 +517,8 @@ class Baseline:
     tangent: "Tangent | None"
     """How log p(target) changes there; ``None`` if the norm is recomputed."""
 
+    __repr__ = brief
+
     def __len__(self) -> int:
         return self.resid.shape[0]
 
@@ -544,6 +549,8 @@ class Tangent:
     """Norm of the target's direction, and expected norm of a token's under the base's prediction,
     before centring: what the rounding of scores and bounds is in proportion to, where gradients
     cancel too."""
+
+    __repr__ = brief
 
     def __getitem__(self, bases: slice | Tensor) -> "Tangent":
         """The same for some of the bases."""
@@ -804,6 +811,8 @@ class TokenEnds:
     """Mean logit over the vocabulary, all tokens alike."""
     spread: Float[Tensor, "*batch"]
     """Standard deviation of the logits over the vocabulary."""
+
+    __repr__ = brief
 
     @property
     def readability(self) -> Float[Tensor, "*batch"]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import NonFiniteError
 from tl_neuron_attr.prompts import Target
 from tl_neuron_attr.readout import Baseline, ReadOut, baseline_of_runs, full_precision
@@ -44,6 +45,8 @@ class Baselines:
     ffn: Baseline
     final: Baseline
     """After the last block: one base a request."""
+
+    __repr__ = brief
 
 
 def baselines(captured: Capture, out: ReadOut, target: Target) -> Baselines:

@@ -23,6 +23,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
+from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.prompts import Target, at_least_one
@@ -37,6 +38,10 @@ would take more memory than its activations."""
 
 _LINED_UP = 2**21
 """How many neurons of one block, over several runs, are bounded at a time: 8 MiB in float32."""
+
+
+_SHOWN = 10
+"""How many neurons a notebook shows of a list."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Certificate:
             slack=0.0,
         )
 
+    __repr__ = brief
+
     @property
     def holds(self) -> bool:
         """Whether the list is proven complete."""
@@ -82,6 +89,31 @@ class Certificate:
         if self.lowest:
             return self.next_bound >= self.kth_score
         return self.next_bound <= self.kth_score
+
+    def __str__(self) -> str:
+        """Why, in a sentence without its subject."""
+        if not self.applies:
+            return f"all {self.total:,} scored, as no bound holds under a recomputed norm"
+        if self.linear:
+            return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
+        verb = "exclude" if self.holds else "do not exclude"
+        return (
+            f"proven of {self.total:,}: {self.evaluated:,} scored exactly, bounds {verb} the others"
+        )
+
+    def _repr_html_(self) -> str:
+        order = "below" if self.lowest else "above"
+        rest = "no active neuron is left"
+        if self.next_bound is not None:
+            rest = f"no other can score {order} {self.next_bound:.6g}"
+        return box(
+            "Certificate: why the neurons listed are the best",
+            line(str(self)),
+            line(
+                f"The last one listed scores {self.kth_score:.6g} nats, and {rest}; this allows "
+                f"{self.slack:.2g} nats for rounding"
+            ),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +137,31 @@ class RankedNeurons:
 
     def __len__(self) -> int:
         return self.score.shape[0]
+
+    def __repr__(self) -> str:
+        name = "FFN" if self.kind == "ffn" else "attention"
+        few = ", ".join(
+            f"{neuron} {score:+.4g}"
+            for neuron, score in zip(self.first(3).neurons(), self.score[:3].tolist(), strict=True)
+        )
+        return f"RankedNeurons({len(self):,} {name} neurons: {few}{', ...' * (len(self) > 3)} nats)"
+
+    def _repr_html_(self) -> str:
+        shown = self.first(_SHOWN)
+        name = "FFN" if self.kind == "ffn" else "attention"
+        rows = zip(shown.neurons(), shown.score.tolist(), shown.coefficient.tolist(), strict=True)
+        return box(
+            f"{len(self):,} {name} neurons, best first",
+            grid(
+                Grid(
+                    header=("neuron", "score, nats", "coefficient"),
+                    rows=tuple((str(neuron), *numbers) for neuron, *numbers in rows),
+                    bars=frozenset({1}),
+                    more=len(self) - len(shown),
+                )
+            ),
+            line(f"Certificate: {self.certificate}"),
+        )
 
     def first(self, top: int) -> "RankedNeurons":
         """The ``top`` best of them."""

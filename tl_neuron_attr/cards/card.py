@@ -9,9 +9,11 @@ from typing import Any
 
 import pandas as pd
 
+from tl_neuron_attr.display import box, decimals, escaped, facts, grid, line, signed, token
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
 from tl_neuron_attr.prompts import Target, visible
+from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import records, write_tables
 from tl_neuron_attr.topk import Kind
 
@@ -140,6 +142,9 @@ class NeuronCard:
     def __repr__(self) -> str:
         return self.text()
 
+    def _repr_html_(self) -> str:
+        return _html(self)
+
     def text(self, width: int = 100) -> str:
         """The card as plain text, no line longer than ``width`` (at least 60)."""
         return "\n".join(line.rstrip() for line in _text(self, max(60, width)))
@@ -193,6 +198,58 @@ def kind_of(neuron: FFNNeuron | AttnNeuron) -> Kind:
     return "ffn" if isinstance(neuron, FFNNeuron) else "attn"
 
 
+# --- in a notebook ----------------------------------------------------------------------------
+
+_TABLES = (
+    ("sources", "Where it comes from", "coefficient"),
+    ("query_layers", "What set it off: layers", "share"),
+    ("query_neurons", "What set it off: neurons", "share"),
+    ("downstream", "What it sets off", "effect"),
+    ("heads", "Through later heads", ""),
+    ("prompts", "Prompts where its score is largest", ""),
+)
+"""Tables of a card, what they are of, and the column whose largest values are shown."""
+
+
+def _html(card: NeuronCard) -> str:
+    what = "FFN neuron" if kind_of(card.neuron) == "ffn" else "attention neuron"
+    against = card.target.against
+    aim = token(card.target.text) + ("" if against is None else f" against {token(against.text)}")
+    numbers = [f"coefficient {signed(card.coefficient)}"]
+    if card.score is not None:
+        ranked = card.rank is not None
+        place = f"rank {card.rank:,}" if ranked else f"not among the best {card.ranked:,}"
+        numbers += [f"score {signed(card.score)} nats", f"{place} of {card.total:,}"]
+    told = {
+        "prompt": escaped(_sentence("".join(card.tokens))),
+        "writes at": f"{card.position}: {token(card.tokens[card.position])}",
+        "target": f"{aim}, {'log p' if against is None else 'difference of log p'} "
+        f"{signed(card.log_prob)} nats",
+        "in this run": escaped("; ".join(numbers)),
+    }
+    for end in ("top", "bottom"):
+        rows = [row for row in records(card.ends) if row["end"] == end]
+        moved = "raised" if rows and rows[0]["raised"] else "lowered"
+        moved = "" if card.coefficient == 0 else moved
+        told[f"{end} {moved}".strip()] = " ".join(
+            f"{token(row['token'])} {signed(row['logit'])}" for row in rows
+        )
+    grids = []
+    for name, caption, by in _TABLES:
+        table = getattr(card, name)
+        if len(table) and by:
+            table = table.loc[table[by].abs().sort_values(ascending=False, kind="stable").index]
+        if len(table):
+            grids.append(grid(grid_of(table, caption, top=_SOURCES_SHOWN, tokens=3)))
+    return box(
+        f"{card.neuron}, {what} of {card.model_name}",
+        facts(told),
+        line("top and bottom: logits per unit of coefficient"),
+        *grids,
+        *map(line, card.notes),
+    )
+
+
 # --- as text ----------------------------------------------------------------------------------
 
 
@@ -201,15 +258,16 @@ def _text(card: NeuronCard, width: int) -> Iterator[str]:
     sign = card.coefficient
     meaning = "0: nothing is raised" if sign == 0 else "positive" if sign > 0 else "negative"
     yield ""
-    yield _clipped(
+    yield from textwrap.wrap(
         f"What it says (logits per unit; {card.readability:.1f} sd)   the coefficient is {meaning}",
         width,
     )
     for end in ("top", "bottom"):
         rows = [row for row in records(card.ends) if row["end"] == end]
         moved = "" if sign == 0 else "raised " if rows and rows[0]["raised"] else "lowered"
-        shown = [f"{visible(row['token'])} {row['logit']:+.2f}" for row in rows]
-        yield _clipped(f"  {end:6}  {moved}  {'  '.join(shown)}", width)
+        shown = [f"{visible(row['token'])} {decimals(row['logit'], 2)}" for row in rows]
+        start = f"  {end:6}  {moved}  "
+        yield start + _first_of(shown, width - len(start))
     if len(card.sources):
         yield from _section("Where it comes from", _source_grid(card, width))
     if len(card.query_layers):
@@ -238,11 +296,11 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     yield _clipped(f"prompt    {_sentence(''.join(card.tokens))}", width)
     aim = visible(card.target.text)
     if card.target.against is None:
-        yield _clipped(f"target    {aim}   log p {card.log_prob:+.3f} nats", width)
+        yield _clipped(f"target    {aim}   log p {decimals(card.log_prob)} nats", width)
     else:
         other = visible(card.target.against.text)
         yield _clipped(
-            f"target    {aim} against {other}   difference of log p {card.log_prob:+.3f} nats",
+            f"target    {aim} against {other}   difference of log p {decimals(card.log_prob)} nats",
             width,
         )
     yield ""
@@ -251,7 +309,7 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
         place = (
             f"not among the best {card.ranked:,}" if card.rank is None else f"rank {card.rank:,}"
         )
-        facts += [f"score {card.score:+.4f} nats", f"{place} of {card.total:,}"]
+        facts += [f"score {decimals(card.score, 4)} nats", f"{place} of {card.total:,}"]
     yield _clipped("   ".join(facts), width)
     norms = (
         f"norms     subvalue {card.subvalue_norm:.3g}   contribution {card.contribution_norm:.3g}"
@@ -259,10 +317,11 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     yield _clipped(norms, width)
     for row in records(card.inputs):
         value = "" if row["value"] is None else f" {row['value']:+.4g}"
-        yield _clipped(
+        yield from textwrap.wrap(
             f"input     {row['input']}{value}   subkey's norm {row['subkey_norm']:.3g}, "
             f"with the norm's gain {row['gained_norm']:.3g}",
             width,
+            subsequent_indent=" " * 10,
         )
 
 
@@ -278,9 +337,9 @@ def _source_grid(card: NeuronCard, width: int) -> Iterator[str]:
         (">attention", ">v", ">coef.", ">score", "source"),
         [
             (
-                f"{row['attention']:.3f}",
-                f"{row['v']:+.3f}",
-                f"{row['coefficient']:+.4f}",
+                decimals(row["attention"], sign=False),
+                decimals(row["v"]),
+                decimals(row["coefficient"], 4),
                 _signed(row["score"]),
                 f"{row['source_pos']}:{visible(row['token'])}",
             )
@@ -292,20 +351,20 @@ def _source_grid(card: NeuronCard, width: int) -> Iterator[str]:
 
 def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
     layers = [
-        f"{row['kind']}{'' if row['layer'] is None else row['layer']} {row['share']:+.2f}"
+        f"{row['kind']}{'' if row['layer'] is None else row['layer']} {decimals(row['share'], 2)}"
         for row in sorted(records(card.query_layers), key=lambda row: -abs(row["share"]))
         if row["share"]
     ]
-    yield _clipped(f"  {'  '.join(layers)}", width)
+    yield "  " + _first_of(layers, width - 2)
     yield from _grid(
         ("neuron", ">at", ">share", ">score", ">coef.", "raises", "lowers"),
         [
             (
                 _label(row),
                 str(row["position"]),
-                f"{row['share']:+.3f}",
+                decimals(row["share"]),
                 _signed(row["score"]),
-                f"{row['coefficient']:+.2f}",
+                decimals(row["coefficient"], 2),
                 _tokens(row["raises"]),
                 _tokens(row["lowers"]),
             )
@@ -318,14 +377,14 @@ def _set_off_lines(card: NeuronCard, width: int) -> Iterator[str]:
 
 def _downstream_grid(card: NeuronCard, width: int) -> Iterator[str]:
     yield from _grid(
-        ("neuron", "input", ">effect", ">per unit", ">pre-activation", ">share", ">coef."),
+        ("neuron", "input", ">effect", ">per unit", ">pre-act.", ">share", ">coef."),
         [
             (
                 _label(row),
                 row["input"],
-                f"{row['effect']:+.3f}",
-                f"{row['product']:+.3f}",
-                f"{row['pre_activation']:+.3f}",
+                decimals(row["effect"]),
+                decimals(row["product"]),
+                decimals(row["pre_activation"]),
                 _signed(row["share"], 2),
                 _signed(row["coefficient"], 2),
             )
@@ -342,7 +401,7 @@ def _ov_grid(card: NeuronCard, width: int) -> Iterator[str]:
             (
                 str(Head(row["layer"], row["head"])),
                 f"{row['readability']:.1f}",
-                f"{row['attention']:.3f}",
+                decimals(row["attention"], sign=False),
                 _tokens(row["raises"]),
                 _tokens(row["lowers"]),
             )
@@ -358,8 +417,8 @@ def _prompt_grid(card: NeuronCard, width: int) -> Iterator[str]:
         (">score", ">coef.", "target", "source", "prompt"),
         [
             (
-                f"{row['score']:+.4f}",
-                f"{row['coefficient']:+.3f}",
+                decimals(row["score"], 4),
+                decimals(row["coefficient"]),
                 visible(row["target"]),
                 ""
                 if row["source_pos"] is None
@@ -412,7 +471,16 @@ def _sentence(text: str) -> str:
 
 
 def _signed(value: float | None, digits: int = 4) -> str:
-    return "" if value is None else f"{value:+.{digits}f}"
+    return "" if value is None else decimals(value, digits)
+
+
+def _first_of(items: Sequence[str], width: int) -> str:
+    """As many of them as a line holds, whole."""
+    line = "  ".join(items)
+    while len(line) > width and len(items) > 1:
+        items = items[:-1]
+        line = "  ".join([*items, "…"])
+    return _clipped(line, width)
 
 
 def _clipped(text: str, width: int) -> str:

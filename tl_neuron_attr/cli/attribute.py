@@ -47,10 +47,12 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     neuron_lines,
     peak_memory,
+    print_table,
     records,
     target_line,
     token_line,
 )
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.plan import Plan
@@ -196,7 +198,7 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
     console.print(_prediction_line(result))
     console.print(target_line(result))
     console.print(f"\n[bold]Rise in {result.target.quantity}, nats[/], from each layer")
-    console.print(_layer_table(result))
+    print_table(console, _layer_table(result, console.width))
     console.print(f"\n[bold]Heads[/], the best {min(top, result.head_scores.numel())}")
     console.print(_head_table(result, top))
     kinds: tuple[tuple[Kind, str], ...] = (("ffn", "FFN"), ("attn", "Attention"))
@@ -223,7 +225,7 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
             console.print(f"\n[bold]{name} neurons that lower the target most[/]")
             console.print(neuron_lines(table, console.width))
         console.print(f"\n[bold]Share of all that raises the target[/], in the best {top}")
-        console.print(_share_table(result.shares(top)))
+        print_table(console, _share_table(result.shares(top)))
     console.print(
         "[dim]raises, lowers: the tokens whose logits the neuron moves most with the sign its "
         "coefficient has here[/]"
@@ -246,27 +248,32 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
 def _prediction_line(result: Attribution) -> Text:
     line = Text.assemble(("Predicts", "bold"), "  ")
     for row in records(result.predictions(5)):
-        line.append(visible(row["token"])).append(f" {row['prob']:.3f}", style="dim")
+        line.append(visible(row["token"])).append(
+            f" {decimals(row['prob'], sign=False)}", style="dim"
+        )
         line.append("   ")
     return line
 
 
-def _layer_table(result: Attribution) -> Table:
+def _layer_table(result: Attribution, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("layer", "attention", "", "FFN", ""):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     scores = result.layer_scores
     largest = max(float(scores.attn.abs().max()), float(scores.ffn.abs().max()), 1e-9)
+    longest = max(1, min(24, (width - 28) // 2))  # what the numbers leave
     for layer, (attn, ffn) in enumerate(
         zip(scores.attn.tolist(), scores.ffn.tolist(), strict=True)
     ):
         table.add_row(
-            str(layer), f"{attn:+.3f}", bar(attn / largest), f"{ffn:+.3f}", bar(ffn / largest)
+            str(layer),
+            *(decimals(attn), bar(attn / largest, longest)),
+            *(decimals(ffn), bar(ffn / largest, longest)),
         )
     if not result.host.parallel:  # only there does the sum mean something
-        total = float(scores.attn.sum() + scores.ffn.sum())
-        label = Text(f"together {total:+.3f}", style="dim")
-        table.add_row("sum", f"{scores.attn.sum():+.3f}", "", f"{scores.ffn.sum():+.3f}", label)
+        attn, ffn = float(scores.attn.sum()), float(scores.ffn.sum())
+        label = Text(f"together {decimals(attn + ffn)}", style="dim")
+        table.add_row("sum", decimals(attn), "", decimals(ffn), label)
     return table
 
 
@@ -278,11 +285,11 @@ def _head_table(result: Attribution, top: int) -> Table:
     for row in records(result.heads(top)):
         positions = result.positions(row["layer"], row["head"])
         sources = [
-            f"{source['source_pos']}:{visible(source['token'])} ({source['score']:+.2f})"
+            f"{source['source_pos']}:{visible(source['token'])} ({decimals(source['score'])})"
             for source in records(positions.nlargest(3, "score"))
         ]
         label = f"L{row['layer']}.H{row['head']}"
-        table.add_row(label, f"{row['score']:+.3f}", Text("  ".join(sources)))
+        table.add_row(label, decimals(row["score"]), Text("  ".join(sources)))
     return table
 
 
@@ -291,9 +298,10 @@ def _share_table(shares: pd.DataFrame) -> Table:
     for name in ("", "all raising neurons, nats", "share of the best"):
         table.add_column(name, justify="left" if name == "" else "right", no_wrap=True)
     for row in records(shares):
+        rise = [decimals(row[name], sign=False) for name in ("rise_lower", "rise_upper")]
         table.add_row(
             {"ffn": "FFN", "attn": "attention"}[row["kind"]],
-            f"{row['rise_lower']:.3f} to {row['rise_upper']:.3f}",
+            " to ".join(rise),
             f"{row['share_lower']:.1%} to {row['share_upper']:.1%}",
         )
     return table

@@ -43,13 +43,16 @@ from tl_neuron_attr.cli.terminal import (
     WIDTH,
     model_line,
     neuron_of,
+    print_table,
     records,
     target_line,
     token_line,
+    token_widths,
     wrote,
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import Zeroed
@@ -231,9 +234,9 @@ def _show(
         console.print(token_line(other.captured.prompt.token_texts, prompt.read_pos))
     console.print(_other_line(found))
     console.print(f"\n[bold]Rise in {original.target.quantity}, nats[/], from each layer")
-    console.print(_layer_table(found.layers()))
+    print_table(console, _layer_table(found.layers(), console.width))
     console.print(f"\n[bold]Heads[/], the largest {min(top, original.head_scores.numel())}")
-    console.print(_head_table(found.heads(top)))
+    print_table(console, _head_table(found.heads(top)))
     for kind in kinds:
         _show_neurons(console, found, kind, top, lowest=False)
     for kind in kinds if lowest else ():
@@ -261,22 +264,23 @@ def _plain(what: str) -> str:
 
 
 def _other_line(found: Comparison) -> str:
-    line = f"[bold]There[/]   log p = {found.own_log_prob:.3f} nats"
+    line = f"[bold]There[/]   log p = {decimals(found.own_log_prob, sign=False)} nats"
     if found.original.target.against is None:
         line += f", p = {math.exp(found.own_log_prob):.3g}"
     else:
-        line = f"[bold]There[/]   difference of log p = {found.own_log_prob:+.3f} nats"
-    return f"{line}; at the original's norm scale {found.log_prob:+.3f}"
+        line = f"[bold]There[/]   difference of log p = {decimals(found.own_log_prob)} nats"
+    return f"{line}; at the original's norm scale {decimals(found.log_prob)}"
 
 
-def _layer_table(layers: pd.DataFrame) -> Table:
+def _layer_table(layers: pd.DataFrame, width: int) -> Table:
     table = Table(box=None, pad_edge=False, header_style="dim")
-    for name in ("layer", "attention", "other", "difference", "FFN", "other", "difference"):
+    attention, difference = ("attn.", "diff.") if width < 70 else ("attention", "difference")
+    for name in ("layer", attention, "other", difference, "FFN", "other", difference):
         table.add_column(name, justify="right", no_wrap=True)
     rows = records(layers)
     for attn, ffn in zip(rows[::2], rows[1::2], strict=True):
         cells = [
-            f"{row[name]:+.3f}"
+            decimals(row[name])
             for row in (attn, ffn)
             for name in ("score", "other_score", "difference")
         ]
@@ -290,7 +294,7 @@ def _head_table(heads: pd.DataFrame) -> Table:
     for name in ("score", "other", "difference"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in records(heads):
-        cells = [f"{row[name]:+.3f}" for name in ("score", "other_score", "difference")]
+        cells = [decimals(row[name]) for name in ("score", "other_score", "difference")]
         table.add_row(f"L{row['layer']}.H{row['head']}", *cells)
     return table
 
@@ -305,8 +309,8 @@ def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
     widths = [("neuron", max(map(len, labels)))]
     widths += [("source", 8)] if attention else []
     widths += [(name, 7) for name in ("diff.", "score", "other", "coef.", "other")]
-    taken = sum(size for _, size in widths) + 2 * (len(widths) + 1)
-    widths += [(name, max(8, (width - taken) // 2)) for name in ("raises", "lowers")]
+    lists = token_widths(width - sum(size for _, size in widths) - 2 * (len(widths) - 1))
+    widths += lists.items()
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, size in widths:
         table.add_column(
@@ -321,8 +325,8 @@ def _neuron_table(neurons: pd.DataFrame, width: int) -> Table:
         table.add_row(
             label,
             *([] if source is None else [source]),
-            *(f"{row[name]:+.3f}" for name in numbers),
-            *(Text(" ".join(map(visible, row[name]))) for name in ("raises", "lowers")),
+            *(decimals(row[name]) for name in numbers),
+            *(Text(" ".join(map(visible, row[name]))) for name in lists),
         )
     return table
 

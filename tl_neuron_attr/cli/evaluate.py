@@ -25,7 +25,8 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, wrote
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import ALL_TYPES, By, Evaluation
 from tl_neuron_attr.evaluate import evaluate as evaluate_methods
@@ -101,7 +102,7 @@ def evaluate(
 ) -> None:
     """What becomes of the answers without the best neurons of each method, beside controls.
 
-    Example: tl-neuron-attr evaluate --prompts capital --methods a,b,d --limit 50 --out results
+    Example: tl-neuron-attr evaluate --prompts capital --methods a,b,d --limit 20 --out results
     """
     with errors_in_one_sentence(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # shown below, from the result
@@ -206,28 +207,28 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
         f"[bold]Prompts[/]  {asked['measured']:,} measured, of {asked['kept']:,} kept and "
         f"{asked['dropped']:,} left out"
     )
-    console.print(_count_table(asked["counts"]))
+    print_table(console, _count_table(asked["counts"]))
     summary, tops = records(found.summary(by=by)), facts["tops"]
     for kind in facts["kinds"]:
         rows = [row for row in summary if row["kind"] == kind]
         whole = [row for row in rows if row["knowledge_type"] == ALL_TYPES]
         if len(tops) == 1:
             console.print(f"\n[bold]Without the top {tops[0]} {_KIND_NAMES[kind]}[/]")
-            console.print(_effect_table(found, whole, _q(found, kind, by, area=False)))
+            print_table(console, _effect_table(found, whole, _q(found, kind, by, area=False)))
         else:
             console.print(
                 f"\n[bold]Probability of the answer without the top N {_KIND_NAMES[kind]}[/]"
             )
             areas = [row for row in records(found.areas(by=by)) if row["kind"] == kind]
-            console.print(_curve_table(found, whole, areas, _q(found, kind, by, area=True)))
+            print_table(console, _curve_table(found, whole, areas, _q(found, kind, by, area=True)))
         console.print(_legend(found, by, len(tops) > 1), style="dim")
         if len({row["knowledge_type"] for row in rows}) > 2:
             console.print(f"\n[bold]Probability by knowledge type[/], top {tops[-1]}")
-            console.print(_type_table(found, rows))
+            print_table(console, _type_table(found, rows))
     _show_calibration(console, found)
     if not found.correlations.empty:
         console.print("\n[bold]Rank correlation with exact ablation[/], over all neurons")
-        console.print(_correlation_table(found.rank_correlation(by=by)))
+        print_table(console, _correlation_table(found.rank_correlation(by=by)))
     for name, count in facts["without"].items():
         first = next(row["reason"] for row in records(found.skipped) if row["method"] == name)
         console.print(
@@ -327,7 +328,7 @@ def _show_calibration(console: Console, found: Evaluation) -> None:
         names = ("predicted", "measured", "correlation", "slope")
         cells = ["-" if row[name] is None else f"{row[name]:+.2f}" for name in names]
         shown.add_row(escape(row["method"]), f"{row['top']} {row['kind']}", *cells)
-    console.print(shown)
+    print_table(console, shown)
 
 
 def _correlation_table(table: pd.DataFrame) -> Table:
@@ -370,12 +371,18 @@ def _number(value: float | None) -> str:
     """Three digits that count, without the zero in front: ``.614``, ``-1.79``."""
     if value is None:
         return "-"
-    return f"{value:.2f}" if abs(value) >= 1 else f"{value:.3f}".replace("0.", ".", 1)
+    digits = 2 if abs(value) >= 1 else 3
+    return _bare(decimals(value, digits, sign=False))
 
 
 def _ends(value: float) -> str:
     """Two of them."""
-    return f"{value:.1f}" if abs(value) >= 1 else f"{value:.2f}".replace("0.", ".", 1)
+    return _bare(decimals(value, 1 if abs(value) >= 1 else 2, sign=False))
+
+
+def _bare(shown: str) -> str:
+    """A number without the zero in front of its point."""
+    return shown.replace("0.", ".", 1) if shown.lstrip("-").startswith("0.") else shown
 
 
 def _table(columns: Sequence[str]) -> Table:

@@ -36,6 +36,7 @@ from tl_neuron_attr.cli.options import (
     prompt_of,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line, wrote
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.graph import Graph, Kinds, Node, value_query_graph
@@ -164,10 +165,10 @@ def _tree(found: Graph) -> Tree:
     """The answer, its value neurons, and below each node what set it off."""
     answer, nodes = found.answer, {node.id: node for node in found.nodes}
     n_values = len(found.inputs(answer.id))
-    top = Text.assemble((answer.label, "bold"), f"  {answer.explained:+.3f} from {n_values} ")
+    top = Text.assemble((answer.label, "bold"), f"  {decimals(answer.explained)} from {n_values} ")
     top.append("value neuron" if n_values == 1 else "value neurons")
     if answer.handed_down - answer.explained > 5e-4:
-        top.append(f", {answer.reached:.0%} of {answer.handed_down:+.3f} from all ranked")
+        top.append(f", {answer.reached:.0%} of {decimals(answer.handed_down)} from all ranked")
         if n_values == found.max_values:
             top.append("; more with --values", style="dim")
     tree = Tree(top, guide_style="dim")
@@ -189,12 +190,12 @@ def _tree(found: Graph) -> Tree:
 
 
 def _line(node: Node, weight: float, again: bool) -> Text:
-    line = Text(f"{weight:+.3f}  ", no_wrap=True, overflow="ellipsis")
+    line = Text(f"{decimals(weight)}  ", no_wrap=True, overflow="ellipsis")
     line.append(node.label, style="" if node.kind == "token" else "bold")
     if again:
         return line.append("  see its other place", style="dim")
     if abs(node.handed_down - weight) > 5e-4 and node.handed_down:
-        line.append(f"  {node.handed_down:+.3f} over all it feeds", style="dim")
+        line.append(f"  {decimals(node.handed_down)} over all it feeds", style="dim")
     if node.raises:
         tokens = " ".join(visible(token) for token in node.raises[:3])
         line.append(f"  raises {tokens}", style="dim")
@@ -203,7 +204,12 @@ def _line(node: Node, weight: float, again: bool) -> Text:
 
 def _rest_line(node: Node) -> Text:
     rest = node.rest
-    line = Text(f"{node.handed_down - node.explained:+.3f}  rest", no_wrap=True, style="dim")
+    line = Text(
+        f"{decimals(node.handed_down - node.explained)}  rest",
+        no_wrap=True,
+        overflow="ellipsis",
+        style="dim",
+    )
     parts = {"token": rest.token, "attention": rest.attn, "FFN": rest.ffn, "biases": rest.bias}
-    named = [f"{name} {nats:+.3f}" for name, nats in parts.items() if abs(nats) >= 5e-4]
+    named = [f"{name} {decimals(nats)}" for name, nats in parts.items() if abs(nats) >= 5e-4]
     return line.append(f": {', '.join(named)}" if named else "")

@@ -34,7 +34,16 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, records, target_line, token_line, wrote
+from tl_neuron_attr.cli.terminal import (
+    WIDTH,
+    model_line,
+    print_table,
+    records,
+    target_line,
+    token_line,
+    wrote,
+)
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import head_scan
@@ -129,8 +138,8 @@ def _show(
     lines.add_column("own rise", justify="right", no_wrap=True)
     for row in records(shown):
         label = f"L{row['layer']}.H{row['head']}"
-        lines.add_row(label, f"{row['change']:+.3f}", f"{row['score']:+.3f}")
-    console.print(lines)
+        lines.add_row(label, decimals(row["change"]), decimals(row["score"]))
+    print_table(console, lines)
     console.print("[dim]own rise: what the head itself adds to the target, nothing zeroed[/]")
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")

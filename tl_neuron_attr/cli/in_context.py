@@ -36,7 +36,15 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line, wrote
+from tl_neuron_attr.cli.terminal import (
+    WIDTH,
+    model_line,
+    print_table,
+    target_line,
+    token_line,
+    wrote,
+)
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
@@ -81,7 +89,7 @@ def in_context(
 ) -> None:
     """The heads that carry the labels of a few-shot prompt to its answer.
 
-    Example: tl-neuron-attr in-context "great: positive awful: negative nice:" --model gpt2
+    Example: tl-neuron-attr in-context "the color red, number two, the" --labels " color" " number"
     """
     with errors_in_one_sentence():
         prompt = prompt_of(text, tokens, bos, position, either("--target", target, target_id), None)
@@ -173,17 +181,17 @@ def _show(
         where = ", ".join(map(str, places))
         console.print(f"[bold]Label {number}[/]  {escape(visible(label.text))} at {where}")
     console.print(f"\n[bold]Heads[/], the best {len(found.heads)} by score, nats")
-    console.print(_head_table(found))
+    print_table(console, _head_table(found))
     console.print(
         "[dim]score: rise in log p(target); zeroed: its change without the head; label 1 - 2: rise "
         "in log p(label 1) - log p(label 2), of the whole head and from the positions of each "
         "label; att.: the attention these are paid[/]"
     )
     console.print(f"\n[bold]{head} at the label positions[/]")
-    console.print(_position_table(result, found, head))
+    print_table(console, _position_table(result, found, head))
     console.print(
         "[dim]M: log p(label 1) - log p(label 2) of what the head brings from there, read out "
-        f"alone: of it {found.constant:+.3f} comes from the biases, the same everywhere; "
+        f"alone: of it {decimals(found.constant)} comes from the biases, the same everywhere; "
         "label 1 - 2: M without that[/]"
     )
     console.print(f"\n[bold]What {head} reads[/], by where it comes from")
@@ -198,16 +206,16 @@ def _show(
 def _head_table(found: InContextHeads) -> Table:
     table = _table("head", "score", "zeroed", "label 1 - 2", "from 1", "from 2", "att. 1", "att. 2")
     for row in records(found.heads):
-        zeroed = "" if row["zeroed"] is None else f"{row['zeroed']:+.3f}"
+        zeroed = "" if row["zeroed"] is None else decimals(row["zeroed"])
         table.add_row(
             f"L{row['layer']}.H{row['head']}",
-            f"{row['score']:+.3f}",
+            decimals(row["score"]),
             zeroed,
-            f"{row['contrast']:+.3f}",
-            f"{row['contrast_1']:+.3f}",
-            f"{row['contrast_2']:+.3f}",
-            f"{row['attention_1']:.3f}",
-            f"{row['attention_2']:.3f}",
+            decimals(row["contrast"]),
+            decimals(row["contrast_1"]),
+            decimals(row["contrast_2"]),
+            decimals(row["attention_1"], sign=False),
+            decimals(row["attention_2"], sign=False),
         )
     return table
 
@@ -221,9 +229,9 @@ def _position_table(result: Attribution, found: InContextHeads, head: Head) -> T
     for row in _of(found.positions, head):
         table.add_row(
             str(row["source_pos"]),
-            f"{row['attention']:.3f}",
-            f"{row['log_prob_difference']:+.3f}",
-            f"{row['contrast']:+.3f}",
+            decimals(row["attention"], sign=False),
+            decimals(row["log_prob_difference"]),
+            decimals(row["contrast"]),
             Text(visible(row["label"])),
         )
     return table
@@ -234,7 +242,7 @@ def _of(table: pd.DataFrame, head: Head) -> list[dict[str, Any]]:
 
 
 def _input_table(inputs: pd.DataFrame, read_pos: int, width: int) -> Table:
-    tokens = max(12, (width - 58) // 2)
+    tokens = max(8, (width - 58) // 2)
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name in ("position", "part", "norm", "share", "of value", "raises", "lowers"):
         table.add_column(
@@ -251,8 +259,8 @@ def _input_table(inputs: pd.DataFrame, read_pos: int, width: int) -> Table:
             Text(f"{row['position']}:{visible(row['token'])[:12]} ({what})" if first else ""),
             row["part"],
             "" if row["norm"] is None else f"{row['norm']:.2f}",
-            f"{row['share']:+.2f}",
-            f"{row['value_share']:+.2f}",
+            decimals(row["share"], 2),
+            decimals(row["value_share"], 2),
             Text(" ".join(map(visible, row["raises"]))),
             Text(" ".join(map(visible, row["lowers"]))),
         )

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from tl_neuron_attr.cli.options import (
     Device,
@@ -14,6 +15,7 @@ from tl_neuron_attr.cli.options import (
     index_of,
     load,
 )
+from tl_neuron_attr.cli.terminal import WIDTH
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.index import default_directory
 
@@ -31,7 +33,9 @@ def index(
 ) -> None:
     """The projection of every neuron of a model on the vocabulary, computed once and kept.
 
-    Goes on where it was interrupted. Example: tl-neuron-attr index --model ./my-model --out indices
+    Goes on where it was interrupted.
+
+    Example: tl-neuron-attr index --model tiny-facts --out indices
     """
     with errors_in_one_sentence():
         directory = default_directory() if out is None else out
@@ -39,9 +43,10 @@ def index(
         started = time.perf_counter()
         found = index_of(load(model, device, dtype), directory)
         n_layers, d_mlp = found.ffn.low.shape
-        print(
+        console = Console(width=min(WIDTH, Console().width), highlight=False, markup=False)
+        console.print(
             f"{model}: {n_layers} layers, {n_layers * d_mlp:,} FFN and "
             f"{found.attn.low.numel():,} attention subvalues, {found.k} tokens of each end, "
-            f"{time.perf_counter() - started:.1f} s with loading\n"
-            f"in {directory / found.weights_sha256}"
+            f"{time.perf_counter() - started:.1f} s with loading"
         )
+        console.print(f"in {directory / found.weights_sha256}", soft_wrap=True)

@@ -23,17 +23,14 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH
+from tl_neuron_attr.cli.terminal import WIDTH, print_table
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.paper import Paper, Settings, check_published, write_paper
 from tl_neuron_attr.tables import records
 
-_TABLE_WIDTH = 80
-
 paper_app = typer.Typer(
     invoke_without_command=True,
-    help="Every table and figure of the paper for one model, published numbers beside them.",
 )
 
 
@@ -78,7 +75,7 @@ def write(
 
     Stopped, it goes on where it was when called again with the same arguments.
 
-    Example: tl-neuron-attr paper --model tiny-facts --out paper-of-tiny-facts
+    Example: tl-neuron-attr paper --limit 12 --out paper-of-tiny-facts
     """
     if context.invoked_subcommand is not None:
         return
@@ -127,7 +124,7 @@ def check(
             {"gpt2-large": gpt2, "llama-7b": llama}, load=lambda name: load(name, device, dtype)
         )
     console = Console(width=min(WIDTH, Console().width), highlight=False)
-    console.print(_check_table(table))
+    print_table(console, _check_table(table))
     for model, rows in table.groupby("model", sort=False):
         left_out = rows.loc[rows["verdict"] == "skipped"]
         if len(left_out):
@@ -162,9 +159,7 @@ def _announced(line: str) -> str:
 
 def _show(found: Paper) -> None:
     """What was written, and the table of methods."""
-    # a narrower terminal breaks the lines; cells would lose digits
-    width = max(_TABLE_WIDTH, min(WIDTH, Console().width))
-    console = Console(width=width, highlight=False)
+    console = Console(width=min(WIDTH, Console().width), highlight=False)
     methods = found.tables["methods"]
     console.print("[bold]Without the top 10 FFN neurons[/], means over prompts")
     table = Table(box=None, pad_edge=False, header_style="dim")
@@ -186,7 +181,7 @@ def _show(found: Paper) -> None:
             "-" if row[name] is None else f"{row[name]:.3f}" for name in names if name != "method"
         ]
         table.add_row(row["method"].replace("_", " "), *cells)
-    console.print(table)
+    print_table(console, table)
     console.print("[dim]published: of other sentences, which were never released[/]")
     console.print(
         f"wrote {len(found.tables)} tables and {len(found.figures)} figures to "

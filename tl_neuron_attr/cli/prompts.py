@@ -24,7 +24,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, records, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, print_table, records, wrote
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import model_facts, open_host
@@ -74,7 +74,7 @@ def prompts(
 ) -> None:
     """Which prompts there are by type; with --model which it knows, and why others fall out.
 
-    Example: tl-neuron-attr prompts capital --model tiny-facts --out known.jsonl
+    Example: tl-neuron-attr prompts month --model tiny-facts --out known.jsonl
     """
     with errors_in_one_sentence():
         if out is not None:
@@ -176,7 +176,7 @@ def _show(
     for row in records(table):
         cells = [f"{value:,}" if isinstance(value, int) else str(value) for value in row.values()]
         lines.add_row(*map(escape, cells), style="bold" if row["knowledge_type"] == "all" else "")
-    console.print(lines)
+    print_table(console, lines)
     if known is not None:
         _show_reasons(console, known)
     for message in messages:

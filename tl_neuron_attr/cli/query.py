@@ -48,11 +48,13 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     neuron_lines,
     peak_memory,
+    print_table,
     records,
     target_line,
     token_line,
     wrote,
 )
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
@@ -119,8 +121,9 @@ def query(
 ) -> None:
     """What set the value neurons off: earlier layers, heads and neurons, by how much they fed them.
 
-    Scores are the value neurons' own, handed down by share of what they read. Example:
-    tl-neuron-attr query "The capital of France is" --for attn --value-top 30
+    Scores are the value neurons' own, handed down by share of what they read.
+
+    Example: tl-neuron-attr query "The capital of France is" --for attn --value-top 30
     """
     with errors_in_one_sentence():
         prompt = prompt_of(
@@ -276,9 +279,9 @@ def _show(result: Attribution, scores: QueryScores, asked: _Asked, model: str, t
     console.print(target_line(result))
     console.print(_value_lines(scores, asked))
     console.print("\n[bold]What feeds them, nats[/], from each layer")
-    console.print(_layer_table(scores, console.width))
+    print_table(console, _layer_table(scores, console.width))
     heads = [
-        f"{Head(row['layer'], row['head'])} {row['score']:+.3f}"
+        f"{Head(row['layer'], row['head'])} {decimals(row['score'])}"
         for row in records(result.query_heads(scores, top=top))
     ]
     if heads:
@@ -324,7 +327,7 @@ def _value_lines(scores: QueryScores, asked: _Asked) -> Text:
             f"the best {len(ranked)} {names[ranked.kind]} neurons" for ranked in scores.values
         )
     together = "together " if len(neurons) > 1 else ""
-    line = Text.assemble(("Value neurons", "bold"), f"  {what}, {together}{total:+.3f} nats")
+    line = Text.assemble(("Value neurons", "bold"), f"  {what}, {together}{decimals(total)} nats")
     kept = scores.ill_conditioned & ~scores.left_out
     for done, which in (("left out", scores.left_out), ("kept, as published", kept)):
         bad = [neuron for neuron, one in zip(neurons, which, strict=True) if one]
@@ -346,10 +349,10 @@ def _layer_table(scores: QueryScores, width: int) -> Table:
     attn, ffn = scores.attn.tolist(), scores.ffn.tolist()
     embed, bias = float(scores.embed), float(scores.bias)
     largest = max(*map(abs, (*attn, *ffn, embed, bias)), 1e-9)
-    longest = min(24, (width - 34) // 2)  # what the numbers leave
+    longest = max(1, min(24, (width - 34) // 2))  # what the numbers leave
 
     def cells(score: float) -> tuple[str, Text]:
-        return f"{score:+.3f}", bar(score / largest, longest)
+        return decimals(score), bar(score / largest, longest)
 
     table.add_row("embedding", *cells(embed))
     heads = ("layer", "attention", "", "FFN", "")
@@ -358,5 +361,5 @@ def _layer_table(scores: QueryScores, width: int) -> Table:
         table.add_row(str(layer), *(cell for score in of_layer for cell in cells(score)))
     if scores.convention == "exact":
         table.add_row("biases", *cells(bias))
-    table.add_row("sum", f"{sum(attn) + sum(ffn) + embed + bias:+.3f}")
+    table.add_row("sum", decimals(sum(attn) + sum(ffn) + embed + bias))
     return table

@@ -10,17 +10,23 @@ from typing import Any
 
 import pandas as pd
 import torch
+from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.display import decimals
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.tables import records
 
 WIDTH = 100
+
+_LEAST = 8
+"""Characters below which a list of tokens says nothing."""
 
 
 def model_line(host: Host, model: str) -> str:
@@ -47,14 +53,15 @@ def target_line(result: Attribution) -> str:
     target, before = result.target, result.embedding_log_prob
     line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
     if target.against is None:
+        log_prob = decimals(result.log_prob, sign=False)
         return (
-            f"{line}   log p = {result.log_prob:.3f} nats, p = {math.exp(result.log_prob):.3g}; "
+            f"{line}   log p = {log_prob} nats, p = {math.exp(result.log_prob):.3g}; "
             f"before the first layer p = {math.exp(before):.2g}"
         )
     other = target.against
     return (
         f"{line} against {escape(visible(other.text))} (id {other.id})   difference of log p = "
-        f"{result.log_prob:+.3f} nats; before the first layer {before:+.3f}"
+        f"{decimals(result.log_prob)} nats; before the first layer {decimals(before)}"
     )
 
 
@@ -106,8 +113,7 @@ def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] =
     if query:
         widths["at"] = max(len(place[:longest]) for place in at)
     widths |= {"score": 7, "coef.": 7}
-    tokens = max(12, (width - sum(widths.values()) - 2 * len(widths) - 2) // 2)
-    widths |= {"raises": tokens, "lowers": tokens}
+    widths |= token_widths(width - sum(widths.values()) - 2 * (len(widths) - 1))
     table = Table(box=None, pad_edge=False, header_style="dim")
     for name, columns in widths.items():
         number = name in ("score", "coef.")
@@ -123,12 +129,59 @@ def neuron_lines(neurons: pd.DataFrame, width: int, token_texts: Sequence[str] =
             label,
             *([Text(source)] if attention else []),
             *([Text(at[number][:longest])] if query else []),
-            f"{row['score']:+.3f}",
-            f"{row['coefficient']:+.2f}",
-            Text(" ".join(visible(token) for token in row["raises"])),
-            Text(" ".join(visible(token) for token in row["lowers"])),
+            decimals(row["score"]),
+            decimals(row["coefficient"], 2),
+            *(
+                Text(" ".join(map(visible, row[name])))
+                for name in ("raises", "lowers")
+                if name in widths
+            ),
         )
     return table
+
+
+def token_widths(left: int) -> dict[str, int]:
+    """Columns of token lists in what a line has left: both, the first, or none; never numbers."""
+    if left >= 2 * (_LEAST + 2):
+        return dict.fromkeys(("raises", "lowers"), left // 2 - 2)
+    return {"raises": left - 2} if left >= _LEAST + 2 else {}
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table whose cells are not to be cut: in parts, where the terminal is too narrow.
+
+    Each part begins with the first column.
+    """
+    cells = [list(column.cells) for column in table.columns]
+    sizes = []
+    for of_column, column in zip(cells, table.columns, strict=True):
+        found = [Measurement.get(console, console.options, each).maximum for each in of_column]
+        header = Measurement.get(console, console.options, column.header)
+        # the words of a header may stand under each other
+        sizes.append(max([*found, header.maximum if column.no_wrap else header.minimum]))
+    parts: list[list[int]] = [[0]]
+    for number in range(1, len(sizes)):
+        taken = sum(sizes[place] + 2 for place in parts[-1])
+        if taken + sizes[number] > console.width and len(parts[-1]) > 1:
+            parts.append([0])
+        parts[-1].append(number)
+    if len(parts) == 1:
+        console.print(table)
+        return
+    for number, part in enumerate(parts):
+        one = Table(
+            box=None,
+            pad_edge=False,
+            header_style="dim",
+            show_header=table.show_header,
+            caption=table.caption if number == len(parts) - 1 else None,
+        )
+        for place in part:
+            column = table.columns[place]
+            one.add_column(column.header, justify=column.justify, no_wrap=column.no_wrap)
+        for row, line in enumerate(table.rows):
+            one.add_row(*(cells[place][row] for place in part), style=line.style)
+        console.print(one)
 
 
 def neuron_of(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:

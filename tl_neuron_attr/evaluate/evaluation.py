@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from jaxtyping import Float, Int
 
+from tl_neuron_attr.display import box, grid, line, next_calls
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate.effects import CONTROLS
 from tl_neuron_attr.evaluate.statistics import (
@@ -23,6 +24,7 @@ from tl_neuron_attr.evaluate.statistics import (
     spearman,
 )
 from tl_neuron_attr.files import check_writable
+from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import write_tables
 
 EFFECT_COLUMNS = (
@@ -97,6 +99,38 @@ class Evaluation:
     method's own ``score``. As many as the largest ``top``, and 100 at the most."""
     facts: Mapping[str, Any]
     """Where these numbers come from, ready for JSON: model, prompts, methods, seed, versions."""
+
+    def __repr__(self) -> str:
+        left = f", {len(self.skipped)} left out" * bool(len(self.skipped))
+        return (
+            f"Evaluation of {', '.join(self.facts['methods'])} on {len(self.prompts)} prompts{left}"
+        )
+
+    def _repr_html_(self) -> str:
+        """For notebooks: plain means, so that nothing is resampled."""
+        grid_ = self._grid
+        means_ = {"before": grid_.before, "after": grid_.after}
+        table = grid_.columns.assign(**{name: np.nanmean(v, 0) for name, v in means_.items()})
+        table = table.assign(change=table["after"] - table["before"])
+        shown = pd.DataFrame(table[table["metric"] == "log_prob"])
+        return box(
+            repr(self),
+            grid(
+                grid_of(
+                    shown,
+                    "Mean log p(answer), nats, without each method's best neurons",
+                    columns=("method", "kind", "top", "before", "after", "change"),
+                )
+            ),
+            line(f"controls: {', '.join(CONTROLS)}; the lower the change, the better the method"),
+            next_calls(
+                {
+                    "evaluation.summary()": "every metric, with intervals",
+                    "evaluation.comparisons()": "methods tested in pairs",
+                    "views.effect_curves(evaluation.curves())": "the curves",
+                }
+            ),
+        )
 
     @property
     def methods(self) -> tuple[str, ...]:

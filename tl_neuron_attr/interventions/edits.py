@@ -15,6 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.host import Host, open_host, output_bias, output_weights
 from tl_neuron_attr.interventions.values import (
@@ -102,6 +103,8 @@ class Edit:
     host: Host
     interventions: tuple[Intervention, ...]
     changes: tuple[_Change, ...]
+
+    __repr__ = brief
 
     @property
     def undone(self) -> bool:

@@ -25,6 +25,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, check_exists
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, Kind, parse_part
@@ -121,6 +122,8 @@ class MeanCoefficients:
     """Of attention neurons summed over source positions."""
     n_positions: int
     """How many positions it is a mean over, of all prompts together."""
+
+    __repr__ = brief
 
     def of(self, kind: Kind, layer: int) -> Float[Tensor, "*unit"]:
         """Those of one layer's FFN neurons, or of its ``z``."""

@@ -23,6 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_neuron_attr.capture import capture
+from tl_neuron_attr.display import box, grid, next_calls, warned
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, one_token, open_host, tokenize
 from tl_neuron_attr.identities import verify
@@ -35,6 +36,7 @@ from tl_neuron_attr.knowledge.facts import (
 )
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
+from tl_neuron_attr.styled import grid_of
 
 Reason = Literal[
     "not one token", "cannot be asked", "not among the top", "another answer of its type above"
@@ -42,6 +44,8 @@ Reason = Literal[
 """Why a prompt falls out, in the order in which it is looked at."""
 
 COUNT_COLUMNS = ("knowledge_type", "asked", "one_token", "in_top", "kept")
+
+_WHY = ("text", "answer", "reason", "detail")
 
 # Prompts whose residuals are held at once, and of those the ones whose logits are.
 _PROMPTS_AT_A_TIME = 1024
@@ -80,6 +84,20 @@ class KnownPrompts:
     top: int | None
     above_type: bool
     warnings: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        return f"KnownPrompts({self.summary()})"
+
+    def _repr_html_(self) -> str:
+        reasons = self.reasons()
+        some = [] if reasons.empty else [grid(grid_of(reasons, "Left out", top=5, columns=_WHY))]
+        return box(
+            f"Prompts that the model knows: {self.summary()}",
+            grid(grid_of(self.counts())),
+            *some,
+            warned(self.warnings),
+            next_calls({"known.kept": "with log p and rank", "known.reasons()": "all left out"}),
+        )
 
     def counts(self) -> pd.DataFrame:
         """One row a knowledge type, then one for all together.

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.decompose import Decomposition
+from tl_neuron_attr.display import box, cell, facts, next_calls
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.glance import target_words
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one
 from tl_neuron_attr.topk import Kind, RankedNeurons
@@ -34,6 +36,24 @@ class Case:
         default_factory=dict, init=False, repr=False, compare=False
     )
     """What ``rank`` found, by kind: it is dear, and two methods use it."""
+
+    def __repr__(self) -> str:
+        beside = "" if self.corrupted is None else f", corrupted {self.corrupted.text!r}"
+        return f"Case({self.result!r}{beside})"
+
+    def _repr_html_(self) -> str:
+        prompt, corrupted = self.result.captured.prompt, self.corrupted
+        return box(
+            "Case: one prompt whose neurons are to be scored",
+            facts(
+                {
+                    "prompt": cell(prompt.token_texts),
+                    "target": target_words(self.result.target, self.result.log_prob),
+                    "corrupted": "" if corrupted is None else cell(corrupted.token_texts),
+                }
+            ),
+            next_calls({"METHODS['log_prob_increase'](case, 'ffn', None)": "all scores"}),
+        )
 
     def __post_init__(self) -> None:
         if self.corrupted is None:

@@ -1,0 +1,204 @@
+"""The terminal: what to type next, examples that run, lines that fit, colours only where wanted."""
+
+import os
+import pty
+import re
+import select
+import shlex
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+from rich.table import Table
+from typer.testing import CliRunner
+
+from tl_neuron_attr import cli
+from tl_neuron_attr.cli.terminal import print_table, token_widths
+from tl_neuron_attr.display import decimals
+
+COMMANDS = [cli._name(command) for commands in cli.PANELS.values() for command in commands]
+SLOW = {"paper"}  # the whole paper takes minutes; tests/test_paper_run.py runs it on a few prompts
+
+
+def run(*arguments, width=100):
+    return CliRunner().invoke(cli.app, list(arguments), env={"COLUMNS": str(width)})
+
+
+def example_of(command):
+    """The arguments of the example in a command's help, as it is printed."""
+    shown = run(command, "--help", width=300).output
+    (found,) = re.findall(r"Example: tl-neuron-attr (.*)", shown)
+    return shlex.split(found)
+
+
+# --- what to type next ------------------------------------------------------------------------
+
+
+def test_without_a_command_it_says_what_to_type_and_what_there_is():
+    shown = run()
+    assert shown.exit_code == 0
+    for line in (*cli.FIRST_STEPS, *cli.PANELS, *COMMANDS):
+        assert line in shown.output, line
+
+
+@pytest.mark.parametrize("line", cli.FIRST_STEPS)
+def test_the_first_steps_work_as_they_stand(line, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    name, *arguments = shlex.split(line)
+    assert name == "tl-neuron-attr"
+    shown = run(*arguments)
+    assert shown.exit_code == 0, shown.output
+    assert line in run(width=60).output  # never broken: to be copied
+
+
+def test_every_command_stands_in_one_group():
+    shown = run("--help").output
+    assert sorted(COMMANDS) == sorted(set(COMMANDS))
+    for panel, commands in cli.PANELS.items():
+        assert f"─ {panel} ─" in shown
+        for command in commands:
+            assert re.search(rf"│ {cli._name(command)} ", shown)
+
+
+def test_a_slip_of_the_finger_gets_a_suggestion():
+    shown = run("atribute", "The capital of France is")
+    assert shown.exit_code == 2 and "Did you mean 'attribute'?" in shown.output
+    shown = run("attribute", "The capital of France is", "--tpo", "3")
+    assert shown.exit_code == 2 and "--top" in shown.output
+
+
+# --- examples, and lines that fit -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    assert example_of(command)[0] == command
+
+
+@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SLOW])
+def test_the_example_runs_offline_and_fits_100_80_and_60_columns(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = example_of(command)
+    # the last two take seconds each
+    for width in (60,) if command in ("prompts", "evaluate") else (100, 80, 60):
+        shown = run(*arguments, width=width)
+        assert shown.exit_code == 0, shown.output
+        lines = shown.output.splitlines()
+        long = [line for line in lines if len(line) > width and "indices" not in line]
+        assert not long, long
+        # a number is never cut: an ellipsis ends words only
+        assert not re.findall(r"[+-]\d*\.\d*…", shown.output)
+
+
+def test_a_table_too_wide_is_printed_in_parts_and_loses_nothing():
+    table = Table(box=None, pad_edge=False)
+    cells = [f"+{number}.{number:06}" for number in range(12)]
+    for number in range(12):
+        table.add_column(f"column{number}", no_wrap=True)
+    table.add_row(*cells)
+    for width in (30, 44, 60, 200):
+        with open(os.devnull, "w") as nowhere:
+            console = Console(width=width, file=nowhere, record=True)
+            print_table(console, table)
+        shown = console.export_text()
+        assert max(map(len, shown.splitlines())) <= width
+        assert [shown.count(cell) for cell in cells[1:]] == [1] * 11
+        parts = len(shown.splitlines()) // 2
+        assert shown.count(cells[0]) == parts and (parts == 1) == (width == 200)
+
+
+def test_token_lists_give_way_before_numbers_do():
+    assert token_widths(60) == {"raises": 28, "lowers": 28}
+    assert token_widths(12) == {"raises": 10}
+    assert token_widths(9) == token_widths(-20) == {}
+
+
+@pytest.mark.parametrize(
+    ("value", "digits", "shown"),
+    [
+        (0.5833, 3, "+0.583"),
+        (-0.0005, 3, "-0.001"),
+        (4.9e-4, 3, "+4.9e-4"),
+        (-3.21e-5, 3, "-3.2e-5"),
+        (3.21e-12, 3, "+3e-12"),
+        (0.0, 3, "+0.000"),
+        (0.004, 2, "+4.0e-3"),
+        (float("nan"), 3, "+nan"),
+        (12.3456, 2, "+12.35"),
+    ],
+)
+def test_decimals_never_show_a_score_as_nothing(value, digits, shown):
+    assert decimals(value, digits) == shown
+    assert len(decimals(value)) <= 7
+
+
+# --- a real terminal, and none ----------------------------------------------------------------
+
+SEQUENCE = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
+HEADS = ("heads", "The capital of France is")
+THREE_TIMES = f"""
+import os
+from tl_neuron_attr.cli import app
+for setting in ({{}}, {{"TERM": "dumb"}}, {{"NO_COLOR": "1"}}):
+    os.environ.update(setting)
+    app({list(HEADS)!r}, standalone_mode=False)
+    print("=====")
+    os.environ["TERM"] = "xterm-256color"
+"""
+
+
+def on_a_terminal(program, columns):
+    """What a Python program shows on a terminal that has colours, and its exit code."""
+    primary, secondary = pty.openpty()
+    env = {**os.environ, "TERM": "xterm-256color", "COLUMNS": str(columns)}
+    env.pop("NO_COLOR", None)
+    running = subprocess.Popen(
+        [sys.executable, "-c", program],
+        stdin=secondary,
+        stdout=secondary,
+        stderr=secondary,
+        env=env,
+    )
+    os.close(secondary)
+    shown = b""
+    while select.select([primary], [], [], 120)[0]:
+        try:
+            piece = os.read(primary, 65536)
+        except OSError:  # the program has ended
+            break
+        if not piece:
+            break
+        shown += piece
+    os.close(primary)
+    return shown.decode(), running.wait(timeout=120)
+
+
+def test_colours_are_for_terminals_that_have_them_and_readers_who_want_them():
+    shown, code = on_a_terminal(THREE_TIMES, columns=80)
+    assert code == 0, shown
+    coloured, dumb, plain, _ = shown.split("=====")
+    assert SEQUENCE.search(coloured)
+    assert max(len(SEQUENCE.sub("", line)) for line in coloured.splitlines()) <= 80
+    assert not SEQUENCE.search(dumb)
+    # bold and dim are no colours
+    assert not [code for code in SEQUENCE.findall(plain) if re.search(r"\[(3|4|9)\d", code)]
+
+
+def test_a_closed_pipe_leaves_no_traceback_and_pipes_get_no_colours():
+    command = shlex.join([sys.executable, "-m", "tl_neuron_attr.cli", *HEADS])
+    piped = subprocess.run(
+        ["bash", "-c", f"{command} | head -1"], capture_output=True, text=True, timeout=120
+    )
+    assert piped.stderr == "" and piped.stdout.startswith("tiny-facts")
+    assert not SEQUENCE.search(piped.stdout)
+
+
+def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["tl_neuron_attr.cli.heads"], "load", interrupted)
+    shown = run(*HEADS)
+    assert shown.exit_code == 130
+    assert "Traceback" not in shown.output
