@@ -42,7 +42,7 @@ NOT_RUN = {
 COMMAND = "tl-neuron-attr"
 
 # Commands that ask thousands of prompts are run on every so manieth of them.
-FEWER = 200
+FEWER = 600
 
 
 @dataclass(frozen=True)
