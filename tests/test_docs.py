@@ -15,7 +15,7 @@ from conftest import HookedTransformer
 from typer.testing import CliRunner
 
 import tl_neuron_attr
-from tl_neuron_attr import cli, load_prompts
+from tl_neuron_attr import cli, load_prompts, models
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.evaluate import run as evaluate_run
 from tl_neuron_attr.models import load_model
@@ -124,11 +124,15 @@ def reader(tmp_path, monkeypatch):
 
     loaded = {}
 
+    source = models._source
+    monkeypatch.setattr(
+        models, "_source", lambda name: source("tiny-facts" if name in STAND_INS else name)
+    )
+
     def load(name="tiny-facts", **options):
-        name = "tiny-facts" if name in STAND_INS else name
-        if name not in loaded:
-            loaded[name] = load_model(name, **options)
-        return loaded[name]
+        if (name, *options.items()) not in loaded:
+            loaded[name, *options.items()] = load_model(name, **options)
+        return loaded[name, *options.items()]
 
     monkeypatch.setattr(tl_neuron_attr, "load_model", load)
     monkeypatch.setattr(options, "load_model", load)
