@@ -101,10 +101,10 @@ def test_a_file_in_place_of_its_directory(mine):
 def test_a_folder_of_checkpoints_names_those_inside(mine):
     folder = mine.parent / "run"
     shutil.copytree(mine, folder / "checkpoint-500")
-    assert refusal(folder).endswith(f"; inside it there is {str(folder / 'checkpoint-500')!r}")
+    assert refusal(folder).endswith(f"; give one inside it: {str(folder / 'checkpoint-500')!r}")
     cache = mine.parent / "models--me--mine"
     shutil.copytree(mine, cache / "snapshots" / "abc")
-    assert refusal(cache).endswith(f"; inside it there is {str(cache / 'snapshots' / 'abc')!r}")
+    assert refusal(cache).endswith(f"; give one inside it: {str(cache / 'snapshots' / 'abc')!r}")
 
 
 @pytest.mark.parametrize(

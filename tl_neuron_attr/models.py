@@ -211,7 +211,7 @@ def _instead(path: Path) -> str:
     newest = sorted(inside, key=lambda config: config.stat().st_mtime, reverse=True)
     if newest:
         names = ", ".join(repr(str(config.parent)) for config in newest[:3])
-        return f"; inside it there is {names}" + (", ..." if len(newest) > 3 else "")
+        return f"; give one inside it: {names}" + (", ..." if len(newest) > 3 else "")
     return "; give the directory that save_pretrained(...) wrote"
 
 
