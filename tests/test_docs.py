@@ -15,12 +15,16 @@ from conftest import HookedTransformer
 from typer.testing import CliRunner
 
 import tl_neuron_attr
-from tl_neuron_attr import cli
+from tl_neuron_attr import cli, load_prompts, models
 from tl_neuron_attr.cli import options
+from tl_neuron_attr.evaluate import run as evaluate_run
 from tl_neuron_attr.models import load_model
+from tl_neuron_attr.paper import run as paper_run
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
-PAGES = sorted((Path(__file__).parents[1] / "docs" / "pages").glob("*.md"))
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs" / "pages").glob("*.md"))
+README = ROOT / "README.md"
 
 # Names the pages load that no test can: the bundled model stands in for them.
 STAND_INS = {
@@ -36,6 +40,9 @@ NOT_RUN = {
 }
 
 COMMAND = "tl-neuron-attr"
+
+# Commands that ask thousands of prompts are run on every so manieth of them.
+FEWER = 600
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,7 @@ def blocks_of(page, text=None):
 def commands_of(block):
     """The block's commands of this package as arguments, and the file their output goes to."""
     lines = block.code.replace("\\\n", " ").splitlines()
-    for words in (shlex.split(line, comments=True) for line in lines):
+    for words in (shlex.split(part, comments=True) for line in lines for part in line.split("&&")):
         words = words[1:] if words[:1] == ["$"] else words
         if words[:1] != [COMMAND]:
             continue
@@ -104,6 +111,11 @@ def run_page(blocks):
             run_commands(block)
 
 
+def fewer_prompts(source):
+    prompts = load_prompts(source)
+    return prompts[::FEWER] if source == "paper" else prompts
+
+
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """Where a reader stands: an empty directory, a model of their own in it, and the network."""
@@ -112,14 +124,20 @@ def reader(tmp_path, monkeypatch):
 
     loaded = {}
 
+    source = models._source
+    monkeypatch.setattr(
+        models, "_source", lambda name: source("tiny-facts" if name in STAND_INS else name)
+    )
+
     def load(name="tiny-facts", **options):
-        name = "tiny-facts" if name in STAND_INS else name
-        if name not in loaded:
-            loaded[name] = load_model(name, **options)
-        return loaded[name]
+        if (name, *options.items()) not in loaded:
+            loaded[name, *options.items()] = load_model(name, **options)
+        return loaded[name, *options.items()]
 
     monkeypatch.setattr(tl_neuron_attr, "load_model", load)
     monkeypatch.setattr(options, "load_model", load)
+    for run in (evaluate_run, paper_run):
+        monkeypatch.setattr(run, "load_prompts", fewer_prompts)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine many threads for tiny matrices wait, and wait
     with torch.random.fork_rng():  # loading a model draws random numbers
@@ -127,13 +145,13 @@ def reader(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_every_example_of_a_page_runs(page, reader):
     run_page(blocks_of(page))
 
 
 def test_the_pages_have_examples_and_each_exception_is_still_needed():
-    blocks = [block for page in PAGES for block in blocks_of(page)]
+    blocks = [block for page in (README, *PAGES) for block in blocks_of(page)]
     text = "\n".join(block.code for block in blocks)
     python = [block for block in blocks if block.language == "python"]
     assert sum(block.reason_not_to_run is None for block in python) >= 30
@@ -144,9 +162,10 @@ def test_the_pages_have_examples_and_each_exception_is_still_needed():
 
 def test_no_fence_escapes_the_test():
     """Every fence opens with a language that is run or known to be no code, and is closed."""
-    for page in PAGES:
+    for page in (README, *PAGES):
         found = blocks_of(page)
-        assert {block.language for block in found} <= {"python", "bash", "console", "text"}, page
+        known = {"python", "bash", "console", "text", "math"}
+        assert {block.language for block in found} <= known, page
         fences = re.findall(r"^ *```", page.read_text(encoding="utf-8"), re.MULTILINE)
         assert len(fences) == 2 * len(found), f"{page.name} has a fence without language or end"
 
@@ -158,6 +177,7 @@ def test_no_fence_escapes_the_test():
         ("python", "1 +", SyntaxError),
         ("bash", f"{COMMAND} attribute 'a' --absent", AssertionError),
         ("bash", f"pip list\n{COMMAND} attribute ''", AssertionError),
+        ("bash", f"pip list && {COMMAND} attribute ''", AssertionError),
     ],
 )
 def test_a_broken_block_fails_its_page(language, code, error, tmp_path):

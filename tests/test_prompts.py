@@ -46,7 +46,7 @@ def test_every_form_of_a_prompt_means_the_same(tiny_gpt2):
         # as iterators, which the type checks of the tests leave alone, unlike lists
         (iter([1.5, 2]), {}, "a token id must be an integer, got 1.5"),
         ([True], {}, "a token id must be an integer, got True"),
-        (iter(["a", "b"]), {}, "a token id must be an integer, got 'a'"),
+        (iter(["a", "b"]), {}, "for several texts use attribute_all"),
         (torch.zeros(2, 3, dtype=torch.long), {}, r"one prompt.*shape \[2, 3\]"),
         (torch.zeros(3), {}, "integers of shape"),
         ([61], {}, "token id 61 at position 0 is outside the model's vocabulary of 61"),

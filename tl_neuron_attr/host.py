@@ -7,6 +7,7 @@ against the model's own activations in ``identities.py``.
 """
 
 import hashlib
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -644,7 +645,10 @@ def _encode(host: Host, text: str) -> list[int]:
 
 def _need_tokenizer(host: Host, what: str) -> None:
     if getattr(host.model, "tokenizer", None) is None:
-        raise InputError(f"the model has no tokenizer to read the {what} with; give token ids")
+        raise InputError(
+            f"the model has no tokenizer to read the {what} with; give token ids, or load the "
+            "model from a directory that holds its tokenizer's files too"
+        )
 
 
 # --- what kind of model -----------------------------------------------------------------------
@@ -655,9 +659,12 @@ def _class_name(model: Any) -> str:
     for name in ("TransformerBridge", "HookedTransformer"):
         if name in names:
             return name
+    if isinstance(model, (str, os.PathLike)):
+        raise InputError(f"expected a model, got its name; load it first: load_model({model!r})")
     raise InputError(
         "expected a TransformerBridge or a HookedTransformer, got a "
-        f"{type(model).__name__}; load it with TransformerBridge.boot_transformers(...)"
+        f"{type(model).__name__}; save a Hugging Face model and its tokenizer to a directory and "
+        "load_model(directory), or TransformerBridge.boot_transformers(..., hf_model=, tokenizer=)"
     )
 
 

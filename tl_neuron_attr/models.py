@@ -1,5 +1,7 @@
 """A name -> a TransformerLens model: the bundled one, a local directory, or a hub name."""
 
+import difflib
+import json
 import logging
 import os
 import re
@@ -15,44 +17,57 @@ from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 _MISSING = re.compile(r"^(\S+)\s*\|\s*MISSING", re.MULTILINE)
 _WEIGHT_FILES = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tokenizer_config.json")
+_HEAD = {"lm_head.weight", "lm_head.bias", "embed_out.weight"}
+_CLASSIFIER = re.compile(r"For(\w*Classification|QuestionAnswering|MultipleChoice)$")
+_LFS_POINTER = b"version https://git-lfs"
 
 
 def load_model(
-    name: str = "tiny-facts", *, device: str | None = None, dtype: str | torch.dtype = "float32"
+    name: str | os.PathLike[str] = "tiny-facts",
+    *,
+    device: str | None = None,
+    dtype: str | torch.dtype = "float32",
 ) -> Any:
     """A ``TransformerBridge`` of the model called ``name``, its weights raw, in evaluation mode.
 
     ``name`` is ``tiny-facts`` (bundled), a local Hugging Face directory, or any name that
     TransformerLens can load (which asks the hub unless the model is already on disk).
     ``device`` is by default what TransformerLens chooses; ``dtype`` is that of the weights.
+    A directory without a tokenizer gives a model whose ``tokenizer`` is None: it can be asked
+    by token ids.
 
     Raises:
         InputError: If ``dtype`` is no floating type, a directory lacks its configuration or
-            weights, or the name cannot be loaded, with the reason TransformerLens gives.
+            weights (with what it has instead), or the name cannot be loaded, with the reason
+            TransformerLens gives.
     """
     dtype = weight_dtype(dtype)
+    name = os.fspath(name)
     source = _source(name)
-    if Path(source).is_dir() and not any(
-        any(Path(source).glob(pattern)) for pattern in _WEIGHT_FILES
-    ):
-        raise InputError(
-            f"{source!r} has a config.json but no weights (*.safetensors); copy them there"
-        )
+    path = Path(source) if Path(source).is_dir() else None
+    if path is not None:
+        _check_files(path)
+    wordless = path is not None and not _has(path, _TOKENIZER_FILES)
     # the slow import of this package, and needed only here: most users bring their own model
     from transformer_lens.model_bridge import TransformerBridge
 
     try:
         # loading draws initial weights only to overwrite them
         with torch.random.fork_rng(), _load_reports() as reports:
-            model = TransformerBridge.boot_transformers(source, device=device, dtype=dtype)
+            model = TransformerBridge.boot_transformers(
+                source,
+                device=device,
+                dtype=dtype,
+                tokenizer=_no_tokenizer() if wordless else None,
+            )
     except Exception as error:  # the libraries below raise of every kind; the reason is passed on
         raise InputError(f"cannot load the model {name!r}: {_reason(name, error)}") from error
-    missing = [name for report in reports for name in _MISSING.findall(report)]
+    missing = sorted({weight for report in reports for weight in _MISSING.findall(report)})
     if missing:
-        raise InputError(
-            f"cannot load the model {name!r}: its checkpoint lacks {len(missing)} weights, e.g. "
-            f"{sorted(missing)[0]!r}, which would be random; get the complete files"
-        )
+        raise InputError(f"cannot load the model {name!r}: {_lacking(missing)}")
+    if model.tokenizer is not None and not _has_words(model.tokenizer):
+        model.tokenizer = None  # made up by transformers: it would read every text as nothing
     return model.eval()
 
 
@@ -82,6 +97,8 @@ def count_tokens(name: str, text: str, *, bos: bool | None = None) -> int:
     from transformers import AutoTokenizer
 
     source = _source(name)
+    if Path(source).is_dir() and not _has(Path(source), _TOKENIZER_FILES):
+        raise InputError(f"{source!r} has no tokenizer; give token ids, or copy its files there")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source)
     except Exception as error:  # as above
@@ -131,19 +148,141 @@ def _source(name: str) -> str:
     if not (Path(source).exists() or source.startswith((".", "/", "~"))):
         return source
     path = Path(source).expanduser()
+    if path.is_file():
+        raise InputError(f"{str(path)!r} is a file; give the directory that it is in")
     if not path.is_dir():
-        raise InputError(f"no such directory: {str(path)!r}; give a Hugging Face model directory")
+        raise InputError(
+            f"no such directory: {str(path)!r}{_meant(path)}; give a Hugging Face model directory"
+        )
     if not (path / "config.json").is_file():
         raise InputError(
             f"{str(path)!r} is not a Hugging Face model directory: it has no config.json"
+            f"{_instead(path)}"
         )
     return str(path)
 
 
+# --- what is wrong with a directory, or a name ------------------------------------------------
+
+
+def _has(path: Path, patterns: tuple[str, ...]) -> bool:
+    return any(any(path.glob(pattern)) for pattern in patterns)
+
+
+def _check_files(path: Path) -> None:
+    """Refuse a directory whose weights are elsewhere, or are a classifier's."""
+    if not _has(path, _WEIGHT_FILES):
+        raise InputError(
+            f"{str(path)!r} has a config.json but no weights (*.safetensors); copy them there"
+        )
+    for file in sorted(path.glob("*.safetensors")) + sorted(path.glob("pytorch_model*.bin")):
+        with file.open("rb") as opened:
+            if opened.read(len(_LFS_POINTER)) == _LFS_POINTER:
+                raise InputError(
+                    f"{str(file)!r} is a Git LFS pointer, not the weights; run 'git lfs pull' there"
+                )
+    for kind in _architectures(path):
+        if _CLASSIFIER.search(kind):
+            raise InputError(
+                f"{str(path)!r} is a classifier ({kind}), which was not trained to predict tokens; "
+                "give a causal language model"
+            )
+
+
+def _architectures(path: Path) -> list[str]:
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except ValueError:  # loading will say so
+        return []
+    return config.get("architectures") or []
+
+
+def _instead(path: Path) -> str:
+    """What a directory without config.json is, and which one to give."""
+    if (path / "adapter_config.json").is_file():
+        return (
+            ", for it is a PEFT adapter; merge it into its base model, and give what "
+            "merge_and_unload().save_pretrained(...) wrote"
+        )
+    if _has(path, ("*.gguf",)):
+        return ", and GGUF weights are not read; give the files that they were converted from"
+    # checkpoints of a training run, snapshots of a hub cache, a folder of models
+    inside = [*path.glob("*/config.json"), *path.glob("snapshots/*/config.json")]
+    newest = sorted(inside, key=lambda config: config.stat().st_mtime, reverse=True)
+    if newest:
+        names = ", ".join(repr(str(config.parent)) for config in newest[:3])
+        return f"; give one inside it: {names}" + (", ..." if len(newest) > 3 else "")
+    return "; give the directory that save_pretrained(...) wrote"
+
+
+def _meant(path: Path) -> str:
+    """A directory beside ``path`` of nearly the same name, as a question in brackets."""
+    parent = path.parent
+    beside = [entry.name for entry in parent.iterdir() if entry.is_dir()] if parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1)
+    return f" (did you mean {str(parent / near[0])!r}?)" if near else ""
+
+
+def _lacking(missing: list[str]) -> str:
+    if set(missing) <= _HEAD:
+        return (
+            f"it was saved without its language model's head ({missing[0]!r} would be random); "
+            "save it from AutoModelForCausalLM"
+        )
+    count = f"{len(missing)} weight" + ("s" if len(missing) > 1 else "")
+    return (
+        f"its checkpoint lacks {count}, e.g. {missing[0]!r}, which would be random; "
+        "get the complete files"
+    )
+
+
+def _has_words(tokenizer: Any) -> bool:
+    """Whether a vocabulary holds more than special tokens.
+
+    For some families transformers makes an empty tokenizer where it finds no files.
+    """
+    special = {*tokenizer.get_added_vocab(), *tokenizer.all_special_tokens}
+    return bool(set(tokenizer.get_vocab()) - special)
+
+
+def _no_tokenizer() -> Any:
+    """In place of a tokenizer that is not there, which TransformerLens would look for."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
+
+    end = "<|endoftext|>"  # no BOS token: for one, TransformerLens looks for the files again
+    words = Tokenizer(WordLevel({end: 0}, unk_token=end))
+    return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=end, pad_token=end)
+
+
 def _reason(name: str, error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    offline = os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on")
-    if offline and isinstance(error, OSError) and not Path(name).exists():
-        return "it is not on disk, and HF_HUB_OFFLINE forbids asking the hub for it"
+    text = str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    if isinstance(error, OSError) and lines and not Path(name).exists():
+        return _hub_reason(name, lines[0])
+    if "deserializing header" in text:
+        return "a weights file (*.safetensors) is damaged or cut short; copy it again"
+    if "custom code" in text:
+        return (
+            "it needs code that comes with its files; if you trust that code, load it with "
+            "TransformerBridge.boot_transformers(..., trust_remote_code=True) and pass the bridge"
+        )
     # some messages introduce a list by a line that ends in a colon
     return " ".join(lines[: 2 if lines and lines[0].endswith(":") else 1]) or type(error).__name__
+
+
+def _hub_reason(name: str, said: str) -> str:
+    """Why a name that is no directory could not be had from the hub."""
+    nearly = difflib.get_close_matches(name.lower(), ["tiny-facts"], cutoff=0.8)
+    meant = " (did you mean 'tiny-facts'?)" if nearly else _meant(Path(name))
+    if os.environ.get("HF_HUB_OFFLINE", "0").lower() in ("1", "true", "yes", "on"):
+        return (
+            "it is no directory here, nor a model on disk, and HF_HUB_OFFLINE forbids asking "
+            f"the hub for it{meant}"
+        )
+    if "connect" in said:
+        return f"it is no directory here, and the hub cannot be reached{meant}"
+    if "gated" in said:
+        return f"{said} Ask for access on its page, and set HF_TOKEN to your access token"
+    return f"{said}{meant}"

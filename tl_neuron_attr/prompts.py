@@ -45,7 +45,12 @@ class Prompt:
         if self.tokens is not None:
             if isinstance(self.tokens, (str, bytes, dict)):
                 raise InputError(f"token ids must be integers, got {self.tokens!r}")
-            tokens = tuple(integer(token, "a token id") for token in self.tokens)
+            given = tuple(self.tokens)
+            if any(isinstance(token, str) for token in given):
+                raise InputError(
+                    "a prompt is one text, or its token ids; for several texts use attribute_all"
+                )
+            tokens = tuple(integer(token, "a token id") for token in given)
             object.__setattr__(self, "tokens", tokens)
             if not tokens:
                 raise InputError("the prompt is empty: no token ids were given")
