@@ -18,7 +18,7 @@ from tl_neuron_attr.capture import (
 from tl_neuron_attr.cards import NeuronCard, neuron_card
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.compare import Comparison, OtherRun, compare
-from tl_neuron_attr.curves import mask_curve
+from tl_neuron_attr.curves import mask_curve, random_neurons
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
@@ -90,6 +90,7 @@ from tl_neuron_attr.scores import (
     neuron_scores,
     position_scores,
 )
+from tl_neuron_attr.tables import neurons_of
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"
@@ -174,6 +175,7 @@ __all__ = [
     "mask_curve",
     "mean_coefficients",
     "neuron_scores",
+    "neurons_of",
     "open_host",
     "paper_prompts",
     "parse_neuron",
@@ -183,6 +185,7 @@ __all__ = [
     "project",
     "projection_index",
     "query_scores",
+    "random_neurons",
     "read_out",
     "replace_mean",
     "save_capture",
