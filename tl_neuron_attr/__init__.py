@@ -75,7 +75,7 @@ from tl_neuron_attr.knowledge import (
     paper_prompts,
     save_prompts,
 )
-from tl_neuron_attr.methods import METHODS, Case, check_method
+from tl_neuron_attr.methods import METHODS, Case, best_neurons, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -146,6 +146,7 @@ __all__ = [
     "attribute",
     "attribute_all",
     "baselines",
+    "best_neurons",
     "capture",
     "capture_all",
     "capture_sources",

@@ -3,8 +3,6 @@
 import warnings
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -27,6 +25,8 @@ def hooked_tiny_facts() -> Any:
             "this TransformerLens has no HookedTransformer; 3.9 is the last that has, and "
             "load_model('tiny-facts') gives a TransformerBridge"
         ) from None
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     path = str(tiny_facts_dir())
     hf = AutoModelForCausalLM.from_pretrained(path)
     with warnings.catch_warnings():
