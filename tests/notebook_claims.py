@@ -132,6 +132,10 @@ COMPARATIVE_NEURON_ANALYSIS = {
         " > 0.8 * left['prob'][0]"
     ),
     "Zeroing more than ten gives back a little": "left['prob'][2] < left['prob'][3] < 0.1",
+    'Into the number neurons flows what the head carries from " 6"': (
+        "(fed := graph.node_table().query(f'kind == \"attn\" and head == {head}'))['token']"
+        ".unique().tolist() == [' 6'] and fed['layer'].unique().tolist() == [layer]"
+    ),
     "What differs most are neurons that are on in the *other* run": (
         "(three := changed.neurons('ffn', 3)).eval("
         "'other_coefficient > 2 * coefficient and abs(score) < 0.02 and other_score < -0.2').all()"
