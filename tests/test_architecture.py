@@ -21,6 +21,7 @@ ORDER = (
     "norms",
     "capture",
     "readout",
+    "lens",
     "decompose",
     "index",
     "identities",
@@ -34,6 +35,7 @@ ORDER = (
     "query",
     "inputs",
     "tables",
+    "across",
     "markup",
     "attribution",
     "attribute",
@@ -98,6 +100,7 @@ def test_each_foreign_library_stays_behind_its_wall():
         "plotly": {"views", "report/page", "paper/figures", "paper/contents"},
         "pandas": {
             "tables",
+            "across",
             "markup",
             "attribution",
             "attribute",

@@ -31,6 +31,7 @@ from tl_neuron_attr.intervals import (
     suppressing_neurons,
 )
 from tl_neuron_attr.interventions import head_scan
+from tl_neuron_attr.lens import log_probs_everywhere
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
 from tl_neuron_attr.prompts import Target, at_least_one, integer
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
@@ -41,6 +42,7 @@ from tl_neuron_attr.tables import (
     head_scan_table,
     head_table,
     layer_table,
+    log_prob_table,
     neuron_table,
     position_table,
     query_layer_table,
@@ -158,6 +160,31 @@ class Attribution:
             for block, of_layer in zip(blocks, scores, strict=True)
         ]
         return pd.concat(tables, ignore_index=True)
+
+    def log_probs(self) -> pd.DataFrame:
+        """log p(target) after each layer, at every position: ``layer, position, token, log_prob``.
+
+        Of the residual stream, read out in the result's convention as if the target came next at
+        each position; ``layer`` is empty for what enters the first. A frozen norm has at each
+        position the scale it has there at the end of the run. At the read position it goes from
+        ``embedding_log_prob`` to ``log_prob``, in steps of a layer's two scores (except in parallel
+        blocks, where scores do not add up). Positions after it are left out.
+
+        Cost: one forward pass of the same prompt, and a read-out for each row (see ``lens.py``).
+
+        Raises:
+            InputError: If the model no longer gives the activations it was attributed by.
+        """
+        with torch.no_grad():
+            found = log_probs_everywhere(self.host, self.captured, self.out, self.target)
+        return log_prob_table(found, self.captured.prompt.token_texts)
+
+    def log_probs_or_why_not(self) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
+        """``log_probs()`` by its name, or none and what to say: for a report that must not fail."""
+        try:
+            return {"log_probs": self.log_probs()}, ()
+        except NeuronAttrError as error:
+            return {}, (f"no log p by layer and position: {error}",)
 
     def neurons(
         self,
@@ -483,10 +510,12 @@ class Attribution:
         return {name: asdict(ranked.certificate) for name, ranked in lists.items()}
 
     def save(self, directory: str | Path, *, progress: bool = False) -> None:
-        """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
+        """Write ``layers``, ``heads``, ``positions``, ``log_probs``, ``neurons`` (Parquet) and
+        ``run.json``.
 
         ``neurons`` holds the value neurons, then (role ``query``) as many of ``query_neurons()``
-        as were ranked of a kind; where those cannot be had, ``run.json`` warns of it. With a
+        as were ranked of a kind; where those, or ``log_probs``, which both take the prompt to be
+        run again, cannot be had, ``run.json`` warns of it. With a
         projection index ``suppressing`` and ``shares`` too, of as many neurons as were ranked. All
         files appear together at the end, or none. Cost: scores every head at every source
         position, with a progress bar on request where it takes longer than two seconds; and that
@@ -499,22 +528,24 @@ class Attribution:
         path = check_writable(directory)
         top = max(len(self.ffn_neurons), len(self.attn_neurons))
         query_neurons, problems = self.query_neurons_or_why_not(top)
+        log_probs, no_log_probs = self.log_probs_or_why_not()
         tables = {
             "layers": self.layers(),
             "heads": self.heads(),
             "positions": self.positions(progress=progress),
+            **log_probs,
             "neurons": pd.concat([self.neurons(), query_neurons], ignore_index=True),
         }
         if self.index is not None and self.out.affine:
             tables["suppressing"] = self.suppressing()
             tables["shares"] = self.shares(top)
         found = self.facts()
-        found["warnings"] += problems
+        found["warnings"] += [*problems, *no_log_probs]
         if not problems:
             found["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
         facts = json.dumps(found, indent=2, ensure_ascii=False)
         # those of another run would not be this one's
-        stale = [name for name in ("suppressing", "shares") if name not in tables]
+        stale = [name for name in ("log_probs", "suppressing", "shares") if name not in tables]
         write_tables(path, tables, {"run.json": facts + "\n"}, stale)
 
     def _blocks(self, kind: Kind) -> Sequence[Decomposition]:

@@ -26,6 +26,7 @@ from tl_neuron_attr.topk import RankedNeurons
 LAYER_COLUMNS = ("layer", "kind", "score")
 HEAD_COLUMNS = ("layer", "head", "score")
 POSITION_COLUMNS = ("layer", "head", "source_pos", "token", "attention", "score")
+LOG_PROB_COLUMNS = ("layer", "position", "token", "log_prob")
 QUERY_VALUE_COLUMNS = (
     "kind",
     "layer",
@@ -130,6 +131,26 @@ def position_table(
             "score": _floats(scores.flatten()),
         },
         columns=list(POSITION_COLUMNS),
+    )
+
+
+def log_prob_table(
+    log_probs: Float[Tensor, "station position"], tokens: Sequence[str]
+) -> pd.DataFrame:
+    """One row a layer and position: log p(target), in nats, of the residual stream after the layer.
+
+    ``layer`` is a nullable integer, empty for what enters the first.
+    """
+    n_stations, n_pos = log_probs.shape
+    layers = [None, *range(n_stations - 1)]
+    return pd.DataFrame(
+        {
+            "layer": pd.array([layer for layer in layers for _ in range(n_pos)], dtype="Int64"),
+            "position": list(range(n_pos)) * n_stations,
+            "token": pd.array(list(tokens[:n_pos]) * n_stations, dtype="string"),
+            "log_prob": _floats(log_probs.flatten()),
+        },
+        columns=list(LOG_PROB_COLUMNS),
     )
 
 

@@ -236,8 +236,9 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         console.print(
-            f"\n[dim]wrote effects.parquet, summary (.parquet, .csv), areas, comparisons, "
-            f"predicted, calibration, prompts, skipped and evaluation.json to {escape(str(out))}[/]"
+            f"\n[dim]wrote effects.parquet, summary (.parquet, .csv), curves, areas, "
+            f"comparisons, predicted, rankings, calibration, prompts, "
+            f"skipped and evaluation.json to {escape(str(out))}[/]"
         )
 
 
