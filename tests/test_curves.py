@@ -13,6 +13,7 @@ from tl_neuron_attr import (
     attribute_all,
     compare,
     mask_curve,
+    random_neurons,
     top_neurons,
     zeroed_residuals,
 )
@@ -161,3 +162,79 @@ def test_what_cannot_be_drawn_is_refused(tiny_gpt2, monkeypatch):
     with pytest.raises(InputError, match="of another model or of a longer prompt"):
         mask_curve(result, other, [1])
     assert passes == []
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attn"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "neox-parallel"])
+def test_random_neurons_have_the_layers_of_the_ranking_place_by_place_and_none_of_its_neurons(
+    family, kind
+):
+    result = attribute(bridge_of(family), TOKENS, target=9, position=4, top=EVERY)
+    every = getattr(result, f"{kind}_neurons")
+    ranked = every.first(40)
+    drawn = random_neurons(result, ranked)
+    assert drawn.kind == kind
+    assert drawn.layer.tolist() == ranked.layer.tolist()
+    names, own = drawn.neurons(), set(ranked.neurons())
+    assert len(set(names)) == 40 and own.isdisjoint(names)
+    # each is what the model has there, with the score that the whole ranking gives it
+    places = [every.neurons().index(name) for name in names]
+    assert torch.allclose(drawn.score, every.score[places], atol=1e-5)
+    assert torch.allclose(drawn.coefficient, every.coefficient[places])
+    assert drawn.number.tolist() == every.number[places].tolist()
+    points = mask_curve(result, drawn, (0, 10, 40))
+    assert points["zeroed"].tolist() == [0, 10, 40]
+
+
+def test_random_neurons_depend_on_the_seed_alone():
+    result = attribute(bridge_of("gpt2"), TOKENS, target=9, top=30)
+    one, again, other = (random_neurons(result, seed=seed).neurons() for seed in (0, 0, 1))
+    assert one == again and one != other
+    assert set(one).isdisjoint(result.ffn_neurons.neurons())
+
+
+def test_random_neurons_are_drawn_from_the_whole_layer():
+    result = attribute(bridge_of("gpt2"), TOKENS, target=9, top=1)
+    (best,) = result.ffn_neurons.neurons()
+    drawn = {random_neurons(result, seed=seed).neurons()[0] for seed in range(400)}
+    others = {FFNNeuron(best.layer, k) for k in range(result.host.d_mlp)} - {best}
+    assert len(drawn) > 0.9 * len(others) and drawn <= others
+
+
+def test_what_nothing_can_be_drawn_beside_is_refused():
+    result = attribute(bridge_of("gpt2"), TOKENS, target=9, top=EVERY)
+    shorter = attribute(bridge_of("gpt2"), TOKENS[:2], target=9, top=EVERY)
+    for ranked, message in (
+        ("ffn", r"there are not as many others; give fewer, as result.ffn_neurons.first\(N\)"),
+        ("attn", "there are not as many others"),
+        (result.ffn_neurons.first(0), "the ranking is empty"),
+        (result.attn_neurons_over_sources.first(3), "is summed over source positions"),
+    ):
+        with pytest.raises(InputError, match=message):
+            random_neurons(result, ranked)
+    with pytest.raises(InputError, match="is of another model or prompt"):
+        random_neurons(shorter, result.attn_neurons)
+    with pytest.raises(InputError, match="seed must be at least 0"):
+        random_neurons(result, seed=-1)
+
+
+def test_a_table_of_neurons_is_a_ranking_in_its_order():
+    result = attribute(bridge_of("llama"), TOKENS, target=9, top=30)
+    for kind in ("ffn", "attn"):
+        table = result.neurons(kind)
+        wanted = mask_curve(result, kind, (0, 3, 30))
+        assert mask_curve(result, table, (0, 3, 30)).equals(wanted)
+        backwards = mask_curve(result, table[::-1], (0, 3, 30))["log_prob"].tolist()
+        forwards = wanted["log_prob"].tolist()
+        assert backwards[::2] == pytest.approx(forwards[::2], abs=1e-5)
+        assert abs(backwards[1] - forwards[1]) > 1e-4
+    queries = result.query_neurons(20, of="both")
+    beside = random_neurons(result, queries)
+    assert beside.layer.tolist() == queries["layer"].tolist()
+    for wrong, message in (
+        (result.neurons(), "this one holds both"),
+        (result.neurons().head(0), "this one holds none"),
+        (result.layers(), "this one lacks head, index"),
+    ):
+        with pytest.raises(InputError, match=message):
+            mask_curve(result, wrong, (0, 3))

@@ -27,9 +27,10 @@ from tl_neuron_attr.evaluate.evaluation import (
     PREDICTED_COLUMNS,
     Evaluation,
 )
-from tl_neuron_attr.evaluate.run import corrupted_in, drawn_evenly
+from tl_neuron_attr.evaluate.run import corrupted_in
 from tl_neuron_attr.host import open_host, tokenize
 from tl_neuron_attr.knowledge import AskedPrompt, Fact, KnowledgePrompt, KnownPrompts, load_prompts
+from tl_neuron_attr.knowledge.known import drawn_evenly
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.prompts import Prompt
 
@@ -220,12 +221,14 @@ def test_each_prompt_has_random_neurons_of_its_own(tiny_gpt2):
 
 def test_a_limit_draws_evenly_and_a_smaller_one_some_of_the_same(tiny_gpt2):
     sentences = {f"{name}/{n}": ((1, 2, 3), 9) for name in "aaabbc" for n in range(7)}
-    asked = known(tiny_gpt2, sentences).kept
-    few, more = drawn_evenly(asked, 6, 0), drawn_evenly(asked, 9, 0)
+    found = known(tiny_gpt2, sentences)
+    few, more = found.drawn(6), found.drawn(9)
     assert [each.prompt.prompt_id[0] for each in few] == ["a"] * 2 + ["b"] * 2 + ["c"] * 2
     assert {each.prompt.prompt_id for each in few} <= {each.prompt.prompt_id for each in more}
-    assert drawn_evenly(asked, None, 0) == drawn_evenly(asked, 100, 0) == asked
-    assert drawn_evenly(asked, 6, 1) != few
+    assert drawn_evenly(found.kept, None, 0) == found.drawn(100) == found.kept
+    assert found.drawn(6, seed=1) != few
+    ran = evaluate(tiny_gpt2, found, "norm", limit=6)
+    assert ran.prompts["prompt_id"].tolist() == [each.prompt.prompt_id for each in few]
 
 
 def test_zeroing_one_neuron_does_what_exact_ablation_predicts(tiny_model):

@@ -250,6 +250,7 @@ def scan_by_hand(host, prompt, target):
 def test_the_head_scan_equals_one_forward_pass_for_each_head(family):
     result = attribute(bridge_of(family), TOKENS, target=9, top=1)
     found = head_scan(result.host, result.captured, result.target)
+    assert result.head_scan()["change"].tolist() == found.flatten().tolist()
     wanted = scan_by_hand(result.host, result.captured.prompt, result.target)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
     assert wanted.abs().max() > 1e-2

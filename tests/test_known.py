@@ -24,6 +24,7 @@ from tl_neuron_attr import (
     InputError,
     Prompt,
     attribute,
+    attribute_all,
     corrupted_of,
     known_prompts,
     load_model,
@@ -243,6 +244,23 @@ def test_the_log_probability_is_that_of_an_attribution(tiny_facts, found):
         result = attribute(tiny_facts, asked.tokenized.tokens, target=target, top=1)
         assert asked.log_prob == pytest.approx(result.log_prob, abs=1e-4)
         assert asked.tokenized.tokens == result.captured.prompt.tokens
+
+
+def test_what_is_kept_can_be_attributed_as_it_was_asked(tiny_facts, found):
+    asked = found.drawn(12)
+    results = attribute_all(tiny_facts, [each.as_prompt() for each in asked], top=1)
+    for each, result in zip(asked, results, strict=True):
+        assert result.captured.prompt == replace(each.tokenized, text=None)
+        assert result.log_prob == pytest.approx(each.log_prob, abs=1e-5)
+    nothing = replace(asked[0], tokenized=replace(asked[0].tokenized, target=None))
+    with pytest.raises(InputError, match="has no answer to be asked about"):
+        nothing.as_prompt()
+
+
+def test_what_is_drawn_must_count_something(found):
+    for wrong in ({"limit": 0}, {"limit": 3, "seed": -1}):
+        with pytest.raises(InputError, match="must be at least"):
+            found.drawn(**wrong)
 
 
 def test_all_prompts_run_in_a_few_batches(tiny_facts, paper, monkeypatch):

@@ -11,7 +11,17 @@ from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tl_neuron_attr import InputError, Prompt, attribute, attribute_all, open_host, tokenize
+from tl_neuron_attr import (
+    AttnNeuron,
+    FFNNeuron,
+    InputError,
+    Prompt,
+    attribute,
+    attribute_all,
+    best_neurons,
+    open_host,
+    tokenize,
+)
 from tl_neuron_attr.methods import LETTERS, METHODS, Case, method_name, method_of, neuron_shape
 
 STATIC = (*LETTERS.values(), "direct_logit")
@@ -297,3 +307,44 @@ def test_the_tables_on_the_page_are_what_was_measured():
     assert script["closeness_table"](facts) in page
     assert f"{facts['prompts']} prompts of all six types" in page
     assert all(f"| `{name}` |" in page for name in METHODS)
+
+
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 4), st.integers(1, 6)),
+        st.tuples(st.integers(1, 3), st.integers(1, 3), st.integers(1, 4)),
+    ),
+    top=st.integers(1, 30),
+    seed=st.integers(0, 10**6),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_best_neurons_are_those_of_a_stable_sort(shape, top, seed):
+    # few values, so that there are ties
+    scores = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()
+    scores[scores == -2] = -math.inf
+    make = FFNNeuron if len(shape) == 2 else AttnNeuron
+    places = [tuple(place) for place in torch.ones(shape).nonzero().tolist()]
+    wanted = sorted(
+        (place for place in places if scores[place] > -math.inf), key=lambda place: -scores[place]
+    )
+    assert best_neurons(scores, top) == [make(*place) for place in wanted[:top]]
+
+
+def test_the_best_neurons_of_the_papers_method_are_those_attributed():
+    result = attribute(bridge_of("llama"), TOKENS, target=9, top=15)
+    case = Case(result=result)
+    method = METHODS["log_prob_increase"]
+    assert best_neurons(method(case, "ffn", 15), 15) == result.ffn_neurons.neurons()
+    wanted = result.attn_neurons_over_sources.neurons()
+    assert best_neurons(method(case, "attn", 15), 15) == wanted
+
+
+def test_what_has_no_best_neurons_is_refused():
+    for scores, message in (
+        (torch.zeros(3), "must be numbers of shape"),
+        (torch.tensor([[1.0, math.nan]]), "got shape \\[1, 2\\] with NaN"),
+    ):
+        with pytest.raises(InputError, match=message):
+            best_neurons(scores, 1)
+    with pytest.raises(InputError, match="top must be at least 1"):
+        best_neurons(torch.zeros(2, 2), 0)

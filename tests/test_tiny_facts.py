@@ -7,16 +7,18 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import HookedTransformer, needs_hooked_transformer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tl_neuron_attr import load_model, tiny_facts
+from tl_neuron_attr import InputError, attribute, load_model, tiny_facts
 from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES, knowledge_prompts, load_facts
 from tl_neuron_attr.tiny_facts import evaluate, tiny_facts_dir
 from tl_neuron_attr.tiny_facts import train as training
 from tl_neuron_attr.tiny_facts.accuracy import accuracies
 from tl_neuron_attr.tiny_facts.corpus import IGNORED, batches, sentences
+from tl_neuron_attr.tiny_facts.hooked import hooked_tiny_facts
 from tl_neuron_attr.tiny_facts.tokenizer import train_tokenizer
 from tl_neuron_attr.tiny_facts.train import TrainingSettings, train
 from tl_neuron_attr.tiny_facts.zeroing import value_neurons, zeroing_effects
@@ -69,6 +71,36 @@ def trained_twice(tmp_path_factory):
 
 
 # -- the folder -------------------------------------------------------------------------------
+
+
+def test_loading_the_model_prints_nothing_and_leaves_progress_bars_as_they_were(capfd):
+    from transformers.utils import logging
+
+    for shown in (True, False):
+        (logging.enable_progress_bar if shown else logging.disable_progress_bar)()
+        load_model("tiny-facts")
+        assert logging.is_progress_bar_enabled() == shown
+    logging.enable_progress_bar()
+    assert capfd.readouterr() == ("", "")
+
+
+@needs_hooked_transformer
+def test_as_a_hooked_transformer_it_has_the_same_scores(bridge):
+    hooked = hooked_tiny_facts()
+    assert type(hooked).__name__ == "HookedTransformer" and not hooked.training
+    prompt = "The capital of France is"
+    one, other = (attribute(model, prompt, top=20) for model in (hooked, bridge))
+    assert one.target == other.target and one.warnings == ()
+    for kind in ("ffn", "attn"):
+        ours, theirs = (result.neurons(kind) for result in (one, other))
+        assert ours["index"].tolist() == theirs["index"].tolist()
+        assert ours["score"].tolist() == pytest.approx(theirs["score"].tolist(), abs=1e-5)
+
+
+@pytest.mark.skipif(HookedTransformer is not None, reason="TransformerLens 3.9 has it")
+def test_where_there_is_no_hooked_transformer_that_is_said():
+    with pytest.raises(InputError, match="this TransformerLens has no HookedTransformer"):
+        hooked_tiny_facts()
 
 
 def test_finding_the_folder_imports_neither_torch_nor_transformers():

@@ -19,7 +19,7 @@ from tl_neuron_attr.capture import (
 from tl_neuron_attr.cards import NeuronCard, neuron_card
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.compare import Comparison, OtherRun, compare
-from tl_neuron_attr.curves import mask_curve
+from tl_neuron_attr.curves import mask_curve, random_neurons
 from tl_neuron_attr.decompose import (
     AttnDecomposition,
     FFNDecomposition,
@@ -76,7 +76,7 @@ from tl_neuron_attr.knowledge import (
     paper_prompts,
     save_prompts,
 )
-from tl_neuron_attr.methods import METHODS, Case, check_method
+from tl_neuron_attr.methods import METHODS, Case, best_neurons, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
@@ -93,6 +93,7 @@ from tl_neuron_attr.scores import (
 )
 from tl_neuron_attr.strip import TokenStrip, token_strip
 from tl_neuron_attr.styled import styled
+from tl_neuron_attr.tables import neurons_of
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"
@@ -149,6 +150,7 @@ __all__ = [
     "attribute",
     "attribute_all",
     "baselines",
+    "best_neurons",
     "capture",
     "capture_all",
     "capture_sources",
@@ -179,6 +181,7 @@ __all__ = [
     "mask_curve",
     "mean_coefficients",
     "neuron_scores",
+    "neurons_of",
     "open_host",
     "overlap_table",
     "paper_prompts",
@@ -189,6 +192,7 @@ __all__ = [
     "project",
     "projection_index",
     "query_scores",
+    "random_neurons",
     "read_out",
     "replace_mean",
     "save_capture",

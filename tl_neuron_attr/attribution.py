@@ -31,6 +31,7 @@ from tl_neuron_attr.intervals import (
     score_intervals,
     suppressing_neurons,
 )
+from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.lens import log_probs_everywhere
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.prompts import Target, at_least_one, integer, visible
@@ -41,6 +42,7 @@ from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.strip import TokenStrip
 from tl_neuron_attr.tables import (
     Saved,
+    head_scan_table,
     head_table,
     layer_table,
     log_prob_table,
@@ -480,6 +482,15 @@ class Attribution:
             return tuple(self._best_values(kind, count) for kind in kinds)
         with torch.no_grad():
             return value_neurons(self.host, self.captured, self.out, self.target, named_neurons(of))
+
+    def head_scan(self) -> pd.DataFrame:
+        """What is lost without each head: ``layer, head, change`` of log p(target), in nats.
+
+        Every head is zeroed in turn, at all positions, and the model's own prediction taken: below
+        0, the head helped. Unlike ``heads``, it counts what later layers make of the head. Cost
+        and errors are those of ``head_scan``; computed anew at each call.
+        """
+        return head_scan_table(head_scan(self.host, self.captured, self.target))
 
     def predictions(self, top: int = 5) -> pd.DataFrame:
         """The model's likeliest next tokens: ``id, token, log_prob, prob``."""

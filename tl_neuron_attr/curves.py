@@ -17,13 +17,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.chosen import value_neurons
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
 from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import ZeroMask, masked_residuals
-from tl_neuron_attr.prompts import integer
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.prompts import at_least_zero, integer
 from tl_neuron_attr.readout import full_precision, read_out
-from tl_neuron_attr.tables import CURVE_COLUMNS
+from tl_neuron_attr.tables import CURVE_COLUMNS, neurons_of
 from tl_neuron_attr.topk import RankedNeurons
 
 DEFAULT_TOPS = (0, 10, 30, 100)
@@ -51,7 +54,8 @@ def mask_curve(
         results: One attribution, or several of one model; all prompts run together.
         neurons: A ranking, best first. ``"ffn"`` or ``"attn"``: each prompt's own, as it was
             attributed. A ``RankedNeurons`` or a ``RankedDifferences``
-            (``compare(...).ffn_neurons``) for all prompts, or a list with one for each.
+            (``compare(...).ffn_neurons``) for all prompts, a table of neurons of one kind in their
+            order (``result.query_neurons(100)``), or a list with one for each.
         tops: How many neurons of the ranking, in the chosen layers; 0 is the plain run, or with
             ``keep`` the run without any.
         keep: Zero all other neurons of the ranking's kind in the chosen layers, not the top ones.
@@ -109,6 +113,69 @@ def mask_curve(
     return pd.DataFrame(rows, columns=list(CURVE_COLUMNS))
 
 
+@full_precision()
+def random_neurons(
+    result: Attribution,
+    beside: str | RankedNeurons | pd.DataFrame = "ffn",
+    *,
+    seed: int = 0,
+) -> RankedNeurons:
+    """Random neurons to stand beside a ranking: in each place one of the same layer as there.
+
+    So its first N hold as many of each layer as the N best; none is of the ranking, none comes
+    twice. They carry their own scores, and go where a ranking goes: ``mask_curve(result,
+    random_neurons(result))``, ``zero(random_neurons(result).neurons()[:10])``.
+
+    Args:
+        result: What was attributed.
+        beside: ``"ffn"`` or ``"attn"``: the result's own ranking, or another of the same run, such
+            as ``result.ffn_neurons.first(100)`` or a table of neurons of one kind. Attention
+            neurons have their source position.
+        seed: The same seed draws the same neurons.
+
+    Raises:
+        InputError: If a layer has fewer other neurons than the ranking holds of it; if the ranking
+            is empty, of another run, or summed over source positions.
+
+    Cost: one read-out for each neuron drawn, and two a layer.
+    """
+    generator = torch.Generator().manual_seed(at_least_zero(seed, "seed"))
+    (ranked,) = _rankings([result], beside if isinstance(beside, str) else [beside])
+    if not len(ranked):
+        raise InputError("the ranking is empty, so that there is nothing to draw beside it")
+    if ranked.kind == "attn" and ranked.source_pos is None:
+        raise InputError(
+            "the ranking is summed over source positions; give attention neurons by source "
+            "position, as result.attn_neurons has them"
+        )
+    blocks: Sequence[Decomposition] = result.ffns if ranked.kind == "ffn" else result.attns
+    n_neurons = blocks[0].n_neurons
+    layer, number = ranked.layer.cpu(), ranked.number.cpu()
+    if int(layer.max()) >= len(blocks) or int(number.max()) >= n_neurons:
+        raise InputError("the ranking is of another model or prompt; give one of this result's own")
+    drawn = torch.empty_like(number)
+    for each in layer.unique().tolist():
+        here = layer == each
+        order = torch.randperm(n_neurons, generator=generator)
+        others = order[~torch.isin(order, number[here])]
+        count = int(here.sum())
+        if len(others) < count:
+            raise InputError(
+                f"the ranking holds {count} of the {n_neurons} {ranked.kind} neurons of layer "
+                f"{each}, so that there are not as many others; give fewer, as "
+                f"result.{ranked.kind}_neurons.first(N) does"
+            )
+        drawn[here] = others[:count]
+    if isinstance(blocks[0], AttnDecomposition):
+        head, source_pos, index = (column.tolist() for column in blocks[0].place(drawn))
+        places = zip(layer.tolist(), head, index, source_pos, strict=True)
+        neurons = [AttnNeuron(*place) for place in places]
+    else:
+        neurons = [FFNNeuron(*place) for place in zip(layer.tolist(), drawn.tolist(), strict=True)]
+    with torch.no_grad():
+        return value_neurons(result.host, result.captured, result.out, result.target, neurons)[0]
+
+
 @dataclass(frozen=True, kw_only=True)
 class _Order:
     """The ranking of one prompt: each neuron's place in it, counted in the chosen layers."""
@@ -163,14 +230,29 @@ def _rankings(results: Sequence[Attribution], neurons: Any) -> list[RankedNeuron
             f"give one ranking for all prompts, or one for each: there are {len(each)} for "
             f"{len(results)} prompts"
         )
-    ranked = [one.neurons if isinstance(one, RankedDifferences) else one for one in each]
-    for one in ranked:
-        if not isinstance(one, RankedNeurons):
+    return [_ranking(result, one) for result, one in zip(results, each, strict=True)]
+
+
+def _ranking(result: Attribution, given: Any) -> RankedNeurons:
+    """One prompt's ranking, in whatever form it was given."""
+    if isinstance(given, RankedDifferences):
+        return given.neurons
+    if isinstance(given, pd.DataFrame):
+        neurons = neurons_of(given)
+        with torch.no_grad():
+            found = value_neurons(result.host, result.captured, result.out, result.target, neurons)
+        if len(found) != 1:
             raise InputError(
-                f"a ranking must be a RankedNeurons, like result.ffn_neurons, or a comparison's; "
-                f"got {one!r}"
+                "a table that is a ranking must hold neurons, all of one kind; this one holds "
+                f"{'both' if found else 'none'}"
             )
-    return ranked
+        return found[0]
+    if not isinstance(given, RankedNeurons):
+        raise InputError(
+            "a ranking must be a RankedNeurons, like result.ffn_neurons, a comparison's, or a "
+            f"table of neurons; got {given!r}"
+        )
+    return given
 
 
 def _order(

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,12 +50,15 @@ def load_model(
     if path is not None:
         _check_files(path)
     wordless = path is not None and not _has(path, _TOKENIZER_FILES)
-    # the slow import of this package, and needed only here: most users bring their own model
-    from transformer_lens.model_bridge import TransformerBridge
+    with warnings.catch_warnings():
+        # of a notebook without ipywidgets, where a bar is then drawn as text
+        warnings.filterwarnings("ignore", "IProgress not found")
+        # the slow import of this package, and needed only here: most users bring their own model
+        from transformer_lens.model_bridge import TransformerBridge
 
     try:
         # loading draws initial weights only to overwrite them
-        with torch.random.fork_rng(), _load_reports() as reports:
+        with torch.random.fork_rng(), _load_reports() as reports, _no_bar(name == "tiny-facts"):
             model = TransformerBridge.boot_transformers(
                 source,
                 device=device,
@@ -126,6 +130,21 @@ def _load_reports() -> Iterator[list[str]]:
     finally:
         logger.handlers = handlers
         logger.setLevel(level)
+
+
+@contextmanager
+def _no_bar(hidden: bool) -> Iterator[None]:
+    """Without the progress bar of transformers, if ``hidden``: for what takes no time to load."""
+    from transformers.utils import logging as transformers_logging
+
+    shown = transformers_logging.is_progress_bar_enabled()
+    if hidden:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden and shown:
+            transformers_logging.enable_progress_bar()
 
 
 def weight_dtype(dtype: str | torch.dtype) -> torch.dtype:

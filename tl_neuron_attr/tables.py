@@ -15,8 +15,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.differences import RankedDifferences
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
-from tl_neuron_attr.neurons import FFNNeuron
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import TokenEnds
@@ -183,6 +184,38 @@ def neuron_table(neurons: RankedNeurons, prompt_id: str, role: str = "value") ->
         },
         columns=list(NEURON_COLUMNS),
     )
+
+
+def neurons_of(table: pd.DataFrame) -> list[FFNNeuron | AttnNeuron]:
+    """The neurons a table lists, in its order, for ``zero`` and whatever else takes neurons.
+
+    Any table with the columns ``kind, layer, head, index``, fresh or read back from a file, such as
+    ``result.neurons("ffn", top=10)`` or ``result.query_neurons(30)``; without ``source_pos`` (or
+    where it is empty) attention neurons are those summed over source positions.
+
+    Raises:
+        InputError: If a column is missing, or a cell names no neuron.
+    """
+    missing = [name for name in ("kind", "layer", "head", "index") if name not in table.columns]
+    if missing:
+        raise InputError(
+            f"a table of neurons has the columns kind, layer, head and index; this one lacks "
+            f"{', '.join(missing)}"
+        )
+    found: list[FFNNeuron | AttnNeuron] = []
+    for row in records(table):
+        kind, head, source = row["kind"], row["head"], row.get("source_pos")
+        if kind == "ffn":
+            found.append(FFNNeuron(int(row["layer"]), int(row["index"])))
+        elif kind == "attn" and head is not None:
+            place = None if source is None else int(source)
+            found.append(AttnNeuron(int(row["layer"]), int(head), int(row["index"]), place))
+        else:
+            raise InputError(
+                f"a neuron is of kind ffn, or of kind attn with a head; row {len(found)} has the "
+                f"kind {kind!r} and the head {head!r}"
+            )
+    return found
 
 
 def query_layer_table(scores: QueryScores) -> pd.DataFrame:

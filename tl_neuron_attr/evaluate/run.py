@@ -9,16 +9,13 @@ parts    = rows_of(...)                    as rows, batch by batch          (ass
 Evaluation(...).summary()                  what it comes to, and how sure   (evaluation.py)
 """
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from itertools import zip_longest
 from typing import Any, SupportsIndex
 
 from tl_neuron_attr.attribute import attribute_all
 from tl_neuron_attr.attribution import Attribution, progress_bar
-from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate.assemble import (
     Rows,
     evaluation_of,
@@ -37,8 +34,9 @@ from tl_neuron_attr.knowledge import (
     known_prompts,
     load_prompts,
 )
+from tl_neuron_attr.knowledge.known import drawn_evenly
 from tl_neuron_attr.methods import Case, Method
-from tl_neuron_attr.prompts import Prompt, TokenizedPrompt
+from tl_neuron_attr.prompts import TokenizedPrompt
 from tl_neuron_attr.readout import DEFAULT_BUDGET, check_read_out
 
 DEFAULT_METHODS = ("log_prob_increase",)
@@ -137,29 +135,6 @@ def evaluate(
     return found
 
 
-def drawn_evenly(
-    asked: Sequence[AskedPrompt], limit: int | None, seed: int
-) -> tuple[AskedPrompt, ...]:
-    """At most ``limit`` of them, the knowledge types in turn, in the order they came in.
-
-    What is drawn depends on ids and ``seed``: a smaller limit, or fewer prompts to draw from, give
-    some of the same.
-    """
-    if limit is None or limit >= len(asked):
-        return tuple(asked)
-
-    def draw(each: AskedPrompt) -> bytes:
-        return hashlib.sha256(f"{seed}\0{each.prompt.prompt_id}".encode()).digest()
-
-    of_type: dict[str, list[AskedPrompt]] = {}
-    for each in sorted(asked, key=draw):
-        of_type.setdefault(each.prompt.fact.knowledge_type, []).append(each)
-    types = [of_type[name] for name in sorted(of_type)]
-    in_turn = [each for turn in zip_longest(*types) for each in turn if each is not None]
-    taken = {each.prompt.prompt_id for each in in_turn[:limit]}
-    return tuple(each for each in asked if each.prompt.prompt_id in taken)
-
-
 def corrupted_in(
     kept: Sequence[AskedPrompt], some: Sequence[AskedPrompt], seed: int
 ) -> list[TokenizedPrompt | None]:
@@ -194,21 +169,12 @@ def _known(
 
 def _attributed(host: Host, asked: Sequence[AskedPrompt], request: Request) -> list[Attribution]:
     """One result a prompt, each about its own answer."""
-    questions, targets = [], []
-    for each in asked:
-        tokens, target = each.tokenized.tokens, each.tokenized.target
-        if target is None:
-            raise InputError(f"prompt {each.prompt.prompt_id!r} has no answer to be asked about")
-        questions.append(
-            Prompt(tokens=tokens, position=each.tokenized.read_pos, prompt_id=each.prompt.prompt_id)
-        )
-        targets.append(target.id)
+    questions = [each.as_prompt() for each in asked]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # the same for every batch; in ``facts``
         return attribute_all(
             host.model,
             questions,
-            target=targets,
             top=max(request.tops),
             budget=request.budget,
             batch_size=request.batch_size,

@@ -11,9 +11,11 @@ given and, for the six types, of the facts that come with this package: so what 
 depend on which prompts are asked beside.
 """
 
+import hashlib
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from typing import Any, Literal, get_args
 
 import pandas as pd
@@ -34,7 +36,7 @@ from tl_neuron_attr.knowledge.facts import (
     in_order,
     load_facts,
 )
-from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one
+from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one, at_least_zero
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 from tl_neuron_attr.styled import grid_of
 
@@ -63,6 +65,23 @@ class AskedPrompt:
     """log p(target), in nats: the model's own."""
     rank: int
     """Place of the target among all tokens: 1 where it is the model's top prediction."""
+
+    def as_prompt(self) -> Prompt:
+        """The same for ``attribute`` and ``attribute_all``: its tokens, its answer, its id.
+
+        Raises:
+            InputError: If it has no target.
+        """
+        if self.tokenized.target is None:
+            raise InputError(
+                f"prompt {self.prompt.prompt_id!r} has no answer to be asked about; give one"
+            )
+        return Prompt(
+            tokens=self.tokenized.tokens,
+            target=self.tokenized.target.id,
+            position=self.tokenized.read_pos,
+            prompt_id=self.prompt.prompt_id,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,9 +152,42 @@ class KnownPrompts:
         columns = ("prompt_id", "knowledge_type", "text", "answer", "reason", "detail")
         return pd.DataFrame(rows, columns=list(columns))
 
+    def drawn(self, limit: int, *, seed: int = 0) -> tuple[AskedPrompt, ...]:
+        """At most ``limit`` of those kept, drawn evenly from the knowledge types, in their order.
+
+        A smaller limit draws some of the same; ``evaluate(..., limit=)`` draws like this.
+
+        Raises:
+            InputError: If ``limit`` is below 1, or the seed below 0.
+        """
+        return drawn_evenly(self.kept, at_least_one(limit, "limit"), at_least_zero(seed, "seed"))
+
     def summary(self) -> str:
         """How many remain and why others fell out, in a line."""
         return _summary(self.kept, self.dropped)
+
+
+def drawn_evenly(
+    asked: Sequence[AskedPrompt], limit: int | None, seed: int
+) -> tuple[AskedPrompt, ...]:
+    """At most ``limit`` of them, the knowledge types in turn, in the order they came in.
+
+    What is drawn depends on ids and ``seed``: a smaller limit, or fewer prompts to draw from, give
+    some of the same.
+    """
+    if limit is None or limit >= len(asked):
+        return tuple(asked)
+
+    def draw(each: AskedPrompt) -> bytes:
+        return hashlib.sha256(f"{seed}\0{each.prompt.prompt_id}".encode()).digest()
+
+    of_type: dict[str, list[AskedPrompt]] = {}
+    for each in sorted(asked, key=draw):
+        of_type.setdefault(each.prompt.fact.knowledge_type, []).append(each)
+    types = [of_type[name] for name in sorted(of_type)]
+    in_turn = [each for turn in zip_longest(*types) for each in turn if each is not None]
+    taken = {each.prompt.prompt_id for each in in_turn[:limit]}
+    return tuple(each for each in asked if each.prompt.prompt_id in taken)
 
 
 def known_prompts(

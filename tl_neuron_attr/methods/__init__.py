@@ -4,7 +4,7 @@
 function of your own takes part by being passed where a name would be.
 """
 
-from tl_neuron_attr.methods.case import Case, Method, neuron_shape
+from tl_neuron_attr.methods.case import Case, Method, best_neurons, neuron_shape
 from tl_neuron_attr.methods.conformance import METHOD_CHECKS, check_method, example_cases
 from tl_neuron_attr.methods.registry import LETTERS, METHODS, method_name, method_of
 
@@ -14,6 +14,7 @@ __all__ = [
     "METHOD_CHECKS",
     "Case",
     "Method",
+    "best_neurons",
     "check_method",
     "example_cases",
     "method_name",

@@ -15,8 +15,9 @@ from tl_neuron_attr.display import box, cell, facts, next_calls
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.glance import target_words
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one
-from tl_neuron_attr.topk import Kind, RankedNeurons
+from tl_neuron_attr.topk import Kind, RankedNeurons, largest
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,29 @@ def of_ranked(case: Case, ranked: RankedNeurons) -> Float[Tensor, "..."]:
         where.insert(1, ranked.head)
     scores[tuple(where)] = ranked.score
     return scores
+
+
+def best_neurons(scores: Float[Tensor, "layer ..."], top: int) -> list[FFNNeuron | AttnNeuron]:
+    """The ``top`` neurons that a method scores highest, best first; ties by layer, then place.
+
+    ``scores`` is what a method gives: [layer, d_mlp], or [layer, head, d_head] for attention
+    neurons, which have no source position. Those that score -inf are not ranked: there may be
+    fewer.
+
+    Raises:
+        InputError: If ``top`` is below 1, or scores have another number of axes or NaN among them.
+    """
+    if scores.ndim not in (2, 3) or bool(scores.isnan().any()):
+        raise InputError(
+            "scores must be numbers of shape [layer, d_mlp] or [layer, head, d_head], as a method "
+            f"gives them; got shape {list(scores.shape)}"
+            + (" with NaN" if bool(scores.isnan().any()) else "")
+        )
+    flat = scores.detach().flatten()
+    best = largest(flat, min(at_least_one(top, "top"), len(flat)))
+    best = best[flat[best] > -math.inf]
+    places = torch.stack(torch.unravel_index(best, scores.shape), 1).tolist()
+    return [FFNNeuron(*place) if scores.ndim == 2 else AttnNeuron(*place) for place in places]
 
 
 def how_many(top: int | None, case: Case, kind: Kind) -> int | None:

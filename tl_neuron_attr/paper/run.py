@@ -29,10 +29,10 @@ from tl_neuron_attr.across import layers_by_type
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import progress_bar
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.evaluate.run import drawn_evenly
 from tl_neuron_attr.host import Host, open_host, weights_hash
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.knowledge import AskedPrompt, KnowledgePrompt, known_prompts, load_prompts
+from tl_neuron_attr.knowledge.known import drawn_evenly
 from tl_neuron_attr.methods import Case
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper.collect import collect, collect_shares, queries_of
@@ -251,10 +251,7 @@ def _attribute_each(
 
 def _found(run: _Run, batch: Batch, index: ProjectionIndex) -> dict[str, pd.DataFrame]:
     """One part: everything about the prompts of one batch."""
-    asked = [
-        Prompt(tokens=each.tokenized.tokens, target=_target(each), prompt_id=each.prompt.prompt_id)
-        for each in batch.prompts
-    ]
+    asked = [each.as_prompt() for each in batch.prompts]
     results = attribute_all(
         run.host.model,
         asked,
