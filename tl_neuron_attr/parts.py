@@ -2,16 +2,16 @@
 
 ``plan.json`` says what the run is of: model weights, prompts, settings, versions. It is written
 first; a later call with another identity is refused, one with the same goes on. A part is a row of
-Parquet files, one a table, each in its table's folder, and a record in ``parts/`` that is written
-last: it holds the hash and the number of rows of each file, and without it the part counts as
-absent. No two parts share a file, so any number of processes may write at once; should two of them
-write the same part, they write the same bytes.
+Parquet files, one a table, each in its table's folder, and a record in ``records/`` that is
+written last: it holds the hash and the number of rows of each file, and without it the part counts
+as absent. No two parts share a file, so any number of processes may write at once; should two of
+them write the same part, they write the same bytes.
 """
 
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable, remove_stale, write_files
 
 PLAN = "plan.json"
-RECORDS = "parts"
+RECORDS = "records"
 
 _DIFFERENCES_SHOWN = 4
 
@@ -58,6 +58,8 @@ class Parts:
     """What the run is of."""
     about: Mapping[str, Any] = field(repr=False, default_factory=dict)
     """What else its first call noted; never compared."""
+    folder: str = ""
+    """Where in the directory the parts are."""
 
     @property
     def plan(self) -> str:
@@ -66,7 +68,7 @@ class Parts:
 
     def path(self, name: str, table: str) -> Path:
         """Where a part keeps a table."""
-        return self.directory / table / f"{name}.parquet"
+        return self.directory / self.folder / table / f"{name}.parquet"
 
     def has(self, name: str) -> bool:
         """Whether the part has a record; see ``state`` for whether that is true to its files."""
@@ -74,7 +76,7 @@ class Parts:
 
     def record_path(self, name: str) -> Path:
         """Where a part's record is."""
-        return self.directory / RECORDS / f"{name}.json"
+        return self.directory / self.folder / RECORDS / f"{name}.json"
 
     def record(self, name: str) -> Record | None:
         """The part's record, ``None`` where there is none.
@@ -148,8 +150,8 @@ class Parts:
         write_files(path.parent, {path.name: _text_writer(as_text(facts))})
         return record
 
-    def read(self, names: Iterable[str], table: str) -> pa.Table:
-        """One table of these parts, put together in their order.
+    def read(self, names: Iterable[str], table: str) -> list[pa.Table]:
+        """One table of each of these parts, in their order.
 
         Raises:
             InputError: If a file is missing or damaged: which to remove.
@@ -164,12 +166,13 @@ class Parts:
                     f"{str(path)!r} cannot be read; remove {str(self.record_path(name))!r}, and "
                     "the same command makes that part again"
                 ) from error
-        return pa.concat_tables(found)
+        return found
 
     def remove_stale(self, tables: Iterable[str]) -> None:
         """Remove the temporary files of processes that were killed."""
-        for folder in ("", RECORDS, *tables):
-            remove_stale(self.directory / folder)
+        remove_stale(self.directory)
+        for folder in (RECORDS, *tables):
+            remove_stale(self.directory / self.folder / folder)
 
 
 def check_run(directory: str | Path, identity: Mapping[str, Any], what: str = "run") -> Path:
@@ -198,6 +201,7 @@ def start_run(
     about: Mapping[str, Any],
     tables: Mapping[str, pa.Table] | None = None,
     what: str = "run",
+    folder: str = "",
 ) -> Parts:
     """The parts in ``directory``; in a new one ``plan.json`` is written, and ``tables`` before it.
 
@@ -207,12 +211,14 @@ def start_run(
     """
     path = check_run(directory, identity, what)
     if not (path / PLAN).is_file():
-        facts = {"about": plain(about), "identity": plain(identity)}
+        facts: dict[str, Any] = {"about": plain(about), "identity": plain(identity)}
         facts["checksum"] = fingerprint([facts["identity"]])
         # the plan is renamed last: where it is, the tables are
-        writers = {f"{name}.parquet": _parquet_writer(each) for name, each in (tables or {}).items()}
+        writers = {
+            f"{name}.parquet": _parquet_writer(each) for name, each in (tables or {}).items()
+        }
         write_files(path, {**writers, PLAN: _text_writer(as_text(facts))})
-    return open_parts(path, what)
+    return replace(open_parts(path, what), folder=folder)
 
 
 def open_parts(directory: str | Path, what: str = "run") -> Parts:
@@ -229,7 +235,9 @@ def open_parts(directory: str | Path, what: str = "run") -> Parts:
         identity, about, checksum = found["identity"], found["about"], found["checksum"]
         sound = isinstance(identity, dict) and checksum == fingerprint([identity])
     except (OSError, ValueError, TypeError, KeyError):
-        raise InputError(f"{str(path)!r} cannot be read as a plan; give another directory") from None
+        raise InputError(
+            f"{str(path)!r} cannot be read as a plan; give another directory"
+        ) from None
     if not sound:
         raise InputError(
             f"{str(path)!r} was changed after it was written: it no longer says what the files "
@@ -238,9 +246,7 @@ def open_parts(directory: str | Path, what: str = "run") -> Parts:
     return Parts(directory=Path(directory), identity=identity, about=about)
 
 
-def differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any]
-) -> list[tuple[str, Any, Any]]:
+def differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[tuple[str, Any, Any]]:
     """In what two identities differ: the name, the first's value and the second's."""
     one, other = _flat(found), _flat(wanted)
     return [

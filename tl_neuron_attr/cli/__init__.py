@@ -18,6 +18,7 @@ from tl_neuron_attr.cli.index import index
 from tl_neuron_attr.cli.paper import paper_app
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
+from tl_neuron_attr.cli.runs import diff, run, summary
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -56,6 +57,9 @@ for command in (
     in_context,
     prompts,
     evaluate,
+    run,
+    summary,
+    diff,
     index,
 ):
     app.command()(command)

@@ -1,7 +1,7 @@
 """Two runs side by side: in what their plans differ, and prompt by prompt what was found."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +49,7 @@ def diff_runs(
     ]
     types = [str(name) for name in answers["knowledge_type"].unique()]
     tables = [
-        _overlap(one, other, name, set(answers["prompt_id"]))
+        _overlap(one, other, name, answers["prompt_id"].tolist())
         for name in types
         if "neurons" in one.settings.what and "neurons" in other.settings.what
     ]
@@ -85,7 +85,7 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
     return answers, len(found) - len(both), len(theirs) - len(both)
 
 
-def _overlap(one: Run, other: Run, knowledge_type: str, common: set[str]) -> pd.DataFrame:
+def _overlap(one: Run, other: Run, knowledge_type: str, common: Sequence[str]) -> pd.DataFrame:
     """One row a prompt and kind."""
     tables = [table[table["prompt_id"].isin(common)] for table in _both(one, other, knowledge_type)]
     joined = tables[0].merge(tables[1], on=_KEY, how="outer", suffixes=("", "_second"))

@@ -1,4 +1,4 @@
-"""What was found about prompts -> Arrow tables; no DataFrame on the way, for there are thousands."""
+"""What was found about prompts -> Arrow tables, without a DataFrame on the way: it takes time."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field

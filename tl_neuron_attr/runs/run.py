@@ -25,7 +25,7 @@ from tl_neuron_attr.models import load_model
 from tl_neuron_attr.parts import Parts, start_run
 from tl_neuron_attr.prompts import at_least_one, at_least_zero
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out
-from tl_neuron_attr.runs.asked import Source, source_of
+from tl_neuron_attr.runs.asked import source_of
 from tl_neuron_attr.runs.planned import RunPlan, plan_run
 from tl_neuron_attr.runs.progress import Progress, Report, bar_report
 from tl_neuron_attr.runs.ranks import Share
@@ -132,6 +132,7 @@ def run_prompts(
         allowed=allowed,
         report=bar_report() if progress is True else progress or None,
     )
+    run.check_failures()
     with finishing_first() as stop:
         if count > 1 and len(todo) > 1 and source is not None:
             del host
@@ -139,7 +140,8 @@ def run_prompts(
             run.in_processes(source, count, stop)
         elif todo:
             run.here(host, stop)
-    _check_stopped(stop, path)
+    if stop.signal is not None and run.shards_done < len(todo):
+        raise _stopped(stop.signal, path)
     finish(parts)
     return load_run(path)
 
@@ -191,6 +193,14 @@ class _Doing:
     def whole(self, shard: int) -> None:
         self.shards_done += 1
         self._tell()
+        self.check_failures()
+
+    def check_failures(self) -> None:
+        """Stop once there are too many, those of earlier calls included.
+
+        Raises:
+            TooManyFailuresError: If there are.
+        """
         if self.allowed is not None and self.before + self.failures > self.allowed:
             raise TooManyFailuresError(
                 f"{self.before + self.failures} prompts failed, more than the {self.allowed} "
@@ -255,11 +265,10 @@ def _failed_before(parts: Parts) -> int:
     return sum(record.rows("errors") for record in records if record is not None)
 
 
-def _check_stopped(stop: Stop, path: Path) -> None:
-    if stop.signal is not None:
-        name = "Ctrl-C" if stop.signal == signal.SIGINT else signal.Signals(stop.signal).name
-        raise Stopped(
-            f"stopped by {name}; what is done is kept in {str(path)!r}, and the same command goes "
-            "on from there",
-            stop.signal,
-        )
+def _stopped(number: int, path: Path) -> Stopped:
+    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+    return Stopped(
+        f"stopped by {name}; what is done is kept in {str(path)!r}, and the same command goes on "
+        "from there",
+        number,
+    )

@@ -1,4 +1,4 @@
-"""A run on disk, finished or not: lazily, as datasets and tables; and what is written at its end."""
+"""A run on disk, finished or not, read lazily; and what is written once it is finished."""
 
 import os
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Run:
     @property
     def facts(self) -> dict[str, Any]:
         """What it is of: model, prompts, settings, versions, neuron basis."""
-        return {**self.parts.about, **self.parts.identity}
+        return {**self.parts.identity, "model_name": self.parts.about.get("model", "")}
 
     @property
     def settings(self) -> RunSettings:
@@ -186,14 +186,16 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
             table = table.set_column(number, column.name, plain)
     nullable = {pa.int16(): pd.Int16Dtype(), pa.int32(): pd.Int32Dtype()}
     empty = {name for name in ("head", "source_pos", "batch", "target", "against")}
-    return table.replace_schema_metadata(None).to_pandas(
-        types_mapper=lambda kind: pd.StringDtype() if pa.types.is_string(kind) else None
-    ).astype(
-        {
-            column.name: nullable[column.type]
-            for column in table.schema
-            if column.name in empty and column.type in nullable
-        }
+    return (
+        table.replace_schema_metadata(None)
+        .to_pandas(types_mapper=lambda kind: pd.StringDtype() if pa.types.is_string(kind) else None)
+        .astype(
+            {
+                column.name: nullable[column.type]
+                for column in table.schema
+                if column.name in empty and column.type in nullable
+            }
+        )
     )
 
 

@@ -1,8 +1,8 @@
 """The files of a run: columns, and the facts that each file carries.
 
-The schema has a version, ``FORMAT``. Every file's metadata holds, under ``tl_neuron_attr``, what its
-numbers are: the model's hash, the basis of the neuron index, convention, dtype, unit, versions, and
-the plan it belongs to. Nothing in a file depends on when, where or by whom it was written.
+The schema has a version, ``FORMAT``. Every file's metadata holds, under ``tl_neuron_attr``, what
+its numbers are: the model's hash, the basis of the neuron index, convention, dtype, unit, versions,
+and the plan it belongs to. Nothing in a file depends on when, where or by whom it was written.
 """
 
 import json

@@ -130,9 +130,7 @@ def _found(
     return found, errors
 
 
-def _batch_found(
-    host: Host, rows: Sequence[Row], settings: RunSettings
-) -> list[Found | str]:
+def _batch_found(host: Host, rows: Sequence[Row], settings: RunSettings) -> list[Found | str]:
     """Of each prompt what was found, or the reason why nothing was.
 
     One prompt that fails takes its batch along; then each is run by itself.

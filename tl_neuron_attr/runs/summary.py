@@ -4,6 +4,7 @@ Read a shard at a time, added up in the order of the shards in float64: the same
 same bytes.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from tl_neuron_attr.runs.settings import RunSettings
+from tl_neuron_attr.tables import records
 
 ALL_TYPES = "all"
 """The knowledge type of rows over all prompts."""
@@ -91,18 +93,14 @@ def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
     table = pq.read_table(path, columns=["row", "knowledge_type", *columns])
     for number, column in enumerate(table.schema):
         if pa.types.is_dictionary(column.type):
-            table = table.set_column(
-                number, column.name, table.column(number).cast(pa.string())
-            )
+            table = table.set_column(number, column.name, table.column(number).cast(pa.string()))
     frame = table.replace_schema_metadata(None).to_pandas()
     return pd.concat([frame, frame.assign(knowledge_type=ALL_TYPES)], ignore_index=True)
 
 
 def _by(table: pd.DataFrame, keys: Sequence[str], **made: str) -> pd.DataFrame:
     """Sums and counts by knowledge type and ``keys``; what is counted are rows."""
-    columns = {
-        name: (name if how == "sum" else "row", how) for name, how in made.items()
-    }
+    columns = {name: (name if how == "sum" else "row", how) for name, how in made.items()}
     for name, how in made.items():
         if how == "sum":
             table = table.astype({name: "float64"})
@@ -127,25 +125,21 @@ def _added_up(tables: Iterator[pd.DataFrame]) -> pd.DataFrame:
         if total is not None:
             keys = [name for name in table.columns if name not in ("score", "prompts", "log_prob")]
             both = pd.concat([total, table], ignore_index=True)
-            table = pd.DataFrame(both.groupby(keys, sort=True, dropna=False).sum().reset_index())
+            grouped = both.groupby(keys, sort=True, dropna=False, as_index=False)
+            table = pd.DataFrame(grouped.sum())
         total = table
     return pd.DataFrame() if total is None else total
 
 
 def _prompt_table(answered: pd.DataFrame, failed: pd.DataFrame) -> pd.DataFrame:
     columns = ["knowledge_type", "prompts", "failed", "mean_log_prob"]
-    ok = {row.knowledge_type: row for row in answered.itertuples()} if len(answered) else {}
-    lost = dict(zip(failed["knowledge_type"], failed["prompts"], strict=True)) if len(failed) else {}
-    names = sorted({*ok, *lost} - {ALL_TYPES}) + [ALL_TYPES]
-    rows = [
-        (
-            name,
-            int(ok[name].prompts) if name in ok else 0,
-            int(lost.get(name, 0)),
-            float(ok[name].log_prob / ok[name].prompts) if name in ok else float("nan"),
-        )
-        for name in names
-    ]
+    ok = {row["knowledge_type"]: row for row in records(answered)}
+    lost = {row["knowledge_type"]: row["prompts"] for row in records(failed)}
+    rows = []
+    for name in [*sorted({*ok, *lost} - {ALL_TYPES}), ALL_TYPES]:
+        count = ok[name]["prompts"] if name in ok else 0
+        mean = ok[name]["log_prob"] / count if count else float("nan")
+        rows.append((name, count, lost.get(name, 0), mean))
     return pd.DataFrame(rows, columns=columns).astype({"knowledge_type": "string"})
 
 
@@ -154,7 +148,7 @@ def _neuron_table(neurons: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataF
     if neurons.empty:
         return pd.DataFrame({name: [] for name in columns})
     table = neurons.assign(
-        share=neurons["prompts"] / neurons["knowledge_type"].map(of_type),
+        share=neurons["prompts"] / neurons["knowledge_type"].map(dict(of_type)),
         mean_score=neurons["score"] / neurons["prompts"],
     )
     table = table.sort_values(
@@ -172,26 +166,23 @@ def _layer_table(layers: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataFra
     columns = ["knowledge_type", "layer", "kind", "mean_score"]
     if layers.empty:
         return pd.DataFrame({name: [] for name in columns})
-    table = layers.assign(mean_score=layers["score"] / layers["knowledge_type"].map(of_type))
+    table = layers.assign(mean_score=layers["score"] / layers["knowledge_type"].map(dict(of_type)))
     return pd.DataFrame(table[columns]).astype({"knowledge_type": "string", "kind": "string"})
 
 
-def _facts(
-    counts: pd.DataFrame, neurons: pd.DataFrame, settings: RunSettings
-) -> dict[str, Any]:
-    shared = []
-    if len(neurons):
-        often = neurons.assign(often=neurons["share"] > SHARED)
-        groups = often.groupby(["knowledge_type", "role", "kind"], sort=True)["often"].sum()
-        shared = [
-            {
-                "knowledge_type": str(kind_of),
-                "role": str(role),
-                "kind": str(kind),
-                "neurons": int(number),
-                "of_top": float(number / settings.top),
-            }
-            for (kind_of, role, kind), number in groups.items()
-        ]
-    rows = counts.astype(object).where(counts.notna(), None).to_dict("records")
-    return {"prompts": rows, "shared_by_more_than": SHARED, "shared": shared}
+def _facts(counts: pd.DataFrame, neurons: pd.DataFrame, settings: RunSettings) -> dict[str, Any]:
+    often = Counter(
+        (row["knowledge_type"], row["role"], row["kind"])
+        for row in records(neurons.loc[neurons["share"] > SHARED])
+    )
+    shared = [
+        {
+            "knowledge_type": knowledge_type,
+            "role": role,
+            "kind": kind,
+            "neurons": number,
+            "of_top": number / settings.top,
+        }
+        for (knowledge_type, role, kind), number in sorted(often.items())
+    ]
+    return {"prompts": records(counts), "shared_by_more_than": SHARED, "shared": shared}

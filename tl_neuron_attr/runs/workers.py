@@ -154,7 +154,8 @@ def do_in_workers(
             except queue.Empty:
                 continue
             if message is None:
-                did(-worker.did[0], -worker.did[1])  # nothing of a shard that is not whole
+                if worker.shard is not None:  # nothing of a shard that is not whole
+                    did(-worker.did[0], -worker.did[1])
                 started += _gone(crew, worker, started, stop)
             elif "did" in message:
                 worker.did = [sum(each) for each in zip(worker.did, message["did"], strict=True)]
