@@ -167,7 +167,7 @@ class _Doing:
         self.before = _failed_before(self.parts) if self.allowed is not None else 0
 
     def here(self, host: Host, stop: Stop) -> None:
-        worker = Worker.of(host, self.parts, self.plan.prompts)
+        worker = Worker(host=host, parts=self.parts, prompts=self.plan.prompts)
         for shard in self.todo:
             if stop:
                 return

@@ -42,16 +42,16 @@ class Worker:
     prompts: pa.Table = field(repr=False)
 
     @classmethod
-    def of(cls, host: Host, parts: Parts, prompts: pa.Table | None = None) -> "Worker":
-        """For the run in ``parts``; its prompts are read from there unless given.
+    def of(cls, host: Host, parts: Parts, prompts: pa.Table) -> "Worker":
+        """For the run in ``parts``.
 
         Raises:
-            InputError: If the model is another than the plan's, or the prompts cannot be read.
+            InputError: If the model is another than the plan's.
+
+        Cost: one pass over the weights, for their hash.
         """
-        if prompts is None:
-            prompts = read_prompts(parts)
-            if weights_hash(host) != parts.identity["model"]["sha256"]:
-                raise InputError("the model's weights are not those that the run was planned for")
+        if weights_hash(host) != parts.identity["model"]["sha256"]:
+            raise InputError("the model's weights are not those that the run was planned for")
         return cls(host=host, parts=parts, prompts=prompts)
 
     @property

@@ -148,7 +148,7 @@ def _neuron_table(neurons: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataF
     if neurons.empty:
         return pd.DataFrame({name: [] for name in columns})
     table = neurons.assign(
-        share=neurons["prompts"] / neurons["knowledge_type"].map(dict(of_type)),
+        share=neurons["prompts"] / [of_type[name] for name in neurons["knowledge_type"]],
         mean_score=neurons["score"] / neurons["prompts"],
     )
     table = table.sort_values(
@@ -166,7 +166,9 @@ def _layer_table(layers: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataFra
     columns = ["knowledge_type", "layer", "kind", "mean_score"]
     if layers.empty:
         return pd.DataFrame({name: [] for name in columns})
-    table = layers.assign(mean_score=layers["score"] / layers["knowledge_type"].map(dict(of_type)))
+    table = layers.assign(
+        mean_score=layers["score"] / [of_type[name] for name in layers["knowledge_type"]]
+    )
     return pd.DataFrame(table[columns]).astype({"knowledge_type": "string", "kind": "string"})
 
 

@@ -16,7 +16,7 @@ from tl_neuron_attr.errors import NeuronAttrError
 from tl_neuron_attr.host import open_host
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.parts import open_parts
-from tl_neuron_attr.runs.shard import Worker
+from tl_neuron_attr.runs.shard import Worker, read_prompts
 
 
 def main() -> None:
@@ -44,10 +44,12 @@ def _work(asked: IO[str], answers: IO[str]) -> None:
     if given is None:
         return
     source = given["source"]
+    parts = open_parts(given["directory"])
+    prompts = read_prompts(parts)  # the model, which takes longer, after what may be wrong with it
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = load_model(source["name"], device=source["device"], dtype=source["dtype"])
-    worker = Worker.of(open_host(model), open_parts(given["directory"]))
+    worker = Worker.of(open_host(model), parts, prompts)
     _say(answers, ready=True)
     for line in asked:
         shard = json.loads(line)["shard"]

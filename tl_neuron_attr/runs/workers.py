@@ -47,6 +47,7 @@ class _Process:
     process: "subprocess.Popen[str]"
     said: IO[bytes]
     """Its standard error."""
+    listener: threading.Thread = field(init=False)
     shard: int | None = None
     did: list[int] = field(default_factory=lambda: [0, 0])
     """Prompts done and failed in the shard in hand."""
@@ -59,6 +60,18 @@ class _Process:
             pipe.flush()
         except OSError:
             pass  # it has died, which its reader reports
+
+    def close(self) -> None:
+        """End it, and its pipes, whatever it is at."""
+        self.process.kill()
+        self.process.wait()
+        self.listener.join()  # it holds the pipe until that ends
+        for pipe in (self.process.stdin, self.process.stdout, self.said):
+            try:
+                if pipe is not None:
+                    pipe.close()
+            except OSError:  # what was still to be written to it
+                pass
 
     def last_words(self) -> str:
         self.said.seek(0)
@@ -95,7 +108,8 @@ class _Crew:
         self.working.append(worker)
         source = asdict(self.source) | {"device": _device(self.source.device, number)}
         worker.send({"directory": str(self.directory), "source": source})
-        threading.Thread(target=self._listen, args=(worker,), daemon=True).start()
+        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
+        worker.listener.start()
 
     def _listen(self, worker: _Process) -> None:
         pipe = worker.process.stdout
@@ -115,14 +129,7 @@ class _Crew:
 
     def end(self) -> None:
         for worker in self.working:
-            worker.process.kill()
-            worker.process.wait()
-            for pipe in (worker.process.stdin, worker.process.stdout, worker.said):
-                try:
-                    if pipe is not None:
-                        pipe.close()
-                except OSError:  # what was still to be written to it
-                    pass
+            worker.close()
 
 
 def do_in_workers(
@@ -173,15 +180,15 @@ def do_in_workers(
 def _gone(crew: _Crew, worker: _Process, started: int, stop: Stop) -> int:
     """A worker has ended: as it should, or its shard goes to a new one; how many were started."""
     crew.working.remove(worker)
-    code = worker.process.wait()
-    done = worker.shard is None and code == 0
-    if done or stop:
+    code, words = worker.process.wait(), worker.last_words()
+    worker.close()
+    if stop or (worker.shard is None and code == 0):
         return 0
     crew.deaths[worker.shard] = crew.deaths.get(worker.shard, 0) + 1
     if crew.deaths[worker.shard] >= _DEATHS:
         doing = "loading the model" if worker.shard is None else f"shard {worker.shard}"
         raise WorkerError(
-            f"{_DEATHS} workers ended over {doing} (exit code {code}{worker.last_words()}); what "
+            f"{_DEATHS} workers ended over {doing} (exit code {code}{words}); what "
             "is done is kept: with less memory taken (budget, workers) the same command goes on"
         )
     if worker.shard is not None:
