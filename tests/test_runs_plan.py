@@ -1,4 +1,4 @@
-"""What a run will do: the same inputs, the same shards; and what is wrong with prompts, said once."""
+"""What a run will do: same inputs, same shards; and what is wrong with prompts, in a sentence."""
 
 import json
 

@@ -66,6 +66,10 @@ def descendants(pid):
     return found
 
 
+def records(directory):
+    return len(list((directory / "records").glob("shard-*.json")))
+
+
 def kills(count):
     """One run, killed over and over (its caller or one worker, in turn), to its very end."""
     random.seed(0)
@@ -82,8 +86,11 @@ def kills(count):
                 process = subprocess.Popen(
                     command(prompts, out, *options, "--workers", "2"), stderr=subprocess.DEVNULL
                 )
-                # most of the time goes into loading; kills there are as good as any
-                deadline = time.monotonic() + random.uniform(4, 14)
+                # most of the time goes into loading: most kills wait until shards come
+                before, waits = records(out), random.random() < 0.8
+                while waits and process.poll() is None and records(out) == before:
+                    time.sleep(0.002)
+                deadline = time.monotonic() + random.uniform(0, 2 if waits else 10)
                 while process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.002)
                 if process.poll() is not None:
@@ -176,7 +183,7 @@ def layer(count):
         whole = time.process_time() - started
     shards = marks[-1] - marks[0]
     print(
-        f"engine {spent[0]:.2f} s of CPU time; from the first batch to the last shard {shards:.2f}; "
+        f"engine {spent[0]:.2f} s of CPU time; from first batch to last shard {shards:.2f}; "
         f"with planning and summary {whole:.2f}; the run layer {whole / spent[0] - 1:.1%} on top, "
         f"of which shards {shards / spent[0] - 1:.1%}"
     )

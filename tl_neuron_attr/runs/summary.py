@@ -5,22 +5,28 @@ same bytes.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import pyarrow as pa
 import pyarrow.parquet as pq
 
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.tables import records
 
 ALL_TYPES = "all"
 """The knowledge type of rows over all prompts."""
 
-NEURON_KEY = ("role", "kind", "layer", "head", "index")
+ROLES, KINDS = ("value", "query"), ("ffn", "attn")
+
+# What a row is about, packed into one integer so that a shard is added up by one sort: type, role,
+# kind, layer, head (0 for none) and index, the last in the lowest bits.
+_BITS = {"type": 13, "role": 1, "kind": 1, "layer": 12, "head": 12, "index": 24}
 SHARED = 0.5
 """A neuron is shared if it is listed for more than this share of a type's prompts."""
 
@@ -58,98 +64,205 @@ class Summary:
 def summary_of(settings: RunSettings, shards: Sequence[Mapping[str, Path]]) -> Summary:
     """The summary of these shards, given by the paths of their tables.
 
-    Cost: reads each once. Memory: one shard, and a row for each neuron that is listed at all.
+    Cost: reads each once. Memory: one shard, and a few numbers for each neuron that is listed.
+
+    Raises:
+        InputError: If there are thousands of knowledge types.
     """
-    answered = _added_up(
-        (_by(_read(each["answers"], ["log_prob"]), [], log_prob="sum", prompts="count"))
-        for each in shards
-    )
-    failed = _added_up(
-        _by(_read(each["errors"], []), [], prompts="count")
-        for each in shards
-        if each["errors"].exists()
-    )
-    neurons = _added_up(
-        _neurons(each[name]) for each in shards for name in settings.what if "neurons" in name
-    )
+    types: dict[str, int] = {}
+    answered = _added_up(_answers(each["answers"], types) for each in shards)
+    failed: Counter[str] = Counter()
+    for each in shards:
+        if each["errors"].exists():
+            failed.update(_column(each["errors"], "knowledge_type"))
+    listed = [name for name in ("neurons", "query_neurons") if name in settings.what]
+    neurons = _added_up(_neurons(each[name], name, types) for each in shards for name in listed)
     layers = _added_up(
-        _by(_read(each["layers"], ["layer", "kind", "score"]), ["layer", "kind"], score="sum")
-        for each in shards
-        if "layers" in settings.what
+        _layers(each["layers"], types) for each in shards if "layers" in settings.what
     )
-    counts = _prompt_table(answered, failed)
+    counts = _prompt_table(answered, failed, list(types))
     of_type = dict(zip(counts["knowledge_type"], counts["prompts"], strict=True))
-    listed = _neuron_table(neurons, of_type)
+    table = _neuron_table(neurons, list(types), of_type)
     return Summary(
         prompts=counts,
-        neurons=listed,
-        layers=_layer_table(layers, of_type),
-        facts=_facts(counts, listed, settings),
+        neurons=table,
+        layers=_layer_table(layers, list(types), of_type),
+        facts=_facts(counts, table, settings),
     )
 
 
-def _read(path: Path, columns: Sequence[str]) -> pd.DataFrame:
-    """Columns of a shard's table, of each prompt twice: as of its type, and of all."""
-    table = pq.read_table(path, columns=["row", "knowledge_type", *columns])
-    for number, column in enumerate(table.schema):
-        if pa.types.is_dictionary(column.type):
-            table = table.set_column(number, column.name, table.column(number).cast(pa.string()))
-    frame = table.replace_schema_metadata(None).to_pandas()
-    return pd.concat([frame, frame.assign(knowledge_type=ALL_TYPES)], ignore_index=True)
+@dataclass(frozen=True, kw_only=True)
+class _Totals:
+    """By what it is about (ascending): the number of prompts, and the sum of scores."""
+
+    keys: np.ndarray
+    prompts: np.ndarray
+    score: np.ndarray
+
+    def __add__(self, other: "_Totals") -> "_Totals":
+        keys, place = np.unique(np.concatenate([self.keys, other.keys]), return_inverse=True)
+        prompts = np.concatenate([self.prompts, other.prompts])
+        score = np.concatenate([self.score, other.score])
+        return _Totals(
+            keys=keys,
+            prompts=np.bincount(place, weights=prompts, minlength=len(keys)),
+            score=np.bincount(place, weights=score, minlength=len(keys)),
+        )
 
 
-def _by(table: pd.DataFrame, keys: Sequence[str], **made: str) -> pd.DataFrame:
-    """Sums and counts by knowledge type and ``keys``; what is counted are rows."""
-    columns = {name: (name if how == "sum" else "row", how) for name, how in made.items()}
-    for name, how in made.items():
-        if how == "sum":
-            table = table.astype({name: "float64"})
-    grouped = table.groupby(["knowledge_type", *keys], sort=True, dropna=False)
-    return pd.DataFrame(grouped.agg(**columns).reset_index())
+_NOTHING = _Totals(keys=np.zeros(0, dtype=np.int64), prompts=np.zeros(0), score=np.zeros(0))
 
 
-def _neurons(path: Path) -> pd.DataFrame:
-    """Each neuron: in how many prompts it is listed, and the sum of its scores."""
-    table = _read(path, [*NEURON_KEY, "score"])
-    table["head"] = table["head"].fillna(-1).astype("int64")
-    scored = _by(table, NEURON_KEY, score="sum")
-    once = table.drop_duplicates(["knowledge_type", "row", *NEURON_KEY])
-    counted = _by(once, NEURON_KEY, prompts="count")
-    return scored.merge(counted, on=["knowledge_type", *NEURON_KEY], validate="one_to_one")
+def _added_up(parts: Iterable[_Totals]) -> _Totals:
+    return reduce(_Totals.__add__, parts, _NOTHING)
 
 
-def _added_up(tables: Iterator[pd.DataFrame]) -> pd.DataFrame:
-    """Partial sums of several shards as one: never more than two of them at a time."""
-    total: pd.DataFrame | None = None
-    for table in tables:
-        if total is not None:
-            keys = [name for name in table.columns if name not in ("score", "prompts", "log_prob")]
-            both = pd.concat([total, table], ignore_index=True)
-            grouped = both.groupby(keys, sort=True, dropna=False, as_index=False)
-            table = pd.DataFrame(grouped.sum())
-        total = table
-    return pd.DataFrame() if total is None else total
+def _totals(keys: np.ndarray, rows: np.ndarray, score: np.ndarray) -> _Totals:
+    """Of rows that say what they are about, and of which prompt; a prompt counts once for each."""
+    if not len(keys):
+        return _NOTHING
+    found, place = np.unique(keys, return_inverse=True)
+    rows = rows - rows.min()
+    width = int(rows.max()) + 1
+    pairs = np.unique(place * width + rows) // width
+    return _Totals(
+        keys=found,
+        prompts=np.bincount(pairs, minlength=len(found)).astype(float),
+        score=np.bincount(place, weights=score.astype(np.float64), minlength=len(found)),
+    )
 
 
-def _prompt_table(answered: pd.DataFrame, failed: pd.DataFrame) -> pd.DataFrame:
+def _answers(path: Path, types: dict[str, int]) -> _Totals:
+    columns = _columns(path, ["row", "log_prob"])
+    key = _packed(type=_types(path, types))
+    return _totals(key, columns["row"], columns["log_prob"])
+
+
+def _neurons(path: Path, name: str, types: dict[str, int]) -> _Totals:
+    columns = _columns(path, ["row", "layer", "head", "index", "score"])
+    key = _packed(
+        type=_types(path, types),
+        role=np.array(int(name == "query_neurons")),
+        kind=_codes(path, "kind", {each: number for number, each in enumerate(KINDS)}),
+        layer=columns["layer"],
+        head=np.nan_to_num(columns["head"].astype(float), nan=-1).astype(np.int64) + 1,
+        index=columns["index"],
+    )
+    return _totals(key, columns["row"], columns["score"])
+
+
+def _layers(path: Path, types: dict[str, int]) -> _Totals:
+    columns = _columns(path, ["row", "layer", "score"])
+    key = _packed(
+        type=_types(path, types),
+        kind=_codes(path, "kind", {each: number for number, each in enumerate(KINDS)}),
+        layer=columns["layer"],
+    )
+    return _totals(key, columns["row"], columns["score"])
+
+
+def _columns(path: Path, names: Sequence[str]) -> dict[str, np.ndarray]:
+    table = pq.read_table(path, columns=list(names))
+    return {name: table.column(name).to_numpy() for name in names}
+
+
+def _column(path: Path, name: str) -> list[str]:
+    return pq.read_table(path, columns=[name]).column(name).to_pylist()
+
+
+def _types(path: Path, types: dict[str, int]) -> np.ndarray:
+    """Numbers of the knowledge types, those met for the first time put down in ``types``."""
+    codes = _codes(path, "knowledge_type", types)
+    if len(types) >= 2 ** _BITS["type"]:
+        raise InputError(
+            f"there are more than {2 ** _BITS['type'] - 1:,} knowledge types, too many to sum up "
+            "by; give prompts fewer"
+        )
+    return codes
+
+
+def _codes(path: Path, name: str, codes: dict[str, int]) -> np.ndarray:
+    column = pq.read_table(path, columns=[name]).column(name).unify_dictionaries()
+    found = [np.zeros(0, dtype=np.int64)]
+    for chunk in column.chunks:
+        for each in chunk.dictionary.to_pylist():
+            codes.setdefault(each, len(codes))
+        ours = np.array([codes[each] for each in chunk.dictionary.to_pylist()], dtype=np.int64)
+        found.append(ours[chunk.indices.to_numpy()])
+    return np.concatenate(found)
+
+
+def _packed(**fields: np.ndarray) -> np.ndarray:
+    key = np.array(0, dtype=np.int64)
+    for name, bits in _BITS.items():
+        key = (key << bits) | (fields[name].astype(np.int64) if name in fields else 0)
+    return key
+
+
+def _unpacked(keys: np.ndarray) -> dict[str, np.ndarray]:
+    fields = {}
+    for name, bits in reversed(_BITS.items()):
+        fields[name] = keys & (2**bits - 1)
+        keys = keys >> bits
+    return fields
+
+
+def _of_all(totals: _Totals) -> _Totals:
+    """The same whatever the type."""
+    below = np.int64(2 ** (sum(_BITS.values()) - _BITS["type"]) - 1)
+    return _NOTHING + (
+        _Totals(keys=totals.keys & below, prompts=totals.prompts, score=totals.score)
+    )
+
+
+def _frame(totals: _Totals, types: Sequence[str], of_type: Mapping[str, int]) -> pd.DataFrame:
+    """A row for each type and what it is about, then those of all types."""
+    tables = []
+    for part, everywhere in ((totals, False), (_of_all(totals), True)):
+        fields = _unpacked(part.keys)
+        names = [ALL_TYPES if everywhere else types[code] for code in fields["type"].tolist()]
+        tables.append(
+            pd.DataFrame(
+                {
+                    "knowledge_type": pd.array(names, dtype="string"),
+                    "role": pd.array([ROLES[code] for code in fields["role"].tolist()], "string"),
+                    "kind": pd.array([KINDS[code] for code in fields["kind"].tolist()], "string"),
+                    "layer": fields["layer"],
+                    "head": pd.array(
+                        [code - 1 if code else None for code in fields["head"].tolist()], "Int64"
+                    ),
+                    "index": fields["index"],
+                    "prompts": part.prompts.astype(np.int64),
+                    "answered": np.array([of_type[name] for name in names], dtype=np.int64),
+                    "score": part.score,
+                }
+            )
+        )
+    return pd.concat(tables, ignore_index=True)
+
+
+def _prompt_table(
+    answered: _Totals, failed: Mapping[str, int], types: Sequence[str]
+) -> pd.DataFrame:
     columns = ["knowledge_type", "prompts", "failed", "mean_log_prob"]
-    ok = {row["knowledge_type"]: row for row in records(answered)}
-    lost = {row["knowledge_type"]: row["prompts"] for row in records(failed)}
+    names = [str(types[code]) for code in _unpacked(answered.keys)["type"].tolist()]
+    ok = dict(zip(names, zip(answered.prompts, answered.score, strict=True), strict=True))
+    ok[ALL_TYPES] = (answered.prompts.sum(), answered.score.sum())
+    lost = {**failed, ALL_TYPES: sum(failed.values())}
     rows = []
     for name in [*sorted({*ok, *lost} - {ALL_TYPES}), ALL_TYPES]:
-        count = ok[name]["prompts"] if name in ok else 0
-        mean = ok[name]["log_prob"] / count if count else float("nan")
-        rows.append((name, count, lost.get(name, 0), mean))
+        count, total = ok.get(name, (0, 0.0))
+        mean = float(total / count) if count else float("nan")
+        rows.append((name, int(count), lost.get(name, 0), mean))
     return pd.DataFrame(rows, columns=columns).astype({"knowledge_type": "string"})
 
 
-def _neuron_table(neurons: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataFrame:
-    columns = ["knowledge_type", *NEURON_KEY, "prompts", "share", "mean_score"]
-    if neurons.empty:
-        return pd.DataFrame({name: [] for name in columns})
-    table = neurons.assign(
-        share=neurons["prompts"] / [of_type[name] for name in neurons["knowledge_type"]],
-        mean_score=neurons["score"] / neurons["prompts"],
+def _neuron_table(
+    neurons: _Totals, types: Sequence[str], of_type: Mapping[str, int]
+) -> pd.DataFrame:
+    table = _frame(neurons, types, of_type)
+    table = table.assign(
+        share=table["prompts"] / table["answered"], mean_score=table["score"] / table["prompts"]
     )
     table = table.sort_values(
         ["knowledge_type", "role", "kind", "prompts", "mean_score", "layer", "head", "index"],
@@ -157,19 +270,14 @@ def _neuron_table(neurons: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataF
         kind="stable",
         ignore_index=True,
     )
-    table["head"] = table["head"].where(table["head"] >= 0).astype("Int64")
-    texts = {name: "string" for name in ("knowledge_type", "role", "kind")}
-    return pd.DataFrame(table[columns]).astype(texts)
+    return pd.DataFrame(table.drop(columns=["answered", "score"]))
 
 
-def _layer_table(layers: pd.DataFrame, of_type: Mapping[str, int]) -> pd.DataFrame:
-    columns = ["knowledge_type", "layer", "kind", "mean_score"]
-    if layers.empty:
-        return pd.DataFrame({name: [] for name in columns})
-    table = layers.assign(
-        mean_score=layers["score"] / [of_type[name] for name in layers["knowledge_type"]]
-    )
-    return pd.DataFrame(table[columns]).astype({"knowledge_type": "string", "kind": "string"})
+def _layer_table(layers: _Totals, types: Sequence[str], of_type: Mapping[str, int]) -> pd.DataFrame:
+    table = _frame(layers, types, of_type)
+    table = table.assign(mean_score=table["score"] / table["answered"])
+    table = table.sort_values(["knowledge_type", "layer", "kind"], kind="stable", ignore_index=True)
+    return pd.DataFrame(table[["knowledge_type", "layer", "kind", "mean_score"]])
 
 
 def _facts(counts: pd.DataFrame, neurons: pd.DataFrame, settings: RunSettings) -> dict[str, Any]:
