@@ -220,7 +220,7 @@ def _frame(totals: _Totals, types: Sequence[str], of_type: Mapping[str, int]) ->
     tables = []
     for part, everywhere in ((totals, False), (_of_all(totals), True)):
         fields = _unpacked(part.keys)
-        names = [ALL_TYPES if everywhere else types[code] for code in fields["type"].tolist()]
+        names = [ALL_TYPES if everywhere else types[int(code)] for code in fields["type"].tolist()]
         tables.append(
             pd.DataFrame(
                 {
@@ -245,7 +245,7 @@ def _prompt_table(
     answered: _Totals, failed: Mapping[str, int], types: Sequence[str]
 ) -> pd.DataFrame:
     columns = ["knowledge_type", "prompts", "failed", "mean_log_prob"]
-    names = [str(types[code]) for code in _unpacked(answered.keys)["type"].tolist()]
+    names = [types[int(code)] for code in _unpacked(answered.keys)["type"].tolist()]
     ok = dict(zip(names, zip(answered.prompts, answered.score, strict=True), strict=True))
     ok[ALL_TYPES] = (answered.prompts.sum(), answered.score.sum())
     lost = {**failed, ALL_TYPES: sum(failed.values())}
