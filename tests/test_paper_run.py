@@ -16,7 +16,6 @@ from tl_neuron_attr import InputError, cli, load_model
 from tl_neuron_attr.knowledge import load_prompts
 from tl_neuron_attr.markup import Shown, number
 from tl_neuron_attr.paper import Settings, run, write_paper
-from tl_neuron_attr.paper.parts import open_run
 from tl_neuron_attr.report.page import Section, page
 
 SETTINGS = Settings(batch_size=2, sample=1, seed=5)
@@ -93,15 +92,14 @@ def test_a_run_stopped_in_the_middle_goes_on_and_ends_with_the_same_bytes(
     with pytest.raises(KeyboardInterrupt):
         write_paper(model, tmp_path / "paper", **again)
     # as if the machine had died while a part was written
-    half = tmp_path / "paper" / "parts" / "01-0000"
-    half.mkdir(exist_ok=True)
-    (half / "layers.parquet").write_bytes(b"half")
-    (half / "part.json").unlink(missing_ok=True)
-    kept = (tmp_path / "paper" / "parts" / "00-0000" / "part.json").stat().st_mtime_ns
+    parts = tmp_path / "paper" / "parts"
+    (parts / "layers" / "01-0000.parquet").write_bytes(b"half")
+    (parts / "records" / "01-0000.json").unlink(missing_ok=True)
+    kept = (parts / "records" / "00-0000.json").stat().st_mtime_ns
     lines = []
     write_paper(model, tmp_path / "paper", announce=lines.append, **again)
     assert any(re.match(r"\d+ prompts are done already; going on with \d+", each) for each in lines)
-    assert (tmp_path / "paper" / "parts" / "00-0000" / "part.json").stat().st_mtime_ns == kept
+    assert (parts / "records" / "00-0000.json").stat().st_mtime_ns == kept
     assert bytes_of(tmp_path / "paper") == bytes_of(found.directory)
 
 
@@ -110,11 +108,13 @@ def test_a_directory_of_another_run_is_refused_before_anything_is_written(
 ):
     found, _ = whole
     before = bytes_of(found.directory)
-    with pytest.raises(InputError, match="another run: its settings is .*'seed': 5"):
+    with pytest.raises(
+        InputError, match="another run of the paper's .*settings.seed is 5, this one's 6"
+    ):
         write_paper(
             model, found.directory, prompts=prompts, name="tiny-facts", settings=Settings(seed=6)
         )
-    with pytest.raises(InputError, match="another run: its prompts"):
+    with pytest.raises(InputError, match="another run of .*: its prompts"):
         write_paper(
             model, found.directory, prompts=prompts[1:], name="tiny-facts", settings=SETTINGS
         )
@@ -123,20 +123,6 @@ def test_a_directory_of_another_run_is_refused_before_anything_is_written(
     with pytest.raises(InputError, match="is not empty and holds no run"):
         write_paper(model, tmp_path, prompts=prompts)
     assert bytes_of(tmp_path) == {"notes.txt": b"mine"}
-
-
-def test_a_damaged_part_is_named(tmp_path):
-    parts = open_run(tmp_path / "run", {"seed": 0})
-    parts.write("00-0000", {"layers": pd.DataFrame({"score": [1.0]})})
-    assert parts.has("00-0000") and not parts.has("00-0001")
-    assert parts.read(["00-0000"], "layers")["score"].tolist() == [1.0]
-    path = tmp_path / "run" / "parts" / "00-0000" / "layers.parquet"
-    path.write_bytes(b"PAR1 half")
-    with pytest.raises(InputError, match="remove the folder .*00-0000"):
-        parts.read(["00-0000"], "layers")
-    (tmp_path / "run" / "manifest.json").write_text("[]")
-    with pytest.raises(InputError, match="no manifest"):
-        open_run(tmp_path / "run", {"seed": 0})
 
 
 @pytest.mark.parametrize(

@@ -25,5 +25,13 @@ class OutputError(NeuronAttrError, OSError):
     """A result could not be written; what was there before is untouched."""
 
 
+class TooManyFailuresError(NeuronAttrError, RuntimeError):
+    """More prompts of a run failed than was allowed; what is done is kept."""
+
+
+class WorkerError(NeuronAttrError, RuntimeError):
+    """A worker of a run ended, or failed, in a way that trying again does not mend."""
+
+
 class ConformanceError(NeuronAttrError, AssertionError):
     """A function given as a method is not one; the message says what is wrong with it."""

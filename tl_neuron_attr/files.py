@@ -2,10 +2,18 @@
 
 import os
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from tl_neuron_attr.errors import InputError, OutputError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+_STALE_SECONDS = 3600
 
 
 def check_writable(directory: str | os.PathLike[str]) -> Path:
@@ -53,15 +61,17 @@ def write_files(
         OutputError: If the disk is full, or the directory cannot be written to.
     """
     staged: list[tuple[Path, Path]] = []
+    handles: list[int] = []
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, write in writers.items():
             if (directory / name).is_dir():
                 raise IsADirectoryError(f"{name!r} is a directory there")
-            handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
-            os.close(handle)
-            staged.append((Path(temporary), directory / name))
-            write(Path(temporary))
+            handle, temporary = _temporary(directory, name)
+            if handle is not None:
+                handles.append(handle)
+            staged.append((temporary, directory / name))
+            write(temporary)
             with open(temporary, "rb") as file:
                 os.fsync(file.fileno())
         umask = os.umask(0)
@@ -72,6 +82,7 @@ def write_files(
             # mkstemp makes private files; results should carry the permissions of any other file
             temporary_path.chmod(0o666 & ~umask)
             temporary_path.replace(final)
+        _sync_directory(directory)
     except OSError as error:
         names = ", ".join(writers)
         raise OutputError(
@@ -80,3 +91,68 @@ def write_files(
     finally:
         for temporary_path, _ in staged:
             temporary_path.unlink(missing_ok=True)
+        for handle in handles:
+            os.close(handle)
+
+
+def remove_stale(directory: Path) -> None:
+    """Remove the temporary files of writers that are gone; those being written now stay.
+
+    A writer holds a lock on its temporary file, which goes when the process does, however it ends.
+    Where the file system has no locks, what is an hour old counts as left behind.
+    """
+    for path in directory.glob(".*.tmp"):
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except OSError:  # its writer, or another process here, was faster
+            continue
+        try:
+            locked = _lock(handle)
+            if locked is None:
+                locked = time.time() - path.stat().st_mtime > _STALE_SECONDS
+            if locked:
+                path.unlink(missing_ok=True)
+        except OSError:
+            continue
+        finally:
+            os.close(handle)
+
+
+def _temporary(directory: Path, name: str) -> tuple[int | None, Path]:
+    """A new file, and the handle that holds its lock, if there are locks."""
+    while True:
+        handle, made = tempfile.mkstemp(dir=directory, prefix=f".{name}.", suffix=".tmp")
+        path = Path(made)
+        locked = _lock(handle)
+        if locked is None:
+            os.close(handle)
+            return None, path
+        if locked and path.exists():
+            return handle, path
+        # ``remove_stale`` of another process came between the two
+        os.close(handle)
+        path.unlink(missing_ok=True)
+
+
+def _lock(handle: int) -> bool | None:
+    """Whether the file is now locked by this process; ``None`` where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
+
+
+def _sync_directory(directory: Path) -> None:
+    """The new names on disk, not only the files."""
+    if os.name != "posix":
+        return
+    handle = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -24,12 +24,13 @@ from tl_neuron_attr.cli.paper import write as paper
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 from tl_neuron_attr.cli.report import report
+from tl_neuron_attr.cli.runs import diff, run, summary
 from tl_neuron_attr.cli.terminal import WIDTH
 
 PANELS = {
     "One prompt": (attribute, query, graph, card, in_context, report),
     "Is it so?": (heads, compare),
-    "Many prompts": (prompts, evaluate),
+    "Many prompts": (prompts, evaluate, run, summary, diff),
     "The paper": (paper,),
     "A model": (index,),
 }

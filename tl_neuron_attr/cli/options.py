@@ -141,13 +141,18 @@ def prompts_in(path: Path, bos: bool | None = None) -> list[Prompt]:
 
 def load(name: str, device: str | None, dtype: str) -> Any:
     """The model, without the progress bars and warnings of the libraries that load it."""
+    quiet_libraries()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return load_model(name, device=device, dtype=dtype)
+
+
+def quiet_libraries() -> None:
+    """No progress bars and no remarks of the libraries that load models, from now on."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return load_model(name, device=device, dtype=dtype)
 
 
 def length_of(prompt: Prompt, model: str) -> int:

@@ -1,7 +1,7 @@
 """START HERE: a model + prompts -> every table and figure of the paper, in a directory.
 
 known   = known_prompts(model, prompts)        the paper's filter            (knowledge/)
-parts   = open_run(directory, identity)        what is done so far           (parts.py)
+parts   = start_run(directory, identity)       what is done so far           (../parts.py)
 for each batch of prompts of one type that is not there yet:
     collect(attribute_all(...), ...)           what each sentence shows      (collect.py)
     zero_neurons(...)                          what happens without          (zeroing.py)
@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
 import torch
 
 from tl_neuron_attr.across import layers_by_type
@@ -38,7 +39,6 @@ from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper.collect import collect, collect_shares, queries_of
 from tl_neuron_attr.paper.contents import figures_of, paper_page
 from tl_neuron_attr.paper.example import example_prompt, worked_example
-from tl_neuron_attr.paper.parts import Parts, check_run, fingerprint, open_run
 from tl_neuron_attr.paper.settings import TOP, Settings, sizes
 from tl_neuron_attr.paper.tables import (
     chosen_layers,
@@ -53,6 +53,7 @@ from tl_neuron_attr.paper.tables import (
     shared_neurons,
 )
 from tl_neuron_attr.paper.zeroing import zero_heads, zero_neurons
+from tl_neuron_attr.parts import Parts, check_run, fingerprint, start_run
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import Convention, full_precision
 from tl_neuron_attr.tables import write_tables
@@ -61,6 +62,9 @@ FORMAT = 1
 """Of the parts: a directory of another format is another run."""
 
 RANDOM_HEADS = "random"
+
+_WHAT = "run of the paper's tables"
+"""What the directory holds, for errors."""
 
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
@@ -133,7 +137,7 @@ def write_paper(
     sentence = example_prompt(called, example)
     asked, noticed = _loaded(prompts)
     identity = _identity(host, called, asked, settings, convention, prepend_bos, sentence)
-    check_run(directory, identity)
+    check_run(directory, identity, _WHAT)
     known = known_prompts(host, asked, prepend_bos=prepend_bos, progress=progress)
     kept = drawn_evenly(known.kept, settings.limit, settings.seed)
     noticed = (*noticed, *known.warnings)
@@ -144,7 +148,7 @@ def write_paper(
         host=host,
         settings=settings,
         convention=convention,
-        parts=open_run(directory, identity),
+        parts=start_run(directory, identity, {}, what=_WHAT, folder="parts"),
         batches=tuple(_batches(kept, settings.batch_size)),
         sampled=_sampled(kept, settings),
     )
@@ -218,7 +222,7 @@ class _Run:
 
 def _attribute_missing(run: _Run, say: Callable[[str], object], progress: bool) -> None:
     """Every batch that is not there yet."""
-    todo = [batch for batch in run.batches if not run.parts.has(batch.name)]
+    todo = [batch for batch in run.batches if run.parts.state(batch.name) != "whole"]
     count = sum(len(batch.prompts) for batch in todo)
     done = sum(len(batch.prompts) for batch in run.batches) - count
     if done:
@@ -243,7 +247,7 @@ def _attribute_each(
     with progress_bar(count, "prompt", progress) as bar:
         for number, batch in enumerate(todo):
             started = time.perf_counter()
-            run.parts.write(batch.name, _found(run, batch, index))
+            run.parts.write(batch.name, _as_arrow(_found(run, batch, index)))
             bar.update(len(batch.prompts))
             if number == 0 and len(todo) > 1:
                 say(_estimate(run, batch, time.perf_counter() - started, count))
@@ -294,12 +298,12 @@ def _estimate(run: _Run, batch: Batch, seconds: float, count: int) -> str:
 def _zero_missing_heads(run: _Run, progress: bool) -> dict[str, tuple[Head, ...]]:
     """Each type's heads of the highest mean score, zeroed in all prompts; which they are."""
     heads = _top_heads(run)
-    todo = [batch for batch in run.batches if not run.parts.has(_of_heads(batch))]
+    todo = [batch for batch in run.batches if run.parts.state(_of_heads(batch)) != "whole"]
     with progress_bar(len(todo), "batch without heads", progress) as bar:
         for batch in todo:
             prompts = [each.tokenized for each in batch.prompts]
             found = zero_heads(run.host, prompts, heads, batch.knowledge_type)
-            run.parts.write(_of_heads(batch), {"head_effects": found})
+            run.parts.write(_of_heads(batch), _as_arrow({"head_effects": found}))
             bar.update(1)
     return heads
 
@@ -307,7 +311,7 @@ def _zero_missing_heads(run: _Run, progress: bool) -> dict[str, tuple[Head, ...]
 def _top_heads(run: _Run) -> dict[str, tuple[Head, ...]]:
     """As many of each type, and of all heads at random."""
     host, count = run.host, sizes(run.host).heads
-    table = run.parts.read([batch.name for batch in run.batches], "heads")
+    table = _read(run.parts, [batch.name for batch in run.batches], "heads")
     totals = pd.DataFrame(
         table.groupby(["knowledge_type", "layer", "head"], sort=False, as_index=False).agg(
             {"score_sum": "sum"}
@@ -384,6 +388,18 @@ def _identity(
     }
 
 
+def _as_arrow(tables: Mapping[str, pd.DataFrame]) -> dict[str, pa.Table]:
+    return {
+        name: pa.Table.from_pandas(table, preserve_index=False) for name, table in tables.items()
+    }
+
+
+def _read(parts: Parts, names: Sequence[str], table: str) -> pd.DataFrame:
+    """One table of these parts, put together in their order."""
+    found = [each.to_pandas() for each in parts.read(names, table)]
+    return pd.concat(found, ignore_index=True)
+
+
 def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.DataFrame]:
     """Every table that is made of the parts."""
     names = [batch.name for batch in run.batches]
@@ -393,9 +409,9 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
     for batch in run.batches:
         known = prompts.get(batch.knowledge_type, 0)
         prompts[batch.knowledge_type] = known + len(batch.prompts)
-    effects = parts.read(names, "effects")
-    layers = parts.read(names, "layers")
-    drops = heads_table(parts.read(of_heads, "head_effects"))
+    effects = _read(parts, names, "effects")
+    layers = _read(parts, names, "layers")
+    drops = heads_table(_read(parts, of_heads, "head_effects"))
     return {
         "methods": methods_table(effects, run.facts, run.settings.seed),
         "drops": drops_table(effects),
@@ -406,15 +422,15 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
             columns=["heads_of", "head"],
         ),
         "value_layers": layers_by_type(layers),
-        "query_layers": layers_by_type(parts.read(names, "query_layers"), by=["of"]),
+        "query_layers": layers_by_type(_read(parts, names, "query_layers"), by=["of"]),
         "layer_sums": layer_sums(layers),
         "chosen_layers": chosen_layers(
-            parts.read(names, "chosen"), sum(prompts.values()), run.host.n_layers
+            _read(parts, names, "chosen"), sum(prompts.values()), run.host.n_layers
         ),
-        "segment": segment_table(parts.read(names, "segment")),
-        "shares": share_curve(parts.read(names, "shares")),
-        "shared_neurons": shared_neurons(parts.read(names, "neurons"), prompts),
-        "query_depth": query_depth(parts.read(names, "query_split")),
+        "segment": segment_table(_read(parts, names, "segment")),
+        "shares": share_curve(_read(parts, names, "shares")),
+        "shared_neurons": shared_neurons(_read(parts, names, "neurons"), prompts),
+        "query_depth": query_depth(_read(parts, names, "query_split")),
     }
 
 

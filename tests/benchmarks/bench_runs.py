@@ -1,0 +1,214 @@
+"""What the run layer costs, and whether it holds: the figures of the docs page "Many prompts".
+
+    python tests/benchmarks/bench_runs.py kills 50       # kill -9 at random moments, then the bytes
+    python tests/benchmarks/bench_runs.py memory 10000   # resident memory over so many prompts
+    python tests/benchmarks/bench_runs.py workers 2000   # prompts a second, 1 and 2 workers
+    python tests/benchmarks/bench_runs.py layer 1000     # the run layer beside the engine alone
+    python tests/benchmarks/bench_runs.py batches 512    # prompts a second by batch size
+
+All on the bundled model, one thread a process. Linux.
+"""
+
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+import torch
+
+from tl_neuron_attr import Prompt, attribute, load_model, load_prompts, run_prompts
+from tl_neuron_attr.attribute import attribute_all
+from tl_neuron_attr.runs import shard as shard_module
+
+SHARD = 64
+
+
+def some_prompts(count):
+    """So many prompts with an answer of one token, from all types; ids differ."""
+    known = load_prompts("paper")
+    return [Prompt(text=known[n % len(known)].text, prompt_id=str(n)) for n in range(count)]
+
+
+def write_prompts(path, count):
+    rows = [{"text": each.text, "prompt_id": each.prompt_id} for each in some_prompts(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(prompts, out, *options):
+    program = [sys.executable, "-W", "ignore", "-m", "tl_neuron_attr.cli", "run", str(prompts)]
+    return [*program, "--out", str(out), "--top", "20", *options]
+
+
+def bytes_of(directory):
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in sorted(directory.rglob("*"))
+        if path.is_file()
+    }
+
+
+def descendants(pid):
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(path.read_text().rsplit(")", 1)[1].split()[1]) == pid:
+                found.append(int(path.parent.name))
+        except OSError:
+            continue
+    return found
+
+
+def records(directory):
+    return len(list((directory / "records").glob("shard-*.json")))
+
+
+def kills(count):
+    """One run, killed over and over (its caller or one worker, in turn), to its very end."""
+    random.seed(0)
+    with tempfile.TemporaryDirectory() as scratch:
+        place = Path(scratch)
+        prompts = write_prompts(place / "prompts.jsonl", 1500)
+        options = ("--shard-size", "12", "--quiet")
+        subprocess.run(command(prompts, place / "undisturbed", *options), check=True)
+        done, landed, runs = 0, {"caller": 0, "worker": 0}, 0
+        while done < count:
+            out = place / f"killed-{runs}"
+            runs += 1
+            while done < count:
+                process = subprocess.Popen(
+                    command(prompts, out, *options, "--workers", "2"), stderr=subprocess.DEVNULL
+                )
+                # most of the time goes into loading: most kills wait until shards come
+                before, waits = records(out), random.random() < 0.8
+                while waits and process.poll() is None and records(out) == before:
+                    time.sleep(0.002)
+                deadline = time.monotonic() + random.uniform(0, 2 if waits else 10)
+                while process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.002)
+                if process.poll() is not None:
+                    break
+                workers = descendants(process.pid)
+                if workers and done % 2:
+                    os.kill(random.choice(workers), signal.SIGKILL)
+                    landed["worker"] += 1
+                    time.sleep(random.uniform(0, 2))
+                else:
+                    landed["caller"] += 1
+                process.kill()
+                process.wait()
+                done += 1
+            subprocess.run(command(prompts, out, *options), check=True)
+            assert bytes_of(out) == bytes_of(place / "undisturbed"), out
+            assert not list(out.rglob("*.tmp"))
+        print(f"{done} kills ({landed}), {runs} runs brought to their end: the same bytes")
+
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+
+
+def memory(count):
+    seen = {}
+
+    def note(progress):
+        if progress.done not in seen:
+            seen[progress.done] = resident()
+
+    model = load_model("tiny-facts")
+    with tempfile.TemporaryDirectory() as scratch:
+        run_prompts(
+            model, some_prompts(count), Path(scratch) / "run", progress=note, what="neurons"
+        )
+        size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
+    first = max(value for done, value in seen.items() if done <= 1000)
+    last = max(value for done, value in seen.items() if done > 1000)
+    print(
+        f"{count} prompts: at most {first:.0f} MiB over the first 1,000, {last:.0f} MiB after "
+        f"({last / first - 1:+.1%}); {size / count:.0f} bytes a prompt"
+    )
+
+
+def workers(count):
+    with tempfile.TemporaryDirectory() as scratch:
+        for number in (1, 2, 1, 2):
+            marks = []
+
+            def note(progress, marks=marks):
+                marks.append((time.perf_counter(), progress.done))
+
+            out = Path(scratch) / f"run-{number}-{time.monotonic()}"
+            # by name also for one, so that both load the model in the same way
+            started = time.perf_counter()
+            run_prompts("tiny-facts", some_prompts(count), out, workers=number, progress=note)
+            whole = time.perf_counter() - started
+            # the rate between the first batch and the last: without loading models
+            (began, first), (ended, last) = marks[0], marks[-1]
+            for when, done in marks:
+                if done > first:
+                    began, first = when, done
+                    break
+            rate = (last - first) / (ended - began)
+            print(f"{number} workers: {rate:.1f} prompts/s steady, {whole:.1f} s in all")
+
+
+def layer(count):
+    """Time inside the engine, and around it, of one run."""
+    spent, real = [0.0], shard_module._attributed
+
+    def timed(*arguments):
+        started = time.process_time()
+        found = real(*arguments)
+        spent[0] += time.process_time() - started
+        return found
+
+    shard_module._attributed = timed
+    model = load_model("tiny-facts")
+    with tempfile.TemporaryDirectory() as scratch:
+        marks = []
+        started = time.process_time()
+        run_prompts(
+            model,
+            some_prompts(count),
+            Path(scratch) / "run",
+            progress=lambda progress: marks.append(time.process_time()),
+        )
+        whole = time.process_time() - started
+    shards = marks[-1] - marks[0]
+    print(
+        f"engine {spent[0]:.2f} s of CPU time; from first batch to last shard {shards:.2f}; "
+        f"with planning and summary {whole:.2f}; the run layer {whole / spent[0] - 1:.1%} on top, "
+        f"of which shards {shards / spent[0] - 1:.1%}"
+    )
+
+
+def batches(count):
+    model = load_model("tiny-facts")
+    prompts = some_prompts(count)
+    torch.set_num_threads(1)
+    started = time.process_time()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for prompt in prompts[:64]:
+            attribute(model, prompt)
+        single = 64 / (time.process_time() - started)
+        print(f"attribute, one by one: {single:.1f} prompts/s of CPU time")
+        for size in (1, 4, 16, 32, 64, 128):
+            started = time.process_time()
+            for first in range(0, count, size):
+                attribute_all(model, prompts[first : first + size], batch_size=size)
+            rate = count / (time.process_time() - started)
+            print(f"batch {size}: {rate:.1f} prompts/s of CPU time, {rate / single:.2f} x")
+
+
+if __name__ == "__main__":
+    {"kills": kills, "memory": memory, "workers": workers, "layer": layer, "batches": batches}[
+        sys.argv[1]
+    ](int(sys.argv[2]))

@@ -1,0 +1,233 @@
+"""Read back: datasets, summaries and differences are those of the tables, whatever is missing."""
+
+import json
+import shutil
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pytest
+from typer.testing import CliRunner
+
+import tl_neuron_attr.runs.run as run_module
+from tl_neuron_attr import (
+    InputError,
+    cli,
+    diff_runs,
+    load_model,
+    load_prompts,
+    load_run,
+    run_prompts,
+)
+
+TOP = 6
+WHAT = ("neurons", "query_neurons", "layers")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model("tiny-facts")
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    return [*load_prompts("capital")[:10:2], "", *load_prompts("number")[:8:2]]
+
+
+@pytest.fixture(scope="module")
+def whole(model, prompts, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "whole"
+    return run_prompts(model, prompts, directory, what=WHAT, top=TOP, shard_size=4)
+
+
+@pytest.fixture(scope="module")
+def other(model, prompts, tmp_path_factory):
+    """Other neurons, other prompts: the published convention, and two prompts fewer."""
+    directory = tmp_path_factory.mktemp("runs") / "other"
+    return run_prompts(
+        model, prompts[2:], directory, top=TOP + 2, shard_size=5, convention="published"
+    )
+
+
+def with_all(table):
+    return pd.concat([table, table.assign(knowledge_type="all")], ignore_index=True)
+
+
+def test_the_summary_is_what_the_tables_add_up_to(whole):
+    """By pandas, all shards at once, from the definitions."""
+    summary = whole.summary()
+    answers = with_all(whole.table("answers"))
+    of_type = answers.groupby("knowledge_type")["row"].count()
+    neurons = pd.concat([whole.table("neurons"), whole.table("query_neurons")])
+    key = ["knowledge_type", "role", "kind", "layer", "head", "index"]
+    table = with_all(neurons)
+    table["head"] = table["head"].fillna(-1)
+    by_prompt = table.groupby([*key, "row"])["score"].sum().reset_index()
+    wanted = by_prompt.groupby(key)["score"].agg(["count", "mean"])
+    found = summary.neurons.assign(head=summary.neurons["head"].fillna(-1)).set_index(key)
+    assert len(found) == len(wanted) and found.index.is_unique
+    wanted = wanted.loc[found.index]
+    assert found["prompts"].tolist() == wanted["count"].tolist()
+    assert np.allclose(found["mean_score"], wanted["mean"], atol=1e-7)
+    shares = wanted["count"].to_numpy() / of_type.loc[found.index.get_level_values(0)].to_numpy()
+    assert np.allclose(found["share"], shares)
+    layers = with_all(whole.table("layers"))
+    wanted = layers.groupby(["knowledge_type", "layer", "kind"])["score"].mean()
+    found = summary.layers.set_index(["knowledge_type", "layer", "kind"])["mean_score"]
+    assert np.allclose(found, wanted.loc[found.index], atol=1e-7) and len(found) == len(wanted)
+    counts = summary.prompts.set_index("knowledge_type")
+    assert counts["failed"].to_dict() == {"capital": 0, "number": 0, "untyped": 1, "all": 1}
+    assert counts["prompts"].to_dict() == {"capital": 5, "number": 4, "untyped": 0, "all": 9}
+    means = answers.groupby("knowledge_type")["log_prob"].mean()
+    wanted = means.loc[["capital", "number", "all"]]
+    assert np.allclose(counts["mean_log_prob"].drop("untyped"), wanted)
+
+
+def test_shared_neurons_are_those_of_more_than_half_of_a_types_prompts(whole):
+    summary = whole.summary()
+    assert (summary.shared["share"] > 0.5).all()
+    assert len(summary.shared) == (summary.neurons["share"] > 0.5).sum() > 0
+    for row in summary.facts["shared"]:
+        here = summary.shared
+        for name in ("knowledge_type", "role", "kind"):
+            here = here[here[name] == row[name]]
+        assert row["neurons"] == len(here) and row["of_top"] == len(here) / TOP
+
+
+def test_what_is_kept_at_the_end_is_the_summary(whole):
+    saved = pd.read_parquet(whole.directory / "summary.parquet")
+    assert saved.equals(whole.summary().neurons)
+    facts = json.loads((whole.directory / "summary.json").read_text())
+    assert facts == json.loads(json.dumps(whole.summary().facts))
+
+
+def test_tables_are_read_lazily_and_in_part(whole):
+    dataset = whole.dataset("neurons")
+    assert dataset.count_rows() == len(whole.table("neurons")) == 9 * 2 * TOP
+    some = whole.table("neurons", columns=["prompt_id", "score"], knowledge_type="number")
+    assert list(some.columns) == ["prompt_id", "score"] and len(some) == 4 * 2 * TOP
+    one = whole.prompts()["prompt_id"][0]
+    assert set(whole.table("layers", prompt_id=one)["prompt_id"]) == {one}
+    with duckdb.connect() as database:
+        rows = database.sql(
+            f"select count(*) from read_parquet('{whole.directory}/neurons/*.parquet') "
+            "where rank = 1 and kind = 'attn'"
+        ).fetchall()
+    assert rows == [(9,)]
+    with pytest.raises(InputError, match="there is no table 'heads'.*it has answers, neurons"):
+        whole.dataset("heads")
+    with pytest.raises(InputError, match="has no column 'token'; it has row"):
+        whole.table("neurons", columns=["token"])
+
+
+def test_a_part_of_a_run_can_be_read(whole, tmp_path):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    for number in (0, 2):
+        (tmp_path / "run" / "records" / f"shard-0000{number}.json").unlink()
+    part = load_run(tmp_path / "run")
+    assert part.shards == (1,) and not part.complete
+    assert set(part.table("answers")["row"]) == {4, 6, 7}
+    assert part.summary().facts["prompts"][-1]["prompts"] == 3
+    (tmp_path / "run" / "records" / "shard-00001.json").unlink()
+    nothing = load_run(tmp_path / "run")
+    assert len(nothing.table("neurons")) == 0 and nothing.summary().neurons.empty
+    path = tmp_path / "run" / "neurons" / "shard-00001.parquet"
+    shutil.copy(whole.directory / "records" / "shard-00001.json", tmp_path / "run" / "records")
+    path.write_bytes(path.read_bytes()[:-50])
+    for read in (lambda: load_run(tmp_path / "run").table("neurons"), part.summary):
+        with pytest.raises(InputError, match="is damaged .*makes the damaged part again"):
+            read()
+
+
+def test_what_is_no_run_is_said(tmp_path):
+    with pytest.raises(InputError, match="there is no run in"):
+        load_run(tmp_path)
+
+
+def test_a_run_does_not_differ_from_itself(whole):
+    found = diff_runs(whole, whole.directory)
+    assert found.plans.empty and (found.only_first, found.only_second) == (0, 0)
+    assert (found.prompts["overlap"] == 1).all() and (found.prompts["score_difference"] == 0).all()
+    assert found.answers["same_target"].all() and len(found.answers) == 9
+
+
+def test_two_runs_differ_as_their_tables_do(whole, other):
+    found = diff_runs(whole, other)
+    plans = found.plans.set_index("name")
+    assert plans.loc["settings.convention"].tolist() == ["exact", "published"]
+    assert plans.loc["settings.top"].tolist() == [str(TOP), str(TOP + 2)]
+    assert (found.only_first, found.only_second) == (2, 0)
+    one, two = whole.table("neurons"), other.table("neurons")
+    for row in found.prompts.itertuples():
+        sets = []
+        for table in (one, two):
+            here = table[(table["prompt_id"] == row.prompt_id) & (table["kind"] == row.kind)]
+            places = here[["layer", "head", "index", "source_pos"]].fillna(-1)
+            sets.append(dict(zip(map(tuple, places.to_numpy()), here["score"], strict=True)))
+        common = sets[0].keys() & sets[1].keys()
+        assert row.neurons == len(sets[0].keys() | sets[1].keys())
+        assert row.common == len(common) and row.overlap == row.common / row.neurons
+        apart = max((abs(sets[0][each] - sets[1][each]) for each in common), default=None)
+        assert apart is None or row.score_difference == pytest.approx(apart, abs=1e-7)
+    assert len(found.prompts) == 7 * 2
+
+
+def test_runs_without_a_prompt_in_common_are_refused(model, whole, tmp_path):
+    alone = run_prompts(model, [[1, 2, 3]], tmp_path / "run", top=2)
+    with pytest.raises(InputError, match="no prompt in common"):
+        diff_runs(whole, alone)
+
+
+# --- on the command line ----------------------------------------------------------------------
+
+
+def call(*arguments, **environment):
+    environment = {"COLUMNS": "100", "RANK": None, "WORLD_SIZE": None, **environment}
+    return CliRunner().invoke(cli.app, [str(each) for each in arguments], env=environment)
+
+
+@pytest.fixture
+def asked(tmp_path, model, monkeypatch):
+    monkeypatch.setattr(run_module, "load_model", lambda *given, **options: model)
+    path = tmp_path / "asked.jsonl"
+    texts = ["The capital of France is", "The color of snow is", "The capital of Spain is", ""]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+def test_the_command_runs_summarises_and_compares(asked, tmp_path):
+    out = tmp_path / "out"
+    given = ("run", asked, "--out", out, "--top", 4, "--shard-size", 2)
+    for rank in ("0", "1"):
+        shown = call(*given, RANK=rank, WORLD_SIZE="2")
+        assert shown.exit_code == 0, shown.output
+        assert f"rank {rank} of 2" in shown.stderr and shown.stdout == ""
+        assert ("the other shares are missing" in shown.stderr) == (rank == "0")
+    again = call(*given)
+    assert "2 of 2 shards are done already" in again.stderr
+    assert "3 prompts answered, 1 failed" in again.stderr
+    assert call(*given, "--quiet").output == ""
+    summary = call("summary", out)
+    assert summary.exit_code == 0 and "Most frequent value FFN neurons" in summary.stdout
+    assert max(map(len, summary.stdout.splitlines())) <= 100
+    facts = json.loads(call("summary", out, "--json").stdout)
+    assert facts["shards"] == 2 and facts["summary_prompts"][-1]["failed"] == 1
+    assert facts["prompts"][-1]["mean_log_prob"] < 0
+    call("run", asked, "--out", tmp_path / "more", "--top", 5, "--quiet")
+    diff = call("diff", out, tmp_path / "more")
+    assert diff.exit_code == 0 and "settings.top" in diff.stdout
+    assert "3 prompts in both" in diff.stdout
+    assert json.loads(call("diff", out, out, "--json").stdout)["plans"] == []
+
+
+def test_the_command_says_what_is_wrong_in_a_sentence(asked, tmp_path):
+    for arguments, message in (
+        (("run", asked, "--out", tmp_path), "is not empty and holds no run"),
+        (("run", tmp_path / "no.jsonl", "--out", tmp_path / "out"), "there is no such file"),
+        (("run", asked, "--out", tmp_path / "out", "--what", "all"), "what must be some of"),
+        (("run", asked, "--out", tmp_path / "out", "--max-failures", 0), "1 prompts failed, more"),
+        (("summary", tmp_path), "there is no run in"),
+    ):
+        shown = call(*arguments)
+        assert shown.exit_code == 2 and shown.stdout == ""
+        assert message in shown.stderr.replace("\n", " ")

@@ -1,0 +1,300 @@
+"""``tl-neuron-attr run``, ``summary`` and ``diff``: many prompts, and what they have in common."""
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tl_neuron_attr.cli.options import (
+    AsJson,
+    Bos,
+    ConventionName,
+    Device,
+    ModelName,
+    WeightDtype,
+    convention_of,
+    errors_in_one_sentence,
+    quiet_libraries,
+)
+from tl_neuron_attr.cli.terminal import WIDTH
+from tl_neuron_attr.neurons import FFNNeuron
+from tl_neuron_attr.plan import in_bytes
+from tl_neuron_attr.readout import DEFAULT_BUDGET
+from tl_neuron_attr.runs import (
+    Run,
+    Share,
+    Stopped,
+    diff_runs,
+    line_report,
+    load_run,
+    run_prompts,
+    share_of_environment,
+)
+from tl_neuron_attr.tables import records
+
+_NEURONS_SHOWN = 10
+
+_RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
+
+
+def run(
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            help="A .jsonl, .csv or .parquet file; a knowledge type; all; or paper.",
+            show_default=False,
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option("--out", help="Directory to write to: new, or of this very run, to go on."),
+    ],
+    model: ModelName = "tiny-facts",
+    what: Annotated[
+        str, typer.Option(help="Tables, of: neurons, query_neurons, layers, heads.")
+    ] = "neurons,layers",
+    top: Annotated[int, typer.Option(help="Neurons of each kind listed for a prompt.")] = 300,
+    convention: ConventionName = "exact",
+    workers: Annotated[
+        int, typer.Option(help="Processes, each with the model; one on each GPU if there are.")
+    ] = 1,
+    threads: Annotated[
+        int, typer.Option(help="CPU threads of each worker; another number, other last bits.")
+    ] = 1,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Prompts in a batch. Default: what the budget allows, 64 at most."),
+    ] = None,
+    budget: Annotated[
+        int, typer.Option(help="Bytes that a batch may take beyond the model.")
+    ] = DEFAULT_BUDGET,
+    shard_size: Annotated[
+        int, typer.Option(help="Prompts in a shard, the most that a kill can cost.")
+    ] = 256,
+    max_failures: Annotated[
+        int | None, typer.Option(help="Stop once more prompts than this have failed.")
+    ] = None,
+    bos: Bos = None,
+    device: Device = None,
+    dtype: WeightDtype = "float32",
+    quiet: Annotated[bool, typer.Option("--quiet", help="Say nothing but errors.")] = False,
+) -> None:
+    """Attribute thousands of prompts into Parquet shards; killed, the same command goes on.
+
+    Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share.
+
+    Example: tl-neuron-attr run capital --out capitals --workers 2
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def say(line: str) -> None:
+        if not quiet:
+            console.print(escape(line))
+
+    with errors_in_one_sentence(), _stopped_in_one_sentence(console), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        read_as = convention_of(convention)
+        share = share_of_environment()
+        if share.of > 1:
+            say(f"rank {share.rank} of {share.of}: every {share.of}th shard")
+        quiet_libraries()
+        found = run_prompts(
+            model,
+            prompts,
+            out,
+            what=what,
+            top=top,
+            convention=read_as,
+            prepend_bos=bos,
+            budget=budget,
+            batch_size=batch_size,
+            shard_size=shard_size,
+            threads=threads,
+            workers=workers,
+            share=share,
+            max_failures=max_failures,
+            device=device,
+            dtype=dtype,
+            progress=_progress(quiet, say),
+            announce=say,
+        )
+        say(_done(found, share))
+
+
+def summary(directory: _RunDirectory, as_json: AsJson = False) -> None:
+    """What the prompts of a run have in common, finished or not: neurons by frequency, layers.
+
+    Example: tl-neuron-attr summary capitals
+    """
+    with errors_in_one_sentence():
+        found = load_run(directory)
+        whole = found.summary()
+        if as_json:
+            tables = {name: records(table) for name, table in whole.tables.items()}
+            facts = {"shards": len(found.shards), "of": found.n_shards, **whole.facts}
+            print(json.dumps({**facts, **tables}, allow_nan=False))
+            return
+        console = Console(width=min(WIDTH, Console().width), highlight=False)
+        settings = found.settings
+        console.print(
+            f"[bold]{escape(str(found.facts['model_name']))}[/]  {len(found.shards):,} of "
+            f"{found.n_shards:,} shards; top {settings.top:,}, {settings.convention}"
+        )
+        console.print(_prompt_table(whole.prompts))
+        _show_neurons(console, whole.neurons)
+        if len(whole.layers):
+            console.print("\n[bold]Layers of the highest mean rise[/], all prompts, nats")
+            console.print(_layer_table(whole.layers))
+
+
+def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -> None:
+    """In what two runs differ: their plans, and prompt by prompt the neurons they list.
+
+    Example: tl-neuron-attr diff capitals capitals-published
+    """
+    with errors_in_one_sentence():
+        found = diff_runs(first, second)
+        if as_json:
+            tables = {"plans": found.plans, "prompts": found.prompts, "answers": found.answers}
+            counts = {"only_first": found.only_first, "only_second": found.only_second}
+            rows = {name: records(table) for name, table in tables.items()}
+            print(json.dumps({**counts, **rows}, allow_nan=False))
+            return
+        console = Console(width=min(WIDTH, Console().width), highlight=False)
+        if found.plans.empty:
+            console.print("The plans are the same.")
+        else:
+            plans = _table(["differs", "first", "second"], left=3)
+            for row in records(found.plans):
+                plans.add_row(*(escape(row[name][:40]) for name in ("name", "first", "second")))
+            console.print(plans)
+        same = found.answers["same_target"].tolist().count(True)
+        console.print(
+            f"\n{len(found.answers):,} prompts in both, {same:,} with the same target; "
+            f"{found.only_first:,} in the first alone, {found.only_second:,} in the second"
+        )
+        if len(found.prompts):
+            console.print(_overlap_table(found.prompts))
+
+
+# --- what is shown ----------------------------------------------------------------------------
+
+
+def _progress(quiet: bool, say: Any) -> Any:
+    if quiet:
+        return False
+    return True if sys.stderr.isatty() else line_report(say)
+
+
+def _done(found: Run, share: Share) -> str:
+    failed = found.dataset("errors").count_rows()
+    rows = found.dataset("answers").count_rows()
+    size = sum(path.stat().st_size for path in found.directory.rglob("*") if path.is_file())
+    text = (
+        f"{len(found.shards):,} of {found.n_shards:,} shards, {rows:,} prompts answered, "
+        f"{failed:,} failed; {in_bytes(size)} in {found.directory}"
+    )
+    if not found.complete and share.of > 1:
+        return f"{text}; the other shares are missing yet, and the last one writes the summary"
+    return text
+
+
+@contextmanager
+def _stopped_in_one_sentence(console: Console) -> Iterator[None]:
+    """A signal becomes one sentence on standard error, and the exit code shells give it."""
+    try:
+        yield
+    except Stopped as stopped:
+        console.print(f"[yellow]Stopped:[/] {escape(str(stopped))}")
+        raise typer.Exit(128 + stopped.number) from None
+    except KeyboardInterrupt:
+        console.print(
+            "[yellow]Stopped[/] at once; shards that are whole are kept, and the same command "
+            "goes on"
+        )
+        raise typer.Exit(130) from None
+
+
+def _prompt_table(prompts: pd.DataFrame) -> Table:
+    table = _table(["type", "answered", "failed", "mean log p"])
+    for row in records(prompts):
+        mean = row["mean_log_prob"]
+        table.add_row(
+            escape(row["knowledge_type"]),
+            f"{row['prompts']:,}",
+            f"{row['failed']:,}",
+            "-" if mean is None else f"{mean:.3f}",
+        )
+    return table
+
+
+def _show_neurons(console: Console, neurons: pd.DataFrame) -> None:
+    """Of all prompts, the most frequent of each role and kind."""
+    everywhere = neurons.loc[neurons["knowledge_type"] == "all"]
+    for (role, kind), rows in everywhere.groupby(["role", "kind"], sort=False):
+        names = {"ffn": "FFN neurons", "attn": "attention neurons (all source positions)"}
+        console.print(f"\n[bold]Most frequent {role} {names[str(kind)]}[/], all prompts")
+        table = _table(["neuron", "prompts", "share", "mean score"])
+        for row in records(rows.head(_NEURONS_SHOWN)):
+            table.add_row(
+                _label(row),
+                f"{row['prompts']:,}",
+                f"{row['share']:.0%}",
+                f"{row['mean_score']:+.4f}",
+            )
+        console.print(table)
+
+
+def _label(row: dict[str, Any]) -> str:
+    if row["kind"] == "ffn":
+        return str(FFNNeuron(row["layer"], row["index"]))
+    return f"L{row['layer']}.H{row['head']}.D{row['index']}"
+
+
+def _layer_table(layers: pd.DataFrame) -> Table:
+    best = layers.loc[layers["knowledge_type"] == "all"].sort_values(
+        "mean_score", ascending=False, kind="stable"
+    )
+    table = _table(["layer", "mean rise"])
+    for row in records(best.head(_NEURONS_SHOWN)):
+        table.add_row(f"L{row['layer']} {row['kind']}", f"{row['mean_score']:+.4f}")
+    return table
+
+
+def _overlap_table(prompts: pd.DataFrame) -> Table:
+    table = _table(
+        ["type", "kind", "prompts", "mean overlap", "lowest", "largest score difference"]
+    )
+    grouped = prompts.groupby(["knowledge_type", "kind"], sort=False, as_index=False)
+    rows = grouped.agg(
+        prompts=("overlap", "size"),
+        mean=("overlap", "mean"),
+        lowest=("overlap", "min"),
+        largest=("score_difference", "max"),
+    )
+    for row in records(pd.DataFrame(rows)):
+        table.add_row(
+            escape(row["knowledge_type"]),
+            row["kind"],
+            f"{row['prompts']:,}",
+            f"{row['mean']:.3f}",
+            f"{row['lowest']:.3f}",
+            "-" if row["largest"] is None else f"{row['largest']:.2g}",
+        )
+    return table
+
+
+def _table(names: list[str], left: int = 1) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="dim")
+    for number, name in enumerate(names):
+        table.add_column(name, justify="left" if number < left else "right")
+    return table

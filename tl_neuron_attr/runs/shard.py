@@ -1,0 +1,165 @@
+"""One shard: its prompts, batch by batch, through the engine, and what went wrong beside."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tl_neuron_attr.attribute import attribute_all
+from tl_neuron_attr.attribution import Attribution
+from tl_neuron_attr.errors import InputError, NonFiniteError
+from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.parts import Parts, Record
+from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.runs.rows import Found, found_of, tables_of
+from tl_neuron_attr.runs.schema import WRITTEN_AS
+from tl_neuron_attr.runs.settings import RunSettings
+
+PROMPTS_FILE = "prompts.parquet"
+
+Did = Callable[[int, int], object]
+"""Called after each batch with the numbers of prompts done and failed."""
+
+Row = Mapping[str, Any]
+
+
+def shard_name(number: int) -> str:
+    """What a shard's files are called."""
+    return f"shard-{number:05}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Worker:
+    """What it takes to do shards of one run: a model, and the run's directory."""
+
+    host: Host
+    parts: Parts
+    prompts: pa.Table = field(repr=False)
+
+    @classmethod
+    def of(cls, host: Host, parts: Parts, prompts: pa.Table) -> "Worker":
+        """For the run in ``parts``.
+
+        Raises:
+            InputError: If the model is another than the plan's.
+
+        Cost: one pass over the weights, for their hash.
+        """
+        if weights_hash(host) != parts.identity["model"]["sha256"]:
+            raise InputError("the model's weights are not those that the run was planned for")
+        return cls(host=host, parts=parts, prompts=prompts)
+
+    @property
+    def settings(self) -> RunSettings:
+        """The run's."""
+        return RunSettings.from_plain(self.parts.identity["settings"])
+
+    def do(self, number: int, did: Did) -> Record:
+        """Attribute a shard's prompts and keep what was found: all of it, or none.
+
+        Raises:
+            OutputError: If writing fails.
+            IdentityError: If the model contradicts what this package believes about it.
+        """
+        settings = self.settings
+        size = settings.shard_size
+        prompts = self.prompts.slice(number * size, size).to_pylist()
+        with threads_of(settings.threads), warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the same for every batch
+            found, errors = _found(self.host, prompts, settings, did)
+        tables = tables_of(prompts, found, errors, settings, self.parts.identity)
+        return self.parts.write(shard_name(number), tables, **WRITTEN_AS)
+
+
+def read_prompts(parts: Parts) -> pa.Table:
+    """The prompts of a run, as it was planned.
+
+    Raises:
+        InputError: If the file is missing or damaged.
+    """
+    path = parts.directory / PROMPTS_FILE
+    try:
+        return pq.read_table(path)
+    except (OSError, ValueError) as error:  # pyarrow raises both
+        raise InputError(
+            f"{str(path)!r} cannot be read ({str(error).splitlines()[0]}); the run cannot go on "
+            "without it: give another directory"
+        ) from None
+
+
+@contextmanager
+def threads_of(count: int) -> Iterator[None]:
+    """Products on the CPU in so many threads, for their number decides how sums round."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _found(
+    host: Host, prompts: Sequence[Row], settings: RunSettings, did: Did
+) -> tuple[dict[int, Found], dict[int, tuple[str, str]]]:
+    """What each prompt gives, or the stage at which it failed and why, by place in the shard."""
+    found: dict[int, Found] = {}
+    errors = {
+        place: ("planning", row["error"])
+        for place, row in enumerate(prompts)
+        if row["error"] is not None
+    }
+    did(len(errors), len(errors))
+    batches: dict[int, list[int]] = {}
+    for place, row in enumerate(prompts):
+        if row["batch"] is not None:
+            batches.setdefault(row["batch"], []).append(place)
+    for number in sorted(batches):
+        places = batches[number]
+        results = _batch_found(host, [prompts[place] for place in places], settings)
+        for place, result in zip(places, results, strict=True):
+            if isinstance(result, Found):
+                found[place] = result
+            else:
+                errors[place] = ("running", result)
+        did(len(places), sum(not isinstance(result, Found) for result in results))
+    return found, errors
+
+
+def _batch_found(host: Host, rows: Sequence[Row], settings: RunSettings) -> list[Found | str]:
+    """Of each prompt what was found, or the reason why nothing was.
+
+    One prompt that fails takes its batch along; then each is run by itself.
+    """
+    try:
+        return [found_of(result, settings) for result in _attributed(host, rows, settings)]
+    except (InputError, NonFiniteError) as error:
+        if len(rows) == 1:
+            return [str(error)]
+    return [_batch_found(host, [row], settings)[0] for row in rows]
+
+
+def _attributed(host: Host, rows: Sequence[Row], settings: RunSettings) -> list[Attribution]:
+    """The engine: one result a prompt, all in one batch."""
+    prompts = [
+        Prompt(
+            tokens=row["tokens"],
+            target=row["target"],
+            against=row["against"],
+            position=row["read_pos"],
+            prompt_id=row["prompt_id"],
+        )
+        for row in rows
+    ]
+    return attribute_all(
+        host.model,
+        prompts,
+        top=settings.top,
+        convention=settings.convention,
+        budget=settings.budget,
+        batch_size=len(prompts),
+    )
