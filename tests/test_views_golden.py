@@ -1,6 +1,8 @@
 """Every view draws what it drew: from tables written by hand, fresh and read back from disk."""
 
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -48,6 +50,16 @@ def assert_alike(found, wanted, place="figure"):
 def test_every_view_has_a_golden_figure_and_every_golden_figure_a_view():
     assert {view for view, _, _ in CASES.values()} == set(views.__all__)
     assert {path.stem for path in GOLDEN.glob("*.json")} == set(CASES)
+
+
+def test_every_view_is_on_the_page_of_figures_and_on_that_of_the_api():
+    pages = Path(__file__).parents[1] / "docs" / "pages"
+    shown, described = ((pages / name).read_text("utf-8") for name in ("views.md", "api.md"))
+    for view in views.__all__:
+        assert f"views.{view}(" in shown, view
+        assert f"::: tl_neuron_attr.views.{view}\n" in described, view
+    images = {path.name for path in (pages / "images").glob("views-*.png")}
+    assert images == set(re.findall(r"images/(views-[a-z-]+\.png)", shown))
 
 
 def test_what_is_drawn_is_what_was_drawn(case):
