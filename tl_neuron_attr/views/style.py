@@ -16,7 +16,6 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
 
 RISE = "rise in log p(target), nats"
-LOG_PROB = "log p(target), nats"
 CHANGE = "change of log p(target), nats"
 KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
 
@@ -162,7 +161,7 @@ def colour_bar(quantity: str) -> dict[str, Any]:
 
 
 def band(
-    x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str
+    x: Sequence[float | int], low: Sequence[float], high: Sequence[float], colour: str
 ) -> go.Scatter:
     """The area between two lines, behind what is drawn next."""
     return go.Scatter(
