@@ -1,6 +1,7 @@
 """tiny-facts as a ``HookedTransformer``, for those whose TransformerLens still has that class."""
 
 import warnings
+from importlib import import_module
 from typing import Any
 
 from tl_neuron_attr.errors import InputError
@@ -18,8 +19,9 @@ def hooked_tiny_facts() -> Any:
         InputError: If the installed TransformerLens has no such class (from version 4 on).
     """
     try:
-        import transformer_lens.loading_from_pretrained as loading
-        from transformer_lens import HookedTransformer
+        # by name, for the installed version may have neither
+        loading: Any = import_module("transformer_lens.loading_from_pretrained")
+        hooked_transformer: Any = import_module("transformer_lens").HookedTransformer
     except ImportError:
         raise InputError(
             "this TransformerLens has no HookedTransformer; 3.9 is the last that has, and "
@@ -34,7 +36,7 @@ def hooked_tiny_facts() -> Any:
         config = loading.get_pretrained_model_config(
             path, hf_cfg=hf.config.to_dict(), fold_ln=False, device="cpu"
         )
-        model = HookedTransformer(config, tokenizer=AutoTokenizer.from_pretrained(path))
+        model = hooked_transformer(config, tokenizer=AutoTokenizer.from_pretrained(path))
         model.load_and_process_state_dict(
             loading.get_pretrained_state_dict(path, config, hf_model=hf),
             fold_ln=False,
