@@ -5,6 +5,7 @@ from importlib import import_module
 from typing import Any
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.models import no_bar
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 
@@ -30,7 +31,8 @@ def hooked_tiny_facts() -> Any:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     path = str(tiny_facts_dir())
-    hf = AutoModelForCausalLM.from_pretrained(path)
+    with no_bar(True):
+        hf = AutoModelForCausalLM.from_pretrained(path)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the class will go
         config = loading.get_pretrained_model_config(
