@@ -17,10 +17,11 @@ from tl_neuron_attr.views.curves import effect_curves, mask_curves
 from tl_neuron_attr.views.effects import effect_bars, effect_heatmap, predicted_scatter
 from tl_neuron_attr.views.graph import sankey
 from tl_neuron_attr.views.heads import head_heatmap, head_scan_heatmap
-from tl_neuron_attr.views.knowledge import neuron_overlap, type_layer_heatmap
+from tl_neuron_attr.views.knowledge import type_layer_heatmap
 from tl_neuron_attr.views.layers import layer_bars
 from tl_neuron_attr.views.methods import method_histogram
 from tl_neuron_attr.views.neurons import neuron_histogram, neuron_scatter
+from tl_neuron_attr.views.overlap import neuron_overlap
 from tl_neuron_attr.views.positions import log_prob_heatmap, position_bars
 from tl_neuron_attr.views.shares import cumulative_share
 

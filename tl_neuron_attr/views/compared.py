@@ -70,6 +70,8 @@ def compared_layer_bars(layers: pd.DataFrame, *, title: str | None = None) -> go
             col=1,
         )
     finish(figure, title, "What each layer adds to log p(target), in two runs", height=520)
+    # at a notebook's width the legend takes two lines
+    figure.update_layout(height=545, margin_t=figure.to_dict()["layout"]["margin"]["t"] + 25)
     layer_axis(figure, layers["layer"].tolist())
     figure.update_xaxes(title_text=None)
     figure.update_xaxes(title_text="layer", row=len(kinds), col=1)

@@ -25,7 +25,7 @@ _NAMES = {"ffn": "FFN neuron", "attn": "attention neuron", "token": "token"}
 _ROLES = {"both": "value and query neuron", "value": "value neuron", "query": "query neuron"}
 # ribbons lie on each other; the rarer and darker sign is to be seen on top
 _RIBBONS = {1: "rgba(27, 120, 55, 0.32)", -1: "rgba(118, 42, 131, 0.5)"}
-_WIDTH = 900
+_WIDTH = 700
 # zooming and panning would move axes that are there for the legend's sake alone
 _NO_BUTTONS = ("zoom", "pan", "select", "lasso", "zoomin", "zoomout", "autoscale", "resetscale")
 
@@ -36,7 +36,7 @@ def sankey(nodes: pd.DataFrame, edges: pd.DataFrame, *, title: str | None = None
     From left to right: what sets neurons off, the value neurons, the answer. Ribbons are as wide
     as the nats they bring, green where they raise log p(target), purple where they lower it. A bar
     is as high as the larger of what enters and what leaves it: where less enters, the rest was not
-    drawn. Labels are cut to fit 900 pixels; hovering shows them whole, with all numbers.
+    drawn. Labels are cut to fit 700 pixels; hovering shows them whole, with all numbers.
 
     Drawn from ``Graph.node_table()`` and ``Graph.edge_table()``.
 

@@ -1,35 +1,26 @@
-"""Prompts of several knowledge types: their layers, and the neurons they share."""
+"""The layers that prompts of several knowledge types are answered in."""
 
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from tl_neuron_attr.across import OVERLAP_COLUMNS
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.views.checks import checked, kinds_of
 from tl_neuron_attr.views.style import (
     DIVERGING,
-    GAP,
     KIND_NAMES,
     RISE,
-    SEQUENTIAL,
     cells_of,
     colour_bar,
     escaped,
     finish,
     limit_of,
-    shortened,
+    name_margin,
 )
 
 TYPE_LAYER_COLUMNS = ("knowledge_type", "layer", "kind", "score")
-_WRITTEN = 12
-"""Up to how many rows a matrix has its numbers written in it."""
-_NAMED = 30
-"""How many rows of a matrix are named."""
-_AXES = {
-    "jaccard": "shared, of all that either has (Jaccard, 0 to 1)",
-    "shared": "neurons shared",
-}
+_WRITTEN = 40
+"""Up to how many layers there is room for numbers."""
 
 
 def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go.Figure:
@@ -81,7 +72,7 @@ def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go
             y=[escaped(str(name)) for name in types],
             z=cells_of(scores),
             text=texts.astype(object).where(texts.notna(), "").to_numpy().tolist(),
-            texttemplate="%{text}" if len(columns) <= 40 else None,
+            texttemplate="%{text}" if len(columns) <= _WRITTEN else None,
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
@@ -99,9 +90,10 @@ def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go
         }
     )
     default = "Mean score of each layer by knowledge type; the best ten are numbered"
-    default = default if any(table["mark"].tolist()) else default.split(";")[0]
+    if len(columns) > _WRITTEN or not any(table["mark"].tolist()):
+        default = default.split(";")[0]
     finish(figure, title, default, height=150 + len(kinds) * (30 + 26 * len(types)))
-    figure.update_layout(margin_l=_margin([str(name) for name in types]))
+    figure.update_layout(margin_l=name_margin([str(name) for name in types]))
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_xaxes(
         title_text="layer (emb: embedding)" if -1 in columns else "layer", row=len(kinds), col=1
@@ -123,90 +115,3 @@ def _cells(table: pd.DataFrame) -> pd.DataFrame:
         x=[-1 if pd.isna(layer) else int(layer) for layer in table["layer"]],
         mark=marks,
     )
-
-
-def neuron_overlap(
-    overlap: pd.DataFrame, measure: str = "jaccard", *, title: str | None = None
-) -> go.Figure:
-    """A matrix a kind: how many of their best neurons two prompts, or two knowledge types, share.
-
-    As a part of all neurons that either has (Jaccard, 0 to 1), or with ``measure="shared"`` as
-    their number; of types the mean over pairs of prompts. Of types that have neurons of their own
-    the diagonal stands out.
-
-    Drawn from ``overlap_table(...)``.
-
-    Raises:
-        InputError: If ``overlap`` is empty, lacks columns, or has two rows for one cell; if
-            ``measure`` is unknown.
-    """
-    if measure not in _AXES:
-        raise InputError(f"measure must be one of {', '.join(_AXES)}, got {measure!r}")
-    table = checked(
-        overlap,
-        "overlap",
-        OVERLAP_COLUMNS,
-        key=["kind", "first", "second"],
-        value=None,
-        source="overlap_table(...)",
-    )
-    names = [*dict.fromkeys(overlap["first"].tolist())]
-    kinds = kinds_of(table)
-    of_types = str(table["by"].iloc[0]) == "knowledge_type"
-    figure = make_subplots(
-        cols=len(kinds),
-        shared_yaxes=True,
-        horizontal_spacing=0.06,
-        subplot_titles=[f"{KIND_NAMES[kind]} neurons" for kind in kinds],
-    )
-    labels = [escaped(shortened(str(name), 24)) for name in names]
-    step = -(-len(names) // _NAMED)
-    for column, kind in enumerate(kinds, start=1):
-        here = table.loc[table["kind"] == kind].pivot(
-            index="first", columns="second", values=measure
-        )
-        grid = cells_of(here.reindex(index=names, columns=names))
-        figure.add_heatmap(
-            x=list(range(len(names))),
-            y=list(range(len(names))),
-            z=grid,
-            customdata=[[f"{first}, {second}" for second in labels] for first in labels],
-            texttemplate="%{z:.2g}" if len(names) <= _WRITTEN else None,
-            coloraxis="coloraxis",
-            xgap=1 if len(names) <= 60 else 0,
-            ygap=1 if len(names) <= 60 else 0,
-            hoverongaps=False,
-            hovertemplate="%{customdata}: %{z:.3g}<extra></extra>",
-            row=1,
-            col=column,
-        )
-    most = 1.0 if measure == "jaccard" and not of_types else None
-    figure.update_layout(
-        coloraxis={
-            "colorscale": SEQUENTIAL,
-            "cmin": 0,
-            "cmax": most,
-            "colorbar": colour_bar(_AXES[measure]),
-        }
-    )
-    what = "knowledge types" if of_types else "prompts"
-    margin = _margin(labels)
-    finish(
-        figure,
-        title,
-        f"Neurons that {what} share among their best" + (": means over pairs" * of_types),
-        height=160 + margin + min(420, max(150, 26 * len(names))),
-    )
-    figure.update_layout(margin={"l": margin, "b": margin}, plot_bgcolor=GAP)
-    named = {"tickmode": "array", "tickvals": list(range(len(names)))[::step]}
-    named |= {"ticktext": labels[::step], "showgrid": False, "zeroline": False}
-    axis = "knowledge type" if of_types else "prompt"
-    figure.update_xaxes(title_text=axis, tickangle=-45, **named)
-    figure.update_yaxes(range=[len(names) - 0.5, -0.5], **named)
-    figure.update_yaxes(title_text=axis, row=1, col=1)
-    return figure
-
-
-def _margin(labels: list[str]) -> int:
-    """Pixels beside the plot that the names of its rows take."""
-    return 50 + 7 * min(24, max(map(len, labels)))

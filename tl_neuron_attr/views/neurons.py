@@ -27,7 +27,7 @@ from tl_neuron_attr.views.style import (
     zero_line,
 )
 
-_LARGEST = 26
+_LARGEST = 34
 """Pixels across the largest neuron of a scatter."""
 _SPREAD = 0.7
 """How far neurons of a layer are spread, of the distance to the next."""
@@ -155,7 +155,7 @@ def neuron_scatter(
                 "cmax": largest,
                 "size": np.abs(scores).tolist(),
                 "sizemode": "area",
-                "sizeref": largest / _LARGEST**2,
+                "sizeref": 2 * largest / _LARGEST**2,
                 "sizemin": 2.5,
                 "opacity": 0.65,
                 "line": {"width": 0.5, "color": "white"},

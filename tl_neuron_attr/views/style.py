@@ -16,7 +16,6 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
 
 RISE = "rise in log p(target), nats"
-LOG_PROB = "log p(target), nats"
 CHANGE = "change of log p(target), nats"
 KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
 
@@ -57,6 +56,7 @@ METHOD_COLOURS = (
 CONTROLS = ("random", "norm_matched")
 _CONTROL_DASHES = {"random": "dash", "norm_matched": "dashdot"}
 _TOKEN_CHARS = 18
+_NAME_CHARS = 24
 _TITLE_CHARS = 80
 
 
@@ -100,6 +100,16 @@ def shortened(text: str, length: int = _TOKEN_CHARS) -> str:
 
 def signed(nats: float) -> str:
     return f"{nats:+.3g}".replace("-", "−")
+
+
+def ending(name: str) -> str:
+    """A name that is not too long: names of prompts differ at the end."""
+    return name if len(name) <= _NAME_CHARS else f"…{name[1 - _NAME_CHARS :]}"
+
+
+def name_margin(names: Sequence[str]) -> int:
+    """Pixels beside the plot that such names of its rows take."""
+    return 50 + 7 * min(_NAME_CHARS, max(map(len, names)))
 
 
 def neuron_labels(neurons: pd.DataFrame) -> list[str]:
@@ -151,7 +161,7 @@ def colour_bar(quantity: str) -> dict[str, Any]:
 
 
 def band(
-    x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str
+    x: Sequence[float | int], low: Sequence[float], high: Sequence[float], colour: str
 ) -> go.Scatter:
     """The area between two lines, behind what is drawn next."""
     return go.Scatter(
