@@ -85,8 +85,9 @@ def test_loading_the_model_prints_nothing_and_leaves_progress_bars_as_they_were(
 
 
 @needs_hooked_transformer
-def test_as_a_hooked_transformer_it_has_the_same_scores(bridge):
+def test_as_a_hooked_transformer_it_has_the_same_scores(bridge, capfd):
     hooked = hooked_tiny_facts()
+    assert "Loading" not in capfd.readouterr().err
     assert type(hooked).__name__ == "HookedTransformer" and not hooked.training
     prompt = "The capital of France is"
     one, other = (attribute(model, prompt, top=20) for model in (hooked, bridge))

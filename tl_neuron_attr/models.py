@@ -58,7 +58,7 @@ def load_model(
 
     try:
         # loading draws initial weights only to overwrite them
-        with torch.random.fork_rng(), _load_reports() as reports, _no_bar(name == "tiny-facts"):
+        with torch.random.fork_rng(), _load_reports() as reports, no_bar(name == "tiny-facts"):
             model = TransformerBridge.boot_transformers(
                 source,
                 device=device,
@@ -133,7 +133,7 @@ def _load_reports() -> Iterator[list[str]]:
 
 
 @contextmanager
-def _no_bar(hidden: bool) -> Iterator[None]:
+def no_bar(hidden: bool) -> Iterator[None]:
     """Without the progress bar of transformers, if ``hidden``: for what takes no time to load."""
     from transformers.utils import logging as transformers_logging
 
