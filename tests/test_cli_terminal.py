@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
-from tl_neuron_attr import cli
+from tl_neuron_attr import cli, load_prompts
 from tl_neuron_attr.cli.terminal import print_table, token_widths
 from tl_neuron_attr.display import decimals
 
@@ -80,8 +80,10 @@ def test_help_has_an_example(command):
 def test_the_example_runs_offline_and_fits_100_80_and_60_columns(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = example_of(command)
-    # the last two take seconds each
-    for width in (60,) if command in ("prompts", "evaluate") else (100, 80, 60):
+    few = load_prompts("capital")[:40]  # thousands take seconds
+    for module in ("cli.prompts", "cli.evaluate", "evaluate.run"):
+        monkeypatch.setattr(sys.modules[f"tl_neuron_attr.{module}"], "load_prompts", lambda _: few)
+    for width in (100, 80, 60):
         shown = run(*arguments, width=width)
         assert shown.exit_code == 0, shown.output
         lines = shown.output.splitlines()
