@@ -74,7 +74,7 @@ def prompts(
 ) -> None:
     """Which prompts there are by type; with --model which it knows, and why others fall out.
 
-    Example: tl-neuron-attr prompts month --model tiny-facts --out known.jsonl
+    Example: tl-neuron-attr prompts capital --model tiny-facts --out known.jsonl
     """
     with errors_in_one_sentence():
         if out is not None:
