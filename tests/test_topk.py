@@ -166,13 +166,13 @@ def test_a_broken_bound_loses_neurons_that_the_dense_list_has(monkeypatch):
     """The tests above can fail: with a bound that is no bound, the best are missed."""
     import tl_neuron_attr.topk as topk
 
-    real = topk.TangentBound.above
+    real = topk.bounds_above
 
-    def broken(bound):
-        above, slack = real(bound)
+    def broken(tangents):
+        above, slack = real(tangents)
         return -above.where(above.isfinite(), torch.inf), slack
 
-    monkeypatch.setattr(topk.TangentBound, "above", broken)
+    monkeypatch.setattr(topk, "bounds_above", broken)
     generator = torch.Generator().manual_seed(0)
     out = random_read_out(generator, 8, 30, scale=1.0, centered=True)
     blocks = random_ffns(generator, 3, 8, 200, tail=2.0)

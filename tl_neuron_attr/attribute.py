@@ -350,7 +350,8 @@ def _scored(
     targets = [each.prompt.target or _own_top_prediction(host, each) for each in captures]
     if dtype is not None:
         captures = _in_dtype(captures, dtype)
-    outs = [read_out(host, run.resid_final, convention, budget=budget) for run in captures]
+    out = read_out(host, captures[0].resid_final, convention, budget=budget)
+    outs = [out.frozen_at(run.resid_final) if out.affine else out for run in captures]
     layers = range(host.n_layers)
     ffns = [tuple(ffn_decomposition(host, run, layer) for layer in layers) for run in captures]
     attns = [tuple(attn_decomposition(host, run, layer) for layer in layers) for run in captures]

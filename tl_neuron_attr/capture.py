@@ -435,9 +435,8 @@ def _pass(
         sorted({place.read for place in places if place.row == row}) for row in range(len(rows))
     ]
     logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
-    seen["logits"] = [
-        _scoring_copy(logits[place.row, reads[place.row].index(place.read)]) for place in places
-    ]
+    at = [_Place(place.row, 0, reads[place.row].index(place.read)) for place in places]
+    seen["logits"] = _copies("logits", logits, at)
     return _captures(host, prompts, places, seen)
 
 
@@ -642,16 +641,26 @@ def _kind(key: str) -> str:
 
 
 def _copies(key: str, activation: Tensor, places: Sequence[_Place]) -> list[Tensor]:
-    """What ``key`` keeps of each prompt."""
-    return [_scoring_copy(_select(key, place, activation[place.row])) for place in places]
+    """What ``key`` keeps of each prompt: views of one copy, which was made for all of them."""
+    rows = torch.tensor([place.row for place in places], device=activation.device)
+    reads = torch.tensor([place.read for place in places], device=activation.device)
+    activation = activation.detach()
+    if _kind(key) == "pattern":
+        kept = activation[rows, :, reads]  # indexing by a tensor copies
+    elif _kind(key) == "v":
+        kept = activation[rows]
+    else:
+        kept = activation[rows, reads]
+    wide = torch.promote_types(kept.dtype, torch.float32)
+    return [_trimmed(key, place, row) for place, row in zip(places, kept.to(wide), strict=True)]
 
 
-def _select(key: str, place: _Place, row: Tensor) -> Tensor:
+def _trimmed(key: str, place: _Place, row: Tensor) -> Tensor:
     if _kind(key) == "pattern":  # with padding before the prompt: nothing may attend there
-        return row[:, place.read, : place.read + 1]
+        return row[:, : place.read + 1]
     if _kind(key) == "v":
         return row[place.start : place.read + 1]
-    return row[place.read]
+    return row
 
 
 def _scoring_copy(activation: Tensor) -> Tensor:
@@ -682,8 +691,9 @@ def _captures(
             )
         if place.start:
             tensors["pattern"] = tensors["pattern"][:, :, place.start :].clone()
-        tensors["resid_final"] = seen["resid_final"][number]
-        tensors["logits"] = seen["logits"][number]
+        # not views: one capture must not keep the whole batch
+        tensors["resid_final"] = seen["resid_final"][number].clone()
+        tensors["logits"] = seen["logits"][number].clone()
         check_fits(host, tensors["mlp_post"], tensors["v"], tensors["resid_pre"])
         captures.append(
             Capture(prompt=prompt, model_name=host.model_name, **{"resid_mid": None, **tensors})

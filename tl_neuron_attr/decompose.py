@@ -17,6 +17,7 @@ from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import row_norms
+from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 
@@ -64,7 +65,9 @@ class FFNDecomposition:
         """The coefficient of every neuron, in the order neurons are numbered."""
         return self.coefficients
 
-    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+    def of_each(
+        self, per_subvalue: Shaped[Tensor, "*run subvalue"]
+    ) -> Shaped[Tensor, "*run neuron"]:
         """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
         return per_subvalue
 
@@ -142,10 +145,13 @@ class AttnDecomposition:
         """The coefficient of every neuron, in the order neurons are numbered."""
         return self.coefficients().flatten()
 
-    def of_each(self, per_subvalue: Shaped[Tensor, " subvalue"]) -> Shaped[Tensor, " neuron"]:
+    def of_each(
+        self, per_subvalue: Shaped[Tensor, "*run subvalue"]
+    ) -> Shaped[Tensor, "*run neuron"]:
         """For every neuron, what its subvalue has; ``per_subvalue`` is in the order of ``rows``."""
         head, pos, d_head = self.shape
-        return per_subvalue.view(head, 1, d_head).expand(head, pos, d_head).flatten()
+        each = per_subvalue.unflatten(-1, (head, 1, d_head))
+        return each.expand(*each.shape[:-2], pos, d_head).flatten(-3)
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
@@ -153,20 +159,26 @@ class AttnDecomposition:
 
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        return self.over_sources().position_vectors()[:, 0]
+        return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
         return self.head_vectors().sum(0)
 
+    @full_precision()
     def over_sources(self) -> "AttnDecomposition":
         """The same attention with source positions summed: its neurons are the position-free ones.
 
         It has one source position, attended to with weight 1, which holds every head's ``z``.
         """
-        z = self.coefficients().sum(1)
         ones = torch.ones_like(self.pattern[:, :1])
-        return replace(self, pattern=ones, v=z[None], summed=True)
+        return replace(self, pattern=ones, v=self._z()[None], summed=True)
+
+    def _z(self) -> Float[Tensor, "head d_head"]:
+        """Of each head, the sum of its values over source positions, each by its attention."""
+        groups = self.pattern.unflatten(0, (-1, self._group))
+        z = torch.einsum("kgp,pkd->kgd", groups, self.v)
+        return z.flatten(0, 1)
 
     @property
     def _group(self) -> int:

@@ -20,7 +20,13 @@ from tl_neuron_attr.intervals import BlockEnds, ends_of_blocks
 from tl_neuron_attr.prompts import at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress
-from tl_neuron_attr.topk import Bounds, RankedNeurons, best_by_bound_of, exact_scores
+from tl_neuron_attr.topk import (
+    Bounds,
+    RankedNeurons,
+    best_by_bound_of,
+    bounds_of_one_run,
+    exact_scores,
+)
 
 _EXCLUDES_NOTHING = 1e30  # a finite bound that no difference reaches
 
@@ -93,7 +99,9 @@ def top_differences(
     higher, lower = (second, first) if lowest else (first, second)
     if not first.out.affine or 2 * top >= total:
         places = range(len(first.blocks))
-        bounds = [partial(_nothing_excluded, first, second, place) for place in places]
+        bounds = [
+            bounds_of_one_run(partial(_nothing_excluded, first, second, place)) for place in places
+        ]
     else:
         bounds = _bounds(higher, lower, top, likely)
     seen: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -105,7 +113,7 @@ def top_differences(
         return scores[0] - scores[1]
 
     (ranked,) = best_by_bound_of(
-        [first.blocks], [bounds], differences, top, lowest=lowest, progress=progress
+        [first.blocks], bounds, differences, top, lowest=lowest, progress=progress
     )
     # a difference of 0 has no sign
     certificate = replace(
@@ -185,7 +193,8 @@ def _bounds(higher: Side, lower: Side, top: int, likely: int | None) -> list[Bou
         above = high.all().upper - low.all().lower
         near = ((above >= least[-1]) & ~unchanged).nonzero()[:, 0]
         closer = torch.minimum(above[near], high.of(near).upper - low.of(near).lower)
-        bounds.append(partial(_above, high, low, unchanged, near, closer))
+        above_all = partial(_above, high, low, unchanged, near, closer)
+        bounds.append(bounds_of_one_run(above_all))
     return bounds
 
 

@@ -50,6 +50,7 @@ from tl_neuron_attr.topk import (
     Kind,
     RankedNeurons,
     best_by_bound,
+    bounds_of_one_run,
     exact_scores,
     tangent_bounds,
     top_neurons,
@@ -243,7 +244,7 @@ def suppressing_neurons(
         bounds = [_no_bounds(block, out) for block in blocks]
     else:
         bounds = _lower_bounds(blocks, out, before, index, top, likely)
-    found = best_by_bound([blocks], [bounds], out, before, top, lowest=True, progress=progress)[0]
+    found = best_by_bound([blocks], bounds, out, before, top, lowest=True, progress=progress)[0]
     if out.affine:
         return found
     return replace(found, certificate=replace(found.certificate, applies=False))
@@ -819,7 +820,7 @@ def _bounds(
         lower = ends.lower.index_copy(0, near, better)
         return (-lower).where(~ends.off, -torch.inf), ends.slack.max()
 
-    return negated
+    return bounds_of_one_run(negated)
 
 
 def _no_bounds(block: Decomposition, out: ReadOut) -> Bounds:
@@ -830,7 +831,7 @@ def _no_bounds(block: Decomposition, out: ReadOut) -> Bounds:
         nothing = torch.full_like(coefficients, _EXCLUDES_NOTHING, dtype=out.dtype)
         return nothing.where(coefficients != 0, -torch.inf), nothing.new_zeros(())
 
-    return bounds
+    return bounds_of_one_run(bounds)
 
 
 # --- what is asked ----------------------------------------------------------------------------

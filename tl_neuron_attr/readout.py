@@ -104,6 +104,11 @@ class ReadOut:
         """How many vectors' logits of the whole vocabulary fit."""
         return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
 
+    def frozen_at(self, resid_final: Float[Tensor, " d_model"]) -> "ReadOut":
+        """The same read-out, its norm frozen at the scale that another run ended with."""
+        centred = self._centred(resid_final)
+        return replace(self, norm_scale=(centred.pow(2).mean() + self.eps).sqrt())
+
     def linear(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The frozen norm's linear part: what adding a vector adds to the final norm's output.
 
@@ -730,11 +735,7 @@ def read_out(
     )
     if convention == "recomputed":
         return out
-    resid = resid_final.to(dtype)
-    if out.centered:
-        resid = resid - resid.mean()
-    norm_scale = (resid.pow(2).mean() + out.eps).sqrt()
-    return replace(out, norm_scale=norm_scale, norms=weight_norms(host))
+    return replace(out, norms=weight_norms(host)).frozen_at(resid_final)
 
 
 def check_read_out(

@@ -29,10 +29,14 @@ from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
-Bounds = Callable[[], tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]]
-"""Gives, for one block, a number that no neuron's score exceeds, -inf for neurons that are off
-(they score 0), and the largest slack among them. Called anew each time it is needed: the bounds
-of all blocks of a long prompt together would take more memory than its activations."""
+Bounds = Callable[[Sequence[int]], tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]]
+"""Gives, for one block of each of the runs asked for, a number that no neuron's score exceeds, -inf
+for neurons that are off (they score 0), and the largest slack among them. The runs have as many
+neurons. Called anew each time it is needed: the bounds of all blocks of a long prompt together
+would take more memory than its activations."""
+
+_LINED_UP = 2**21
+"""How many neurons of one block, over several runs, are bounded at a time: 8 MiB in float32."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +179,10 @@ def top_neurons_of_runs(
     if tangents is not None and searched:
         ranked = best_by_bound(
             [runs[run] for run in searched],
-            [[bound.above for bound in tangents[run]] for run in searched],
+            [
+                _tangents_above([tangents[run][layer] for run in searched])
+                for layer in range(n_layers)
+            ],
             out,
             before[bases[searched].flatten()],
             top,
@@ -202,14 +209,41 @@ class TangentBound:
 
     def above(self) -> tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]:
         """A number that no neuron's score exceeds (-inf for those that are off), and the slack."""
-        coefficients = self.block.all_coefficients()
-        slack = coefficients.abs() * self.block.of_each(self.slack)
-        bounds = coefficients * self.block.of_each(self.slope) + slack + self.constant
-        return bounds.where(coefficients != 0, -torch.inf), slack.max() + self.constant
+        (bounds,), (slack,) = bounds_above([self])
+        return bounds, slack
 
     def linear(self) -> Float[Tensor, " neuron"]:
         """The scores themselves, where they are linear."""
         return self.block.all_coefficients() * self.block.of_each(self.slope)
+
+
+def bounds_above(
+    tangents: Sequence[TangentBound],
+) -> tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]:
+    """The same for one block of several runs that have as many neurons."""
+    block, constant = tangents[0].block, tangents[0].constant
+    coefficients = torch.stack([each.block.all_coefficients() for each in tangents])
+    slack = block.of_each(torch.stack([each.slack for each in tangents])) * coefficients.abs()
+    slopes = block.of_each(torch.stack([each.slope for each in tangents]))
+    bounds = coefficients * slopes + slack + constant
+    return bounds.where(coefficients != 0, -torch.inf), slack.amax(1) + constant
+
+
+def _tangents_above(tangents: Sequence[TangentBound]) -> Bounds:
+    """Bounds of one block, of which each run has its tangent."""
+    return lambda runs: bounds_above([tangents[run] for run in runs])
+
+
+def bounds_of_one_run(
+    bounds: Callable[[], tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]],
+) -> Bounds:
+    """Bounds of one block, where there is one run."""
+
+    def of(runs: Sequence[int]) -> tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]:
+        above, slack = bounds()
+        return above[None], slack[None]
+
+    return of
 
 
 @full_precision()
@@ -273,7 +307,7 @@ def score_bounds(
 @full_precision()
 def best_by_bound(
     runs: Sequence[Sequence[Decomposition]],
-    bounds: Sequence[Sequence[Bounds]],
+    bounds: Sequence[Bounds],
     out: ReadOut,
     before: Baseline,
     top: int,
@@ -295,7 +329,7 @@ def best_by_bound(
 
 def best_by_bound_of(
     runs: Sequence[Sequence[Decomposition]],
-    bounds: Sequence[Sequence[Bounds]],
+    bounds: Sequence[Bounds],
     scores_of: Callable[[Sequence[Int[Tensor, " _"]]], Float[Tensor, " neuron"]],
     top: int,
     *,
@@ -308,11 +342,14 @@ def best_by_bound_of(
     says -inf of scores 0.
     """
     sign = -1.0 if lowest else 1.0
-    races = [
-        _Race(blocks=blocks, bounds=bound, top=top)
-        for blocks, bound in zip(runs, bounds, strict=True)
-    ]
+    races = [_Race(run=run, blocks=blocks, top=top) for run, blocks in enumerate(runs)]
+    for some in _alike(races):
+        _line_up(some, bounds)
     while True:
+        for race in races:
+            if race.must_look_further():
+                race.size *= 4
+                _line_up([race], bounds)
         asked = [race.ask() for race in races]
         lengths = [len(some) for some in asked]
         if not any(lengths):
@@ -329,16 +366,17 @@ def best_by_bound_of(
 class _Race:
     """The search in one run: which neurons were scored, and which bounds come next."""
 
+    run: int
+    """Its place among the runs."""
     blocks: Sequence[Decomposition]
-    bounds: Sequence[Bounds]
     top: int
-    flat: Int[Tensor, " scored"] = field(init=False)
+    flat: Int[Tensor, " scored"] | None = None
     """Numbers, across all blocks, of the neurons whose score is known (0 for those off)."""
     scores: Float[Tensor, " scored"] = field(init=False)
     waiting: Int[Tensor, " waiting"] = field(init=False)
     """The neurons with the largest bounds of those not scored, largest first."""
     waiting_bounds: Float[Tensor, " waiting"] = field(init=False)
-    beyond: float = field(init=False)
+    beyond: float = -math.inf
     """Largest bound of the active neurons that are neither scored nor waiting."""
     size: int = field(init=False)
     """How many wait at most."""
@@ -348,11 +386,23 @@ class _Race:
     slack: float = 0.0
 
     def __post_init__(self) -> None:
-        self.size = 4 * self.top
-        self.flat = torch.zeros(0, dtype=torch.long, device=self.blocks[0].base.device)
-        self._line_up()
-        self.scores = torch.zeros(len(self.flat), device=self.flat.device)
-        self.scores = self.scores.to(self.waiting_bounds.dtype)
+        self.size = 2 * self.top
+
+    def line_up(
+        self, numbers: Int[Tensor, " waiting"], bounds: Float[Tensor, " waiting"], beyond: float
+    ) -> None:
+        """Let these neurons wait; no bound left out is above ``beyond``."""
+        self.waiting, self.waiting_bounds, self.beyond = numbers, bounds, beyond
+
+    def start(self, off: Int[Tensor, " off"], slack: float) -> None:
+        """Note what is known before any score: neurons that are off score 0."""
+        # the first are enough
+        self.flat, self.slack = off[: self.top], slack
+        self.scores = self.waiting_bounds.new_zeros(len(self.flat))
+
+    def must_look_further(self) -> bool:
+        """Whether bounds that are not waiting may still hide one of the best."""
+        return len(self.waiting) == 0 and self.beyond >= self._kth() and self.beyond > -math.inf
 
     def ask(self) -> Int[Tensor, " neuron"]:
         """Which neurons to score next; none if the best are proven."""
@@ -360,17 +410,14 @@ class _Race:
             # on trained models the best are nearly always among these: one read-out does
             self.batch = max(8, self.top // 16)
             return self.waiting[: self.top + self.top // 16]
-        kth = self._kth()
-        if len(self.waiting) == 0 and self.beyond >= kth:
-            self.size *= 4
-            self._line_up()
-        worth = int((self.waiting_bounds >= kth).sum())
+        worth = int((self.waiting_bounds >= self._kth()).sum())
         some = self.waiting[: min(self.batch, worth)]
         self.batch *= 2  # where bounds are loose, few rounds over all of them
         return some
 
     def take(self, some: Int[Tensor, " neuron"], scores: Float[Tensor, " neuron"]) -> None:
         """Note the scores of the neurons asked for."""
+        assert self.flat is not None
         self.flat = torch.cat([self.flat, some])
         self.scores = torch.cat([self.scores, scores])
         self.waiting = self.waiting[len(some) :]
@@ -379,6 +426,7 @@ class _Race:
 
     def ranked(self, sign: float) -> RankedNeurons:
         """The best, once ``ask`` has nothing left to ask for."""
+        assert self.flat is not None
         # by number first, so that ties come by layer, then number
         flat, order = self.flat.sort()
         scores = self.scores[order]
@@ -402,31 +450,49 @@ class _Race:
             return -math.inf
         return float(self.scores.topk(self.top).values[-1])
 
-    def _line_up(self) -> None:
-        """Let the ``size`` neurons wait that have the largest bounds of those not scored."""
-        per_block = self.blocks[0].n_neurons
-        at_first = len(self.flat) == 0
-        numbers, bounds, off, slacks = [], [], [], []
-        for place, bounds_of in enumerate(self.bounds):
-            here, slack = bounds_of()
-            if at_first:
-                # neurons that are off score 0: known without a read-out, the first are enough
-                off.append(here.isneginf().nonzero()[: self.top, 0] + place * per_block)
-            done = self.flat[self.flat // per_block == place] % per_block
-            here[done] = -torch.inf
-            here = here.nan_to_num(torch.inf, torch.inf, -torch.inf)  # no bound excludes nothing
-            largest = here.topk(min(self.size + 1, len(here)))
-            numbers.append(largest.indices + place * per_block)
-            bounds.append(largest.values)
-            slacks.append(slack)
-        merged, order = torch.cat(bounds).sort(descending=True, stable=True)
-        active = int((merged > -torch.inf).sum())
-        self.waiting = torch.cat(numbers)[order[: min(self.size, active)]]
-        self.waiting_bounds = merged[: min(self.size, active)]
-        self.beyond = float(merged[self.size]) if active > self.size else -math.inf
-        if at_first:
-            self.flat = torch.cat(off)[: self.top]
-            self.slack = float(torch.stack(slacks).max())
+
+def _alike(races: Sequence[_Race]) -> Iterator[list[_Race]]:
+    """Races of as many neurons a block, as many as can be lined up together."""
+    shapes: dict[int, list[_Race]] = {}
+    for race in races:
+        shapes.setdefault(race.blocks[0].n_neurons, []).append(race)
+    for n_neurons, some in shapes.items():
+        step = max(1, _LINED_UP // n_neurons)
+        for first in range(0, len(some), step):
+            yield some[first : first + step]
+
+
+def _line_up(races: Sequence[_Race], bounds: Sequence[Bounds]) -> None:
+    """In each race let the neurons wait that have the largest bounds of those not scored.
+
+    The races have as many neurons a block, and as many may wait in each.
+    """
+    per_block, size = races[0].blocks[0].n_neurons, races[0].size
+    runs = [race.run for race in races]
+    numbers, values, slacks = [], [], []
+    off: list[list[Int[Tensor, " _"]]] = [[] for _ in races]
+    for place, bounds_of in enumerate(bounds):
+        here, slack = bounds_of(runs)
+        for row, race, known in zip(here, races, off, strict=True):
+            if race.flat is None:
+                known.append(row.isneginf().nonzero()[:, 0] + place * per_block)
+            else:
+                row[race.flat[race.flat // per_block == place] % per_block] = -torch.inf
+        here = here.nan_to_num(torch.inf, torch.inf, -torch.inf)  # no bound excludes nothing
+        largest = here.topk(min(size + 1, per_block))
+        numbers.append(largest.indices + place * per_block)
+        values.append(largest.values)
+        slacks.append(slack)
+    merged, order = torch.cat(values, 1).sort(dim=1, descending=True, stable=True)
+    number = torch.cat(numbers, 1).gather(1, order)
+    active = (merged > -torch.inf).sum(1).tolist()
+    slack = torch.stack(slacks).amax(0).tolist()
+    for row, race in enumerate(races):
+        waiting = min(size, active[row])
+        beyond = float(merged[row, size]) if active[row] > size else -math.inf
+        race.line_up(number[row, :waiting], merged[row, :waiting], beyond)
+        if race.flat is None:
+            race.start(torch.cat(off[row]), slack[row])
 
 
 def _best_of_all(

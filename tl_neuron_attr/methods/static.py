@@ -23,6 +23,7 @@ from tl_neuron_attr.topk import (
     Kind,
     TangentBound,
     best_by_bound_of,
+    bounds_of_one_run,
     exact_scores,
     tangent_bounds,
     top_neurons,
@@ -133,9 +134,10 @@ def scores_by(
         return of_increase(flat, exact_scores(blocks, out, before, flat))
 
     bounds: list[Bounds] = [
-        partial(bounds_of, place, tangent) for place, tangent in enumerate(tangents[0])
+        bounds_of_one_run(partial(bounds_of, place, tangent))
+        for place, tangent in enumerate(tangents[0])
     ]
-    (ranked,) = best_by_bound_of([blocks], [bounds], scores_of, top)
+    (ranked,) = best_by_bound_of([blocks], bounds, scores_of, top)
     return of_ranked(case, ranked)
 
 
