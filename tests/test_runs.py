@@ -477,6 +477,7 @@ run_prompts("tiny-facts", two_types(), {str(tmp_path / "run")!r}, top=TOP, shard
     assert bytes_of(tmp_path / "run") == bytes_of(plain.directory)
 
 
+@pytest.mark.slow
 def test_what_a_worker_raises_is_raised_here(prompts, tmp_path):
     """Here: the plan's prompts are exchanged behind the caller's back."""
     said = []
