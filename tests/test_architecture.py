@@ -23,6 +23,7 @@ ORDER = (
     "norms",
     "capture",
     "readout",
+    "lens",
     "decompose",
     "index",
     "identities",
@@ -36,6 +37,7 @@ ORDER = (
     "query",
     "inputs",
     "tables",
+    "across",
     "markup",
     "styled",
     "glance",
@@ -55,6 +57,11 @@ ORDER = (
     "paper",
     "cli",
 )
+
+
+# A result writes its own report, for that is what a reader asks of it; the report is drawn from the
+# saved tables alone, and is imported where it is asked for, inside the methods that save.
+UPWARD = {name: {"report"} for name in ("attribution", "cards", "graph", "compare", "evaluate")}
 
 
 def sources_of(name):
@@ -93,7 +100,7 @@ def test_every_module_has_its_place_in_the_order():
 def test_modules_import_only_from_earlier_stages():
     for place, name in enumerate(ORDER):
         for path in sources_of(name):
-            late = imports_of(path)[1] - set(ORDER[:place]) - {name}
+            late = imports_of(path)[1] - set(ORDER[:place]) - {name} - UPWARD.get(name, set())
             assert not late, f"{path.name} imports {sorted(late)}, which come after it"
 
 
@@ -102,6 +109,7 @@ def test_each_foreign_library_stays_behind_its_wall():
         "plotly": {"views", "report/page", "paper/figures", "paper/contents"},
         "pandas": {
             "tables",
+            "across",
             "markup",
             "styled",
             "glance",

@@ -371,9 +371,9 @@ def test_saving_without_an_index_leaves_no_table_of_an_earlier_run(tiny_gpt2, tm
     attribute(tiny_gpt2, TOKENS, top=2, index=index).save(out)
     assert (out / "suppressing.parquet").exists() and (out / "shares.parquet").exists()
     attribute(tiny_gpt2, TOKENS[:3], top=2).save(out)
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["layers.parquet", "heads.parquet", "positions.parquet", "neurons.parquet", "run.json"]
-    )
+    tables = ("heads", "layers", "log_probs", "neurons", "positions")
+    names = [*(f"{name}.parquet" for name in tables), "run.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
 
 
 # --- errors -----------------------------------------------------------------------------------

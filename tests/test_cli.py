@@ -83,6 +83,7 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == [
         "heads.parquet",
         "layers.parquet",
+        "log_probs.parquet",
         "neurons.parquet",
         "positions.parquet",
         "run.json",

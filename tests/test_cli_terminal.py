@@ -28,7 +28,7 @@ def run(*arguments, width=100):
 def example_of(command):
     """The arguments of the example in a command's help, as it is printed."""
     shown = run(command, "--help", width=300).output
-    (found,) = re.findall(r"Example: tl-neuron-attr (.*)", shown)
+    *_, found = re.findall(r"Example: tl-neuron-attr (.*)", shown)
     return shlex.split(found)
 
 

@@ -455,6 +455,32 @@ def test_prompts_about_one_fact_can_be_drawn_together():
     assert alone["after"].item() == together["after"].item()
 
 
+def test_the_rankings_are_the_neurons_that_were_zeroed_best_first(tmp_path):
+    model = load_model("tiny-facts")
+    prompts = load_prompts("color")[:4]
+    found = evaluate(model, prompts, "a,e", neurons="both", top=(2, 5), filtered=False)
+    of_prompt = found.rankings[found.rankings["prompt_id"] == found.prompts["prompt_id"][1]]
+    asked = found.prompts.iloc[1]
+    result = attribute(model, asked["text"], target=f" {asked['answer'].strip()}", top=5)
+    for kind in ("ffn", "attn"):
+        ours = of_prompt[(of_prompt["method"] == "log_prob_increase") & (of_prompt["kind"] == kind)]
+        wanted = result.neurons(kind, by_source=False)
+        names = ["rank", "layer", "head", "index"]
+        assert ours[names].reset_index(drop=True).equals(wanted[names].astype(ours[names].dtypes))
+        assert ours["score"].tolist() == pytest.approx(wanted["score"].tolist(), rel=1e-4)
+    sums = of_prompt.groupby(["method", "kind"])["score"].sum()
+    predicted = found.predicted[found.predicted["top"] == 5].set_index(
+        ["prompt_id", "method", "kind"]
+    )["predicted"]
+    for (method, kind), total in sums.items():
+        assert -total == pytest.approx(predicted[asked["prompt_id"], method, kind], rel=1e-6)
+    found.save(tmp_path)
+    pd.testing.assert_frame_equal(load_evaluation(tmp_path).rankings, found.rankings)
+    pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "curves.parquet"), found.curves())
+    (tmp_path / "rankings.parquet").unlink()  # as an older version saved it
+    assert load_evaluation(tmp_path).rankings.empty
+
+
 # --- files ------------------------------------------------------------------------------------
 
 PROGRAM = """

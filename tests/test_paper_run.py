@@ -219,12 +219,13 @@ def test_hostile_text_is_shown_and_never_run():
     shown = Shown(caption=evil, table=table, columns={"token": evil, "label": "x", "value": "v"})
     text = page(evil, [evil], [Section(title=evil, text=[evil], items=[shown, figure])])
     seen = parsed(text)
-    assert seen.tags.count("script") == 3  # plotly.js, the figure's data, what draws it
+    # plotly.js, the figure's data, what draws it, what sorts and searches tables
+    assert seen.tags.count("script") == 4
     assert "b" not in seen.tags
     assert "alert(1)" in " ".join(seen.text)
     data = next(script for script in seen.scripts if script.startswith("{"))
     assert json.loads(data)["data"][0]["x"] == [evil]
-    assert '<td class="num">−1.23</td>' in text
+    assert '<td class="num" data-v="-1.23456">−1.23</td>' in text
     assert "\u202e" not in re.sub(r"<script.*?</script>", "", text, flags=re.S)
 
 

@@ -11,6 +11,7 @@ import torch
 from conftest import bridge_of
 
 from tl_neuron_attr import attribute_all, projection_index
+from tl_neuron_attr.across import layers_by_type
 from tl_neuron_attr.host import open_host, tokenize
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.neurons import Head
@@ -19,6 +20,7 @@ from tl_neuron_attr.paper.collect import collect, collect_shares, queries_of
 from tl_neuron_attr.paper.settings import in_proportion, sizes
 from tl_neuron_attr.paper.zeroing import PAPER_METHODS, zero_heads, zero_neurons
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.views import type_layer_heatmap
 
 PROMPTS = {
     "one": ((3, 17, 5, 40, 8, 22), 9),
@@ -408,14 +410,14 @@ def test_heads_of_the_own_type_stand_apart_from_those_of_others():
 
 
 def test_the_ten_best_layers_are_marked_and_biases_are_none(collected):
-    table = tables.best_layers(collected["query_layers"], by=["of"])
+    table = layers_by_type(collected["query_layers"], by=["of"])
     for of in ("ffn", "attn"):
         here = table[table["of"] == of]
         ranked = here[here["kind"] != "bias"].sort_values("score", ascending=False, kind="stable")
         assert ranked["rank"].tolist() == list(range(1, 8))
         assert here.loc[here["kind"] == "bias", "rank"].isna().all()
         assert not here.loc[here["kind"] == "bias", "best"].any()
-    figure = figures.layers_heatmap(table[table["of"] == "ffn"], "query layers")
+    figure = type_layer_heatmap(table[table["of"] == "ffn"], title="query layers")
     assert figure.data[0].x[0] == "emb" and figure.data[1].z[0][0] is None
 
 
@@ -452,7 +454,7 @@ def test_numbers_of_neurons_are_in_proportion_and_never_above_the_published():
 
 
 def test_every_figure_can_be_redrawn_from_a_saved_table(collected, tmp_path):
-    tables.best_layers(collected["layers"]).to_parquet(tmp_path / "layers.parquet")
+    layers_by_type(collected["layers"]).to_parquet(tmp_path / "layers.parquet")
     table = pd.read_parquet(tmp_path / "layers.parquet")
-    fresh = figures.layers_heatmap(tables.best_layers(collected["layers"]), "layers").to_json()
-    assert json.loads(figures.layers_heatmap(table, "layers").to_json()) == json.loads(fresh)
+    fresh = type_layer_heatmap(layers_by_type(collected["layers"])).to_json()
+    assert json.loads(type_layer_heatmap(table).to_json()) == json.loads(fresh)

@@ -4,6 +4,7 @@
 names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
 """
 
+from tl_neuron_attr.across import layers_by_type, overlap_table
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import (
@@ -166,6 +167,7 @@ __all__ = [
     "in_context_heads",
     "intervened",
     "intervention_hooks",
+    "layers_by_type",
     "knowledge_prompts",
     "known_prompts",
     "load_capture",
@@ -178,6 +180,7 @@ __all__ = [
     "mean_coefficients",
     "neuron_scores",
     "open_host",
+    "overlap_table",
     "paper_prompts",
     "parse_neuron",
     "parse_part",

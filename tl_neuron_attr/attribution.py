@@ -20,9 +20,9 @@ from tl_neuron_attr.capture import Capture, Sources, capture_sources
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError
-from tl_neuron_attr.files import check_writable
+from tl_neuron_attr.files import check_file, check_writable
 from tl_neuron_attr.glance import Glance, attribution_box, source_strip
-from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.host import Host, model_facts
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import (
@@ -31,6 +31,7 @@ from tl_neuron_attr.intervals import (
     score_intervals,
     suppressing_neurons,
 )
+from tl_neuron_attr.lens import log_probs_everywhere
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.prompts import Target, at_least_one, integer, visible
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
@@ -39,8 +40,10 @@ from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.strip import TokenStrip
 from tl_neuron_attr.tables import (
+    Saved,
     head_table,
     layer_table,
+    log_prob_table,
     neuron_table,
     position_table,
     query_layer_table,
@@ -66,6 +69,10 @@ ALL_LEFT_OUT = (
 )
 """What to say where no value neuron is in the sums."""
 
+SAVED_TOKENS = 10
+"""How many tokens that a neuron raises, and lowers, are saved beside it."""
+
+_SOMETIMES = ("log_probs", "suppressing", "shares")
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
 
@@ -197,6 +204,31 @@ class Attribution:
             attention=attention,
             top=top,
         )
+
+    def log_probs(self) -> pd.DataFrame:
+        """log p(target) after each layer, at every position: ``layer, position, token, log_prob``.
+
+        Of the residual stream, read out in the result's convention as if the target came next at
+        each position; ``layer`` is empty for what enters the first. A frozen norm has at each
+        position the scale it has there at the end of the run. At the read position it goes from
+        ``embedding_log_prob`` to ``log_prob``, in steps of a layer's two scores (except in parallel
+        blocks, where scores do not add up). Positions after it are left out.
+
+        Cost: one forward pass of the same prompt, and a read-out for each row (see ``lens.py``).
+
+        Raises:
+            InputError: If the model no longer gives the activations it was attributed by.
+        """
+        with torch.no_grad():
+            found = log_probs_everywhere(self.host, self.captured, self.out, self.target)
+        return log_prob_table(found, self.captured.prompt.token_texts)
+
+    def log_probs_or_why_not(self) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:
+        """``log_probs()`` by its name, or none and what to say: for a report that must not fail."""
+        try:
+            return {"log_probs": self.log_probs()}, ()
+        except NeuronAttrError as error:
+            return {}, (f"no log p by layer and position: {error}",)
 
     def neurons(
         self,
@@ -478,26 +510,17 @@ class Attribution:
                 "log_prob": self.log_prob,
                 "embedding_log_prob": self.embedding_log_prob,
             },
+            "predictions": records(self.predictions()),
             "convention": self.convention,
             "neuron_basis": {
                 "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
                 "attn": "pattern * v of one head, one source position, one dimension",
             },
-            "model": {
-                "name": host.model_name,
-                "architecture": host.architecture,
-                "class": host.class_name,
-                "processing": host.processing,
-                "dtype": str(host.dtype).removeprefix("torch."),
-                "sha256": weights_hash(host),
-            },
+            "model": model_facts(host),
             "score_dtype": str(self.out.dtype).removeprefix("torch."),
             "score_unit": "nats",
             "certificates": self.certificates(),
-            "versions": {
-                "python": platform.python_version(),
-                **{name: _version(name) for name in _VERSIONED},
-            },
+            "versions": versions(),
             "seconds": round(self.seconds, 3),
             "warnings": list(self.warnings),
         }
@@ -512,40 +535,73 @@ class Attribution:
             lists |= {f"suppressing_{name}": r for name, r in self.suppressing_neurons.items()}
         return {name: asdict(ranked.certificate) for name, ranked in lists.items()}
 
-    def save(self, directory: str | Path, *, progress: bool = False) -> None:
-        """Write ``layers``, ``heads``, ``positions``, ``neurons`` (Parquet) and ``run.json``.
+    def saved(self, *, progress: bool = False) -> Saved:
+        """The tables and facts that ``save`` writes, by name. Cost: that of ``save``."""
+        top = max(len(self.ffn_neurons), len(self.attn_neurons))
+        query_neurons, problems = self.query_neurons_or_why_not(top, tokens=SAVED_TOKENS)
+        query_neurons["position"] = query_neurons["position"].astype("Int64")
+        log_probs, no_log_probs = self.log_probs_or_why_not()
+        value_neurons = self.neurons(tokens=SAVED_TOKENS)
+        value_neurons["position"] = pd.array([None] * len(value_neurons), dtype="Int64")
+        tables = {
+            "layers": self.layers(),
+            "heads": self.heads(),
+            "positions": self.positions(progress=progress),
+            **log_probs,
+            "neurons": pd.concat([value_neurons, query_neurons], ignore_index=True),
+        }
+        if self.index is not None and self.out.affine:
+            tables["suppressing"] = self.suppressing(tokens=SAVED_TOKENS)
+            tables["shares"] = self.shares(top)
+        facts = self.facts()
+        facts["warnings"] += [*problems, *no_log_probs]
+        if not problems:
+            facts["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
+        return Saved(tables=tables, facts=facts)
+
+    def save(self, directory: str | Path, *, report: bool = False, progress: bool = False) -> None:
+        """Write ``layers``, ``heads``, ``positions``, ``log_probs``, ``neurons`` (Parquet) and
+        ``run.json``; with ``report`` also ``report.html`` and ``cards.json``, which it shows.
 
         ``neurons`` holds the value neurons, then (role ``query``) as many of ``query_neurons()``
-        as were ranked of a kind; where those cannot be had, ``run.json`` warns of it. With a
-        projection index ``suppressing`` and ``shares`` too, of as many neurons as were ranked. All
-        files appear together at the end, or none. Cost: scores every head at every source
-        position, with a progress bar on request where it takes longer than two seconds; and that
-        of ``query_layers``.
+        as were ranked of a kind, each with the ten tokens it raises and lowers most; where query
+        neurons, or ``log_probs``, which both take the prompt to be run again, cannot be had,
+        ``run.json`` warns of it. With a projection index ``suppressing`` and ``shares`` too, of as
+        many neurons as were ranked. All files appear together at the end, or none. Cost: scores
+        every head at every source position, with a progress bar on request where it takes longer
+        than two seconds; and that of ``query_layers``. A report costs a ``neuron_card`` of each of
+        the best neurons more (``report.CARDS`` of a kind).
 
         Raises:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
         path = check_writable(directory)
-        top = max(len(self.ffn_neurons), len(self.attn_neurons))
-        query_neurons, problems = self.query_neurons_or_why_not(top)
-        tables = {
-            "layers": self.layers(),
-            "heads": self.heads(),
-            "positions": self.positions(progress=progress),
-            "neurons": pd.concat([self.neurons(), query_neurons], ignore_index=True),
-        }
-        if self.index is not None and self.out.affine:
-            tables["suppressing"] = self.suppressing()
-            tables["shares"] = self.shares(top)
-        found = self.facts()
-        found["warnings"] += problems
-        if not problems:
-            found["query"] = {"for": "attn", "value_top": TOP_VALUES, **query_facts(self._query)}
-        facts = json.dumps(found, indent=2, ensure_ascii=False)
+        saved = self.saved(progress=progress)
+        texts = {}
+        if report:
+            from tl_neuron_attr.report import report_files
+
+            texts = report_files(self, saved)
+        facts = json.dumps(saved.facts, indent=2, ensure_ascii=False)
         # those of another run would not be this one's
-        stale = [name for name in ("suppressing", "shares") if name not in tables]
-        write_tables(path, tables, {"run.json": facts + "\n"}, stale)
+        stale = [name for name in _SOMETIMES if name not in saved.tables]
+        stale_texts = [name for name in ("cards.json", "report.html") if name not in texts]
+        write_tables(path, saved.tables, {**texts, "run.json": facts + "\n"}, stale, stale_texts)
+
+    def report(self, path: str | Path, *, progress: bool = False) -> Path:
+        """One HTML file with all that was found, to look at without a network; where it is.
+
+        The same as ``save(directory, report=True)`` puts beside the tables. Cost: as that.
+
+        Raises:
+            InputError: If the file cannot be written.
+            OutputError: If writing fails on the way; what was there before is untouched then.
+        """
+        from tl_neuron_attr.report import report_files, write_report
+
+        place = check_file(path, "report.html")
+        return write_report(report_files(self, self.saved(progress=progress)), place)
 
     def __repr__(self) -> str:
         target, prompt = self.target, self.captured.prompt
@@ -736,6 +792,12 @@ def query_facts(scores: QueryScores) -> dict[str, Any]:
 def progress_bar(total: int, unit: str, show: bool) -> Any:
     """A bar for ``total`` steps, shown where they take longer than two seconds, if at all."""
     return tqdm(total=total, unit=unit, delay=2, leave=False, disable=not show)
+
+
+def versions() -> dict[str, str]:
+    """Which Python, and which versions of what scores depend on."""
+    names = {name: _version(name) for name in _VERSIONED}
+    return {"python": platform.python_version(), **names}
 
 
 def _version(package: str) -> str:

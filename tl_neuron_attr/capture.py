@@ -351,6 +351,42 @@ def capture_sources(
     return Sources(positions=rows, **tensors)
 
 
+def residuals_at(
+    host: Host, captured: Capture, positions: Int[Tensor, " position"]
+) -> Float[Tensor, "station position d_model"]:
+    """The residual stream at ``positions`` of a captured run: entering each block, and at the end.
+
+    Station ``l`` is what enters block ``l``; the last one is what comes out of the last block. At
+    the read position they are the capture's own.
+
+    Raises:
+        InputError: If the run is not the one captured any more.
+        NonFiniteError: If one is NaN or infinite.
+
+    Cost: one forward pass without the unembedding; memory for the result.
+    """
+    prompt, places = captured.prompt, positions.tolist()
+    seen: dict[str, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, *, name: str) -> None:
+        # the read position's last: it tells whether this is the same run
+        seen[name] = _scoring_copy(activation[0, [*places, prompt.read_pos]]).to(captured.v)
+
+    names = [hook_names(host, layer)["resid_pre"] for layer in range(host.n_layers)]
+    names.append(final_resid_name(host))
+    _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
+    resid = torch.stack([seen[name] for name in names])
+    check_same_run(host, captured, resid[-1, -1])
+    if not resid.isfinite().all():
+        raise NonFiniteError(
+            f"the model's activations are not finite: in {_name(prompt)} the residual stream at an "
+            "earlier position holds NaN or infinity; check the weights"
+        )
+    own = torch.cat([captured.resid_pre, captured.resid_final[None]])
+    here = positions.to(own.device) == prompt.read_pos
+    return torch.where(here[None, :, None], own[:, None], resid[:, :-1])
+
+
 def capture_pre_activations(
     host: Host, captured: Capture
 ) -> dict[str, Float[Tensor, "layer d_mlp"]]:

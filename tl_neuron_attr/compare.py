@@ -28,7 +28,7 @@ from tl_neuron_attr.display import box, brief, escaped, facts, grid, next_calls,
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.glance import target_words
-from tl_neuron_attr.host import Host, open_host, tokenize, weights_hash
+from tl_neuron_attr.host import Host, model_facts, open_host, tokenize
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.interventions import Part, Zeroed, as_zeroed, capture_zeroed, check_zeroed
@@ -38,6 +38,7 @@ from tl_neuron_attr.readout import full_precision, project, read_out
 from tl_neuron_attr.scores import LayerScores, baselines, head_scores, layer_scores
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import (
+    Saved,
     compared_head_table,
     compared_layer_table,
     compared_neuron_table,
@@ -45,6 +46,8 @@ from tl_neuron_attr.tables import (
     write_tables,
 )
 from tl_neuron_attr.topk import Kind, subvalues_of
+
+_TOKENS = 10  # saved beside each neuron
 
 # What two checkpoints must have in common, and what it is called.
 _SHAPE = {
@@ -184,14 +187,8 @@ class Comparison:
         prompt, host = self.other.captured.prompt, self.other.host
         same = host.model is self.original.host.model
         original = self.original.facts()
-        model = {
-            "name": host.model_name,
-            "architecture": host.architecture,
-            "class": host.class_name,
-            "processing": host.processing,
-            "dtype": str(host.dtype).removeprefix("torch."),
-        }
         return {
+            "command": "compare",
             **original,
             "certificates": self.certificates(),
             "other": {
@@ -201,23 +198,48 @@ class Comparison:
                 "tokens": list(prompt.tokens),
                 "token_texts": list(prompt.token_texts),
                 "read_pos": prompt.read_pos,
-                "model": original["model"] if same else {**model, "sha256": weights_hash(host)},
+                "model": original["model"] if same else model_facts(host),
                 "log_prob": self.log_prob,
                 "own_log_prob": self.own_log_prob,
             },
         }
 
-    def save(self, directory: str | Path) -> None:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        lowest: bool = False,
+        report: bool = False,
+        again: str | None = None,
+    ) -> None:
         """Write ``layers``, ``heads``, ``neurons`` (Parquet) and ``run.json``: all, or none.
+
+        Neurons have the ten tokens each raises and lowers most. With ``lowest`` also ``lowest``,
+        those that score less in the original; with ``report`` also ``report.html``, to look at in a
+        browser. ``again`` is the command that makes it again, for ``run.json``. What an earlier
+        run left and this one has not is removed.
 
         Raises:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
         path = check_writable(directory)
-        tables = {"layers": self.layers(), "heads": self.heads(), "neurons": self.neurons()}
-        facts = json.dumps(self.facts(), indent=2, ensure_ascii=False)
-        write_tables(path, tables, {"run.json": facts + "\n"})
+        tables = {
+            "layers": self.layers(),
+            "heads": self.heads(),
+            "neurons": self.neurons(tokens=_TOKENS),
+        }
+        if lowest:
+            tables["lowest"] = self.neurons(lowest=True, tokens=_TOKENS)
+        found = {**self.facts(), **({} if again is None else {"again": again})}
+        texts = {}
+        if report:
+            from tl_neuron_attr.report.comparison import comparison_page
+
+            texts["report.html"] = comparison_page(Saved(tables=tables, facts=found))
+        texts["run.json"] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
+        stale = [] if lowest else ["lowest"]
+        write_tables(path, tables, texts, stale, [] if report else ["report.html"])
 
     def __repr__(self) -> str:
         target = self.original.target

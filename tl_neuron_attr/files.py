@@ -25,6 +25,21 @@ def check_writable(directory: str | os.PathLike[str]) -> Path:
     return path
 
 
+def check_file(path: str | os.PathLike[str], example: str) -> Path:
+    """``path`` as a path, after a look whether such a file could be made; makes nothing.
+
+    Raises:
+        InputError: If it is a directory, or its directory may not be written to.
+    """
+    place = Path(path)
+    if place.is_dir():
+        raise InputError(
+            f"{str(place)!r} is a directory; give the name of a file, like {str(place / example)!r}"
+        )
+    check_writable(place.parent)
+    return place
+
+
 def write_files(
     directory: Path, writers: Mapping[str, Callable[[Path], object]], stale: Sequence[str] = ()
 ) -> None:

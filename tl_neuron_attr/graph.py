@@ -38,7 +38,7 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, fraction, visible
 from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, full_precision, project
-from tl_neuron_attr.tables import write_tables
+from tl_neuron_attr.tables import Saved, write_tables
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of
 
 Kinds = Literal["ffn", "attn", "both"]
@@ -206,11 +206,11 @@ class Graph:
         table = pd.DataFrame(rows, columns=list(EDGE_COLUMNS))
         return table.astype({"source": "string", "target": "string", "weight": "float64"})
 
-    def node_link(self) -> dict[str, Any]:
+    def node_link(self, made_with: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The graph as plain values for JSON, in the form ``networkx.node_link_graph`` reads.
 
         Nodes have the columns of ``node_table``, without those that are empty; ``graph`` says what
-        was asked.
+        was asked, and ``made_with`` (``Attribution.facts()``, say) where it comes from.
         """
         facts = {
             name: getattr(self, name)
@@ -229,6 +229,7 @@ class Graph:
                 "target": asdict(self.target),
                 "unit": "nats",
                 **facts,
+                **({} if made_with is None else {"made_with": dict(made_with)}),
             },
             "nodes": [
                 {name: value for name, value in _row(node).items() if value not in (None, [])}
@@ -237,21 +238,36 @@ class Graph:
             "edges": [asdict(edge) for edge in self.edges],
         }
 
-    def save(self, directory: str | Path, beside: Mapping[str, str] | None = None) -> None:
-        """Write ``nodes.parquet``, ``edges.parquet`` and ``graph.json`` (``node_link``).
+    def save(
+        self,
+        directory: str | Path,
+        beside: Mapping[str, str] | None = None,
+        *,
+        made_with: Mapping[str, Any] | None = None,
+        report: bool = False,
+    ) -> None:
+        """Write ``nodes.parquet``, ``edges.parquet`` and ``graph.json`` (``node_link``); with
+        ``report`` also ``report.html``, to look at in a browser.
 
-        ``beside`` are texts to write with them, by file name. All files appear together, or none.
+        ``beside`` are texts to write with them, by file name; ``made_with`` are the facts of the
+        attribution (its ``facts()``): versions, the weights' hash, certificates. All files appear
+        together, or none; a report of an earlier run is removed.
 
         Raises:
             InputError: If the directory cannot be written to.
             OutputError: If writing fails on the way; nothing has changed then.
         """
-        text = json.dumps(self.node_link(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_tables(
-            check_writable(directory),
-            {"nodes": self.node_table(), "edges": self.edge_table()},
-            {**(beside or {}), "graph.json": text + "\n"},
-        )
+        path = check_writable(directory)
+        tables = {"nodes": self.node_table(), "edges": self.edge_table()}
+        found = self.node_link(made_with)
+        pages = {}
+        if report:
+            from tl_neuron_attr.report.graph import graph_page
+
+            pages["report.html"] = graph_page(Saved(tables=tables, facts=found["graph"]))
+        text = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+        texts = {**pages, **(beside or {}), "graph.json": text + "\n"}
+        write_tables(path, tables, texts, stale_texts=[] if report else ["report.html"])
 
     def _repr_html_(self) -> str:
         names = {node.id: node for node in self.nodes}

@@ -262,6 +262,18 @@ def weights_hash(host: Host) -> str:
     return digest.hexdigest()
 
 
+def model_facts(host: Host) -> dict[str, Any]:
+    """Which model it is and how it is held, ready for JSON. Cost: that of ``weights_hash``."""
+    return {
+        "name": host.model_name,
+        "architecture": host.architecture,
+        "class": host.class_name,
+        "processing": host.processing,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "sha256": weights_hash(host),
+    }
+
+
 def check_exists(
     host: Host, part: Head | FFNNeuron | AttnNeuron, read_pos: int | None = None
 ) -> None:

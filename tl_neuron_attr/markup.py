@@ -4,8 +4,10 @@ Text from a model or a user is escaped, and what it has that cannot be seen is m
 here needs a script, a style sheet or a network: pages bring theirs along (``report/``).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -52,10 +54,18 @@ def table(shown: Shown) -> str:
         for name, label in known.items()
     )
     body = "\n".join(
-        "<tr>" + "".join(f"<td{classes(name)}>{cell(row[name])}</td>" for name in known) + "</tr>"
+        "<tr>"
+        + "".join(f"<td{classes(name)}{_exact(row[name])}>{cell(row[name])}</td>" for name in known)
+        + "</tr>"
         for row in records(rows)
     )
     return (
         f'<div class="wide" tabindex="0"><table><caption>{escaped(shown.caption)}</caption>'
         f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>"
     )
+
+
+def _exact(value: Any) -> str:
+    """What the cell is sorted by, where what it shows is rounded."""
+    rounded = isinstance(value, float) and value != 0 and math.isfinite(value)
+    return f' data-v="{value:.9g}"' if rounded else ""

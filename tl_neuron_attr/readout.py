@@ -146,6 +146,24 @@ class ReadOut:
         return self._log_prob(rows, aims).reshape(resid.shape[:-1])
 
     @full_precision()
+    def log_prob_towards(
+        self,
+        resid: Float[Tensor, "station position d_model"],
+        final: Float[Tensor, "position d_model"],
+        target: Target,
+    ) -> Float[Tensor, "station position"]:
+        """log p(target) of residual vectors at several positions, in nats, within the budget.
+
+        A frozen norm has, at each position, the scale of ``final`` there, not that of this
+        read-out's own run; a recomputed one that of each vector, as ever.
+        """
+        if self.norm_scale is not None:
+            scale = (self._centred(final).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
+            # the norm is linear in the vector: this divides by the other scale instead
+            resid = resid.to(self.dtype) * (self.norm_scale / scale)
+        return self.log_prob(resid, target)
+
+    @full_precision()
     def log_prob_of_each(
         self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]
     ) -> Float[Tensor, " row"]:

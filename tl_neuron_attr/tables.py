@@ -5,6 +5,7 @@ everywhere, so frames of several prompts concatenate. Scores are in nats.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tl_neuron_attr.topk import RankedNeurons
 LAYER_COLUMNS = ("layer", "kind", "score")
 HEAD_COLUMNS = ("layer", "head", "score")
 POSITION_COLUMNS = ("layer", "head", "source_pos", "token", "attention", "score")
+LOG_PROB_COLUMNS = ("layer", "position", "token", "log_prob")
 QUERY_VALUE_COLUMNS = (
     "kind",
     "layer",
@@ -83,6 +85,14 @@ CURVE_COLUMNS = (
 SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One run as it is on disk: tables by name, and the facts of ``run.json`` as plain values."""
+
+    tables: Mapping[str, pd.DataFrame]
+    facts: Mapping[str, Any]
+
+
 def layer_table(scores: LayerScores) -> pd.DataFrame:
     """Two rows a layer (kind ``attn``, then ``ffn``), in layer order."""
     n_layers = scores.attn.shape[0]
@@ -129,6 +139,26 @@ def position_table(
             "score": _floats(scores.flatten()),
         },
         columns=list(POSITION_COLUMNS),
+    )
+
+
+def log_prob_table(
+    log_probs: Float[Tensor, "station position"], tokens: Sequence[str]
+) -> pd.DataFrame:
+    """One row a layer and position: log p(target), in nats, of the residual stream after the layer.
+
+    ``layer`` is a nullable integer, empty for what enters the first.
+    """
+    n_stations, n_pos = log_probs.shape
+    layers = [None, *range(n_stations - 1)]
+    return pd.DataFrame(
+        {
+            "layer": pd.array([layer for layer in layers for _ in range(n_pos)], dtype="Int64"),
+            "position": list(range(n_pos)) * n_stations,
+            "token": pd.array(list(tokens[:n_pos]) * n_stations, dtype="string"),
+            "log_prob": _floats(log_probs.flatten()),
+        },
+        columns=list(LOG_PROB_COLUMNS),
     )
 
 
@@ -292,14 +322,17 @@ def write_tables(
     tables: Mapping[str, pd.DataFrame],
     texts: Mapping[str, str],
     stale: Sequence[str] = (),
+    stale_texts: Sequence[str] = (),
 ) -> None:
     """Write each table as ``<name>.parquet`` and each text under its name: all of them, or none.
 
-    ``stale`` names tables of an earlier run that this one does not have; they are removed.
+    ``stale`` names tables of an earlier run that this one does not have, and ``stale_texts``
+    files; they are removed.
     """
     parquet = {f"{name}.parquet": _parquet_writer(table) for name, table in tables.items()}
     plain = {name: _text_writer(text) for name, text in texts.items()}
-    write_files(directory, {**parquet, **plain}, [f"{name}.parquet" for name in stale])
+    old = [*(f"{name}.parquet" for name in stale), *stale_texts]
+    write_files(directory, {**parquet, **plain}, old)
 
 
 def _parquet_writer(table: pd.DataFrame):

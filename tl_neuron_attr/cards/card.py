@@ -2,7 +2,7 @@
 
 import json
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,8 +162,18 @@ class NeuronCard:
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
 
-    def save(self, directory: str | Path) -> None:
-        """Write ``card.json``, ``card.txt`` and the tables that have rows (Parquet), or nothing.
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        made_with: Mapping[str, Any] | None = None,
+        report: bool = False,
+    ) -> None:
+        """Write ``card.json``, ``card.txt`` and the tables that have rows (Parquet), or nothing;
+        with ``report`` also ``report.html``, to look at in a browser.
+
+        ``made_with`` are the facts of the attribution (its ``facts()``), to be kept in
+        ``card.json``: versions, the weights' hash. A report of an earlier run is removed.
 
         Raises:
             InputError: If the directory cannot be written to.
@@ -172,9 +182,16 @@ class NeuronCard:
         path = check_writable(directory)
         tables = {name: each for name, each in vars(self).items() if isinstance(each, pd.DataFrame)}
         filled = {name: table for name, table in tables.items() if len(table)}
-        facts = json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        texts = {"card.txt": f"{self}\n", "card.json": facts + "\n"}
-        write_tables(path, filled, texts, [name for name in tables if name not in filled])
+        found = {**self.to_dict(), **({} if made_with is None else {"made_with": dict(made_with)})}
+        pages = {}
+        if report:
+            from tl_neuron_attr.report.card import card_page
+
+            pages["report.html"] = card_page(found)
+        facts = json.dumps(found, indent=2, ensure_ascii=False, allow_nan=False)
+        texts = {**pages, "card.txt": f"{self}\n", "card.json": facts + "\n"}
+        empty = [name for name in tables if name not in filled]
+        write_tables(path, filled, texts, empty, [] if report else ["report.html"])
 
 
 def kind_of(neuron: FFNNeuron | AttnNeuron) -> Kind:

@@ -23,6 +23,7 @@ from tl_neuron_attr.cli.paper import paper_app
 from tl_neuron_attr.cli.paper import write as paper
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
+from tl_neuron_attr.cli.report import report
 from tl_neuron_attr.cli.terminal import WIDTH
 
 PANELS = {
@@ -30,6 +31,7 @@ PANELS = {
     "Is it so?": (heads, compare),
     "Many prompts": (prompts, evaluate),
     "The paper": (paper,),
+    "Files": (report,),
     "A model": (index,),
 }
 """The commands, by what one wants of them."""

@@ -152,7 +152,7 @@ def attribute(
                 progress=sys.stderr.isatty(),
             )
         if out is not None:
-            result.save(out, progress=sys.stderr.isatty())
+            result.save(out, report=True, progress=sys.stderr.isatty())
         if as_json:
             print(json.dumps(_as_json(result, model), allow_nan=False))
         else:
@@ -240,9 +240,9 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
         more = result.index is not None and result.out.affine
         console.print(
             f"[dim]wrote layers, heads, positions, neurons{', suppressing, shares' * more} "
-            f"(.parquet) and run.json to "
-            f"{escape(str(out))}[/]"
+            f"(.parquet), cards.json and run.json to {escape(str(out))}[/]"
         )
+        console.print(f"Open {escape(str(out / 'report.html'))} in a browser")
 
 
 def _prediction_line(result: Attribution) -> Text:

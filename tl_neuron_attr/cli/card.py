@@ -24,6 +24,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     convention_of,
     either,
     errors_in_one_sentence,
@@ -31,13 +32,14 @@ from tl_neuron_attr.cli.options import (
     prompt_of,
     prompts_in,
 )
-from tl_neuron_attr.cli.terminal import WIDTH
+from tl_neuron_attr.cli.terminal import WIDTH, wrote
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
 
 
 def card(
+    context: typer.Context,
     neuron: Annotated[str, typer.Argument(help="L4.N123, L4.H2.D17@5 or L4.H2.D17.")],
     text: PromptText = None,
     model: ModelName = "tiny-facts",
@@ -104,7 +106,8 @@ def card(
             more = attribute_all(loaded, others, top=1, convention=read_as) if others else []
         found = neuron_card(result, chosen, position=writes_at, prompts=more, head=through, top=top)
         if out is not None:
-            found.save(out)
+            made_with = {**result.facts(), "again": command_line(context)}
+            found.save(out, made_with=made_with, report=True)
         if as_json:
             print(json.dumps(_as_json(found, model, result.warnings), allow_nan=False))
             return
@@ -113,7 +116,7 @@ def card(
         for message in result.warnings:
             print(f"\nWarning: {message}")
         if out is not None:
-            print(f"\nwrote card.json, card.txt and its tables (.parquet) to {out}")
+            console.print(wrote("card.json, card.txt and its tables (.parquet)", out))
 
 
 def _as_json(found: Any, model: str, messages: tuple[str, ...]) -> dict[str, Any]:

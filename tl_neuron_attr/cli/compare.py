@@ -31,6 +31,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     convention_of,
     either,
     errors_in_one_sentence,
@@ -47,6 +48,7 @@ from tl_neuron_attr.cli.terminal import (
     target_line,
     token_line,
     token_widths,
+    wrote,
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
@@ -64,6 +66,7 @@ _NAMES: dict[Kind, str] = {"ffn": "FFN", "attn": "Attention"}
 
 
 def compare(
+    context: typer.Context,
     text: PromptText = None,
     model: ModelName = "tiny-facts",
     zero: Annotated[
@@ -160,7 +163,7 @@ def compare(
             progress=sys.stderr.isatty(),
         )
         if out is not None:
-            found.save(out)
+            found.save(out, lowest=lowest, report=True, again=command_line(context))
         kinds: tuple[Kind, ...] = tuple(name for name in _NAMES if kind in (None, name))
         if as_json:
             print(json.dumps(_as_json(found, model, kinds, lowest), allow_nan=False))
@@ -241,9 +244,8 @@ def _show(
     for message in original.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(
-            f"\n[dim]wrote layers, heads, neurons (.parquet) and run.json to {escape(str(out))}[/]"
-        )
+        files = "layers, heads, neurons (.parquet) and run.json"
+        console.print(wrote(files, out))
 
 
 def _show_neurons(

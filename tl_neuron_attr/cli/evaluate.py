@@ -21,10 +21,11 @@ from tl_neuron_attr.cli.options import (
     Device,
     ModelName,
     WeightDtype,
+    command_line,
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, wrote
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import ALL_TYPES, By, Evaluation
@@ -46,6 +47,7 @@ _KIND_NAMES = {
 
 
 def evaluate(
+    context: typer.Context,
     prompts: Annotated[
         str,
         typer.Option(
@@ -126,7 +128,7 @@ def evaluate(
             progress=sys.stderr.isatty(),
         )
         if out is not None:
-            found.save(out)
+            found.save(out, report=True, again=command_line(context))
         if as_json:
             print(json.dumps(_as_json(found, model, intervals), allow_nan=False))
         else:
@@ -236,10 +238,11 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
     for message in [*facts["warnings"], *facts["model_warnings"]]:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(
-            f"\n[dim]wrote effects.parquet, summary (.parquet, .csv), areas, comparisons, "
-            f"predicted, calibration, prompts, skipped and evaluation.json to {escape(str(out))}[/]"
+        files = (
+            "effects.parquet, summary (.parquet, .csv), curves, areas, comparisons, predicted, "
+            "rankings, calibration, prompts, skipped and evaluation.json"
         )
+        console.print(wrote(files, out))
 
 
 def _count_table(counts: Sequence[dict[str, Any]]) -> Table:

@@ -28,13 +28,14 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     convention_of,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line, wrote
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -46,6 +47,7 @@ _KINDS: tuple[Kinds, ...] = ("ffn", "attn", "both")
 
 
 def graph(
+    context: typer.Context,
     text: PromptText = None,
     model: ModelName = "tiny-facts",
     target: TargetText = None,
@@ -127,7 +129,8 @@ def graph(
         found = value_query_graph(result, **asked, opposing=opposing, tokens=5)
         if out is not None:
             page = sankey(found.node_table(), found.edge_table()).to_html(include_plotlyjs=True)
-            found.save(out, {"graph.html": page})
+            made_with = {**result.facts(), "again": command_line(context)}
+            found.save(out, {"graph.html": page}, made_with=made_with, report=True)
         if as_json:
             print(json.dumps(found.node_link(), allow_nan=False))
         else:
@@ -155,10 +158,7 @@ def _show(result: Attribution, found: Graph, model: str, out: Path | None) -> No
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(
-            f"[dim]wrote nodes.parquet, edges.parquet, graph.json and graph.html to "
-            f"{escape(str(out))}[/]"
-        )
+        console.print(wrote("nodes.parquet, edges.parquet, graph.json and graph.html", out))
 
 
 def _tree(found: Graph) -> Tree:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any
 
 import pandas as pd
@@ -27,6 +28,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     either,
     errors_in_one_sentence,
     load,
@@ -39,15 +41,18 @@ from tl_neuron_attr.cli.terminal import (
     records,
     target_line,
     token_line,
+    wrote,
 )
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import head_scan
-from tl_neuron_attr.tables import head_scan_table, write_tables
+from tl_neuron_attr.report.heads import heads_page
+from tl_neuron_attr.tables import Saved, head_scan_table, write_tables
 
 
 def heads(
+    context: typer.Context,
     text: PromptText = None,
     model: ModelName = "tiny-facts",
     target: TargetText = None,
@@ -86,12 +91,19 @@ def heads(
         changes = head_scan_table(head_scan(result.host, result.captured, result.target))
         table = changes.assign(score=result.heads()["score"])
         if directory is not None:
-            facts = json.dumps(result.facts(), indent=2, ensure_ascii=False)
-            write_tables(directory, {"heads": table}, {"run.json": facts + "\n"})
+            _save(result, table, command_line(context), directory)
         if as_json:
             print(json.dumps(_as_json(result, model, table), allow_nan=False))
         else:
-            _show(result, model, table, top)
+            _show(result, model, table, top, directory)
+
+
+def _save(result: Attribution, table: pd.DataFrame, again: str, directory: Path) -> None:
+    """Write ``heads.parquet``, ``report.html`` and ``run.json``: all of them, or none."""
+    found = {"command": "heads", **result.facts(), "again": again}
+    page = heads_page(Saved(tables={"heads": table}, facts=found))
+    facts = json.dumps(found, indent=2, ensure_ascii=False)
+    write_tables(directory, {"heads": table}, {"report.html": page, "run.json": facts + "\n"})
 
 
 def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, Any]:
@@ -107,7 +119,9 @@ def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, 
     }
 
 
-def _show(result: Attribution, model: str, table: pd.DataFrame, top: int) -> None:
+def _show(
+    result: Attribution, model: str, table: pd.DataFrame, top: int, directory: Path | None
+) -> None:
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     prompt = result.captured.prompt
     console.print(model_line(result.host, model))
@@ -129,3 +143,5 @@ def _show(result: Attribution, model: str, table: pd.DataFrame, top: int) -> Non
     console.print("[dim]own rise: what the head itself adds to the target, nothing zeroed[/]")
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
+    if directory is not None:
+        console.print(wrote("heads.parquet and run.json", directory))

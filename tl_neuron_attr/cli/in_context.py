@@ -29,13 +29,21 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     convention_of,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, target_line, token_line
+from tl_neuron_attr.cli.terminal import (
+    WIDTH,
+    model_line,
+    print_table,
+    target_line,
+    token_line,
+    wrote,
+)
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -48,10 +56,12 @@ from tl_neuron_attr.in_context import (
 )
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import visible
-from tl_neuron_attr.tables import records, write_tables
+from tl_neuron_attr.report.in_context import in_context_page
+from tl_neuron_attr.tables import Saved, records, write_tables
 
 
 def in_context(
+    context: typer.Context,
     text: PromptText = None,
     labels: Annotated[
         tuple[str, str],
@@ -106,8 +116,18 @@ def in_context(
         facts = _as_json(result, model, found, chosen, inputs)
         if out is not None:
             tables = {"heads": found.heads, "label_positions": found.positions, "inputs": inputs}
-            text_of_run = json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False)
-            write_tables(out, tables, {"in_context.json": text_of_run + "\n"})
+            run = {
+                "command": "in-context",
+                **result.facts(),
+                "in_context": {name: facts[name] for name in ("labels", "constant", "head")},
+                "again": command_line(context),
+            }
+            texts = {
+                "report.html": in_context_page(Saved(tables=tables, facts=run)),
+                "in_context.json": _json(facts),
+                "run.json": _json(run),
+            }
+            write_tables(out, tables, texts)
         if as_json:
             print(json.dumps(facts, allow_nan=False))
         else:
@@ -136,6 +156,10 @@ def _as_json(
         "inputs": records(inputs),
         "warnings": list(result.warnings),
     }
+
+
+def _json(values: dict[str, Any]) -> str:
+    return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _show(
@@ -175,10 +199,8 @@ def _show(
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(
-            "[dim]wrote heads, label_positions, inputs (.parquet) and in_context.json to "
-            f"{escape(str(out))}[/]"
-        )
+        files = "heads, label_positions, inputs (.parquet), in_context.json and run.json"
+        console.print(wrote(files, out))
 
 
 def _head_table(found: InContextHeads) -> Table:

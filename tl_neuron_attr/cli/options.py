@@ -1,6 +1,7 @@
 """What commands are asked: the options they share, and prompts and models made of them."""
 
 import json
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -169,6 +170,26 @@ def convention_of(name: str) -> Convention:
         if convention == name:
             return convention
     raise InputError(f"--convention must be one of {', '.join(CONVENTIONS)}; got {name!r}")
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it was given, to be given again; without where it wrote, and --json."""
+    line, arguments = ["tl-neuron-attr", str(context.info_name)], []
+    for param in context.command.params:
+        source = context.get_parameter_source(param.name or "")
+        if source is None or source.name != "COMMANDLINE" or param.name in ("out", "as_json"):
+            continue
+        value = context.params[param.name or ""]
+        values = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        if param.param_type_name == "argument":
+            arguments += values
+        elif isinstance(value, bool):
+            line.append((param.opts if value else param.secondary_opts)[0])
+        else:
+            line += [param.opts[0], *values]
+    if any(value.startswith("-") for value in arguments):
+        line.append("--")
+    return shlex.join([*line, *arguments])
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    command_line,
     convention_of,
     either,
     errors_in_one_sentence,
@@ -51,6 +52,7 @@ from tl_neuron_attr.cli.terminal import (
     records,
     target_line,
     token_line,
+    wrote,
 )
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
@@ -58,15 +60,18 @@ from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.query import QueryScores
-from tl_neuron_attr.tables import write_tables
+from tl_neuron_attr.report.query import query_page
+from tl_neuron_attr.tables import Saved, write_tables
 from tl_neuron_attr.topk import Kind
 
 _SHOWN = 10
 _KEPT = 300
+_SAVED_TOKENS = 10
 _KINDS = ("ffn", "attn", "both")
 
 
 def query(
+    context: typer.Context,
     text: PromptText = None,
     value_kind: Annotated[
         str | None,
@@ -154,7 +159,7 @@ def query(
             scores = result.query_scores(of, top_values=asked.value_top)
         kept = top or (_KEPT if as_json or out is not None else _SHOWN)
         if out is not None:
-            _save(result, scores, asked, kept, out)
+            _save(result, scores, asked, kept, command_line(context), out)
         seconds = time.perf_counter() - ready
         if as_json:
             found = {**_as_json(result, scores, asked, model, kept), "seconds": seconds}
@@ -223,20 +228,26 @@ def _split(labels: str) -> list[str]:
 
 
 def _save(
-    result: Attribution, scores: QueryScores, asked: _Asked, top: int, directory: Path
+    result: Attribution,
+    scores: QueryScores,
+    asked: _Asked,
+    top: int,
+    again: str,
+    directory: Path,
 ) -> None:
-    """Write the query tables and ``run.json``: all of them, or none."""
-    found = result.facts()
+    """Write the query tables, ``report.html`` and ``run.json``: all of them, or none."""
+    found = {"command": "query", **result.facts(), "again": again}
     found["warnings"] += _problems(scores)
     found["query"] = {**asked.facts(), **query_facts(scores)}
     tables = {
         "query_layers": result.query_layers(scores),
         "query_heads": result.query_heads(scores),
-        "query_neurons": result.query_neurons(top, asked.kind, scores),
+        "query_neurons": result.query_neurons(top, asked.kind, scores, tokens=_SAVED_TOKENS),
         "query_values": result.query_values(scores),
     }
+    page = query_page(Saved(tables=tables, facts=found))
     text = json.dumps(found, indent=2, ensure_ascii=False)
-    write_tables(directory, tables, {"run.json": text + "\n"})
+    write_tables(directory, tables, {"report.html": page, "run.json": text + "\n"})
 
 
 def _as_json(
@@ -300,10 +311,8 @@ def _show_end(loading: float, seconds: float, out: Path | None) -> None:
         f"peak memory {peak_memory()}[/]"
     )
     if out is not None:
-        console.print(
-            "[dim]wrote query_layers, query_heads, query_neurons, query_values (.parquet) and "
-            f"run.json to {escape(str(out))}[/]"
-        )
+        files = "query_layers, query_heads, query_neurons, query_values (.parquet) and run.json"
+        console.print(wrote(files, out))
 
 
 def _value_lines(scores: QueryScores, asked: _Asked) -> Text:

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -188,6 +189,13 @@ def neuron_of(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
     if row["kind"] == "ffn":
         return FFNNeuron(row["layer"], row["index"])
     return AttnNeuron(row["layer"], row["head"], row["index"], row["source_pos"])
+
+
+def wrote(files: str, directory: Path, page: str = "report.html") -> str:
+    """Which files were written where, and what to open."""
+    return (
+        f"\n[dim]wrote {files} to {escape(str(directory))}[/]\nopen {escape(str(directory / page))}"
+    )
 
 
 def peak_memory() -> str:

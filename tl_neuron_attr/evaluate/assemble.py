@@ -19,7 +19,9 @@ from tl_neuron_attr.evaluate.evaluation import (
     PREDICTED_COLUMNS,
     PROMPT_COLUMNS,
     SKIPPED_COLUMNS,
+    Chosen,
     Evaluation,
+    ranking_table,
 )
 from tl_neuron_attr.evaluate.request import Request
 from tl_neuron_attr.evaluate.statistics import spearman
@@ -44,6 +46,9 @@ IN_NATS = frozenset(
 )
 """Methods whose scores are changes of log p(answer) in nats, as what is measured is."""
 
+RANKED = 100
+"""How many of a method's best neurons of each kind are listed, of those that were asked for."""
+
 _TEXTS = ("prompt_id", "knowledge_type", "method", "kind", "metric")
 
 
@@ -55,6 +60,7 @@ class Rows:
     """Prompt, type, method, kind, number of neurons; log p and rank before, and after."""
     predicted: tuple[tuple, ...]
     correlations: tuple[tuple, ...]
+    chosen: tuple[Chosen, ...]
     refused: tuple[tuple[str, str, str], ...]
     """Prompt, method, reason."""
     short: int
@@ -82,9 +88,29 @@ def rows_of(
         effects=tuple(effects),
         predicted=tuple(predicted),
         correlations=tuple((prompt_id, knowledge_type, *row) for row in correlations),
+        chosen=tuple(_chosen(found, prompt_id, knowledge_type)),
         refused=tuple((prompt_id, name, why) for name, why in found.refused.items()),
         short=sum(effect.condition.short > 0 for effect in after),
     )
+
+
+def _chosen(found: Ranked, prompt_id: str, knowledge_type: str) -> Iterator[Chosen]:
+    for method, ranking in found.rankings.items():
+        for kind, numbers in ranking.items():
+            scores = found.scores[method][kind]
+            numbers = numbers[:RANKED].cpu()
+            # of FFN neurons there are two axes, of attention neurons three
+            layer, *head, index = np.unravel_index(numbers.numpy(), tuple(scores.shape))
+            yield Chosen(
+                prompt_id=prompt_id,
+                knowledge_type=knowledge_type,
+                method=method,
+                kind=kind,
+                layer=layer,
+                head=head[0] if head else None,
+                index=index,
+                score=scores.flatten()[numbers].double().numpy(),
+            )
 
 
 def _correlations(request: Request, found: Ranked) -> Iterator[tuple[str, str, float]]:
@@ -154,6 +180,7 @@ def evaluation_of(
         skipped=_table([*dropped, *refused], SKIPPED_COLUMNS),
         predicted=_table([row for part in parts for row in part.predicted], PREDICTED_COLUMNS),
         correlations=_table(correlations, CORRELATION_COLUMNS),
+        rankings=ranking_table([each for part in parts for each in part.chosen]),
         facts=facts,
     )
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import combinations
 from pathlib import Path
@@ -50,6 +50,17 @@ PREDICTED_COLUMNS = (
     "measured",
 )
 CORRELATION_COLUMNS = ("prompt_id", "knowledge_type", "method", "kind", "spearman")
+RANKING_COLUMNS = (
+    "prompt_id",
+    "knowledge_type",
+    "method",
+    "kind",
+    "rank",
+    "layer",
+    "head",
+    "index",
+    "score",
+)
 CURVE_COLUMNS = ("knowledge_type", "method", "kind", "metric", "top", "mean", "low", "high")
 
 ALL_TYPES = "all"
@@ -82,6 +93,10 @@ class Evaluation:
     correlations: pd.DataFrame = field(repr=False)
     """Per prompt, method and kind: ``spearman``, the rank correlation of the method's scores with
     exact ablation's, over all neurons. Empty unless ``evaluate(..., correlate=True)``."""
+    rankings: pd.DataFrame = field(repr=False, default_factory=lambda: ranking_table([]))
+    """Which neurons each method chose: its best of each kind, one row a prompt, method, kind and
+    neuron, with ``rank`` (from 1), ``layer``, ``head`` (empty for FFN neurons), ``index`` and the
+    method's own ``score``. As many as the largest ``top``, and 100 at the most."""
     facts: Mapping[str, Any]
     """Where these numbers come from, ready for JSON: model, prompts, methods, seed, versions."""
 
@@ -259,10 +274,15 @@ class Evaluation:
         table = self._means(grid.columns, grid.values["spearman"], "spearman", by)
         return table.rename(columns={"spearman_low": "low", "spearman_high": "high"})
 
-    def save(self, directory: str | Path) -> None:
-        """Write every table (Parquet; ``summary`` also as CSV) and ``evaluation.json``.
+    def save(
+        self, directory: str | Path, *, report: bool = False, again: str | None = None
+    ) -> None:
+        """Write every table (Parquet; ``summary`` also as CSV) and ``evaluation.json``; with
+        ``report`` also ``report.html``, to look at in a browser.
 
-        All files appear together at the end, or none. The same evaluation gives the same bytes.
+        ``again`` is the command that makes it again, for ``evaluation.json``. All files appear
+        together at the end, or none; a report of an earlier run is removed. The same evaluation
+        gives the same bytes.
 
         Raises:
             InputError: If the directory cannot be written to.
@@ -273,20 +293,26 @@ class Evaluation:
         tables = {
             "effects": self.effects,
             "summary": summary,
+            "curves": self.curves(),
             "areas": self.areas(),
             "comparisons": self.comparisons(),
             "predicted": self.predicted,
+            "rankings": self.rankings,
             "calibration": self.calibration(),
             "prompts": self.prompts,
             "skipped": self.skipped,
         }
         if not self.correlations.empty:
             tables["correlations"] = self.correlations
-        texts = {
-            "summary.csv": summary.to_csv(index=False),
-            "evaluation.json": json.dumps(self.facts, indent=2, ensure_ascii=False) + "\n",
-        }
-        write_tables(path, tables, texts, [] if "correlations" in tables else ["correlations"])
+        facts = {**self.facts, **({} if again is None else {"again": again})}
+        texts = {"summary.csv": summary.to_csv(index=False)}
+        if report:
+            from tl_neuron_attr.report.evaluation import evaluation_page
+
+            texts["report.html"] = evaluation_page(replace(self, facts=facts))
+        texts["evaluation.json"] = json.dumps(facts, indent=2, ensure_ascii=False) + "\n"
+        stale = [] if "correlations" in tables else ["correlations"]
+        write_tables(path, tables, texts, stale, [] if report else ["report.html"])
 
     # --- what tables are made from ------------------------------------------------------------
 
@@ -348,18 +374,57 @@ def load_evaluation(directory: str | Path) -> Evaluation:
         facts = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
         names = ("effects", "prompts", "skipped", "predicted")
         tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in names}
-        correlations = path / "correlations.parquet"
-        found = (
-            pd.read_parquet(correlations)
-            if correlations.exists()
-            else pd.DataFrame(columns=list(CORRELATION_COLUMNS))
-        )
+        # of the first nothing is saved where it was not asked for, of the second by old versions
+        some = {
+            "correlations": pd.DataFrame(columns=list(CORRELATION_COLUMNS)),
+            "rankings": ranking_table([]),
+        }
+        for name in some:
+            if (path / f"{name}.parquet").exists():
+                some[name] = pd.read_parquet(path / f"{name}.parquet")
     except (OSError, ValueError) as error:
         raise InputError(
             f"there is no whole evaluation in {str(directory)!r} ({error}); make one with "
             "evaluate(...).save(directory)"
         ) from error
-    return Evaluation(**tables, correlations=found, facts=facts)
+    return Evaluation(**tables, **some, facts=facts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """The best neurons of one kind, by one method, of one prompt: best first."""
+
+    prompt_id: str
+    knowledge_type: str
+    method: str
+    kind: str
+    layer: Int[np.ndarray, " rank"]
+    head: Int[np.ndarray, " rank"] | None
+    index: Int[np.ndarray, " rank"]
+    score: Float[np.ndarray, " rank"]
+
+
+def ranking_table(found: Sequence[Chosen]) -> pd.DataFrame:
+    """One row a neuron."""
+    counts = [len(each.index) for each in found]
+    words = {
+        name: pd.array([getattr(each, name) for each in found], dtype="string").repeat(counts)
+        for name in ("prompt_id", "knowledge_type", "method", "kind")
+    }
+    heads = [np.full(len(each.index), np.nan) if each.head is None else each.head for each in found]
+    columns = {
+        **words,
+        "rank": _joined_arrays([np.arange(1, count + 1) for count in counts], "int64"),
+        "layer": _joined_arrays([each.layer for each in found], "int64"),
+        "head": pd.array(_joined_arrays(heads, "float64"), dtype="Int64"),
+        "index": _joined_arrays([each.index for each in found], "int64"),
+        "score": _joined_arrays([each.score for each in found], "float64"),
+    }
+    return pd.DataFrame(columns, columns=list(RANKING_COLUMNS))
+
+
+def _joined_arrays(parts: Sequence[np.ndarray], dtype: str) -> np.ndarray:
+    return np.concatenate(parts).astype(dtype) if parts else np.zeros(0, dtype)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -28,7 +28,6 @@ from typing import Any, TypeGuard
 import pandas as pd
 
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.files import write_files
 from tl_neuron_attr.knowledge.entries import UNTYPED, Entry, prompt_of_text, without_repeats
 from tl_neuron_attr.knowledge.facts import (
     KNOWLEDGE_TYPES,
@@ -38,6 +37,7 @@ from tl_neuron_attr.knowledge.facts import (
     paper_prompts,
 )
 from tl_neuron_attr.knowledge.trivia_qa import load_trivia_qa
+from tl_neuron_attr.tables import write_tables
 
 PROMPT_COLUMNS = ("knowledge_type", "relations", "facts", "answers", "prompts")
 
@@ -69,8 +69,14 @@ def load_prompts(source: str | os.PathLike[str]) -> tuple[KnowledgePrompt, ...]:
     return without_repeats(entries, name)
 
 
-def save_prompts(prompts: Sequence[KnowledgePrompt], path: str | os.PathLike[str]) -> None:
+def save_prompts(
+    prompts: Sequence[KnowledgePrompt],
+    path: str | os.PathLike[str],
+    beside: Mapping[str, str] | None = None,
+) -> None:
     """Write ``prompts`` to a ``.jsonl`` file that ``load_prompts`` reads.
+
+    ``beside`` are texts to write with it, by file name. All files appear together, or none.
 
     Raises:
         InputError: If ``path`` has another ending.
@@ -92,7 +98,7 @@ def save_prompts(prompts: Sequence[KnowledgePrompt], path: str | os.PathLike[str
         for prompt in prompts
     ]
     text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_files(place.parent, {place.name: lambda there: there.write_text(text, encoding="utf-8")})
+    write_tables(place.parent, {}, {**(beside or {}), place.name: text})
 
 
 def prompt_table(prompts: Sequence[KnowledgePrompt]) -> pd.DataFrame:

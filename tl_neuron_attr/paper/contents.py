@@ -6,22 +6,22 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
+from tl_neuron_attr.across import BEST_LAYERS
 from tl_neuron_attr.markup import Shown
 from tl_neuron_attr.paper.figures import (
-    chosen_layers_bars,
     drop_matrix,
     layer_sum_bars,
-    layers_heatmap,
     method_bars,
     query_depth_lines,
     segment_lines,
     share_lines,
     shared_bars,
 )
-from tl_neuron_attr.paper.settings import BEST_LAYERS, METHOD_TOP, TOP, TOP_VALUES
+from tl_neuron_attr.paper.settings import METHOD_TOP, TOP, TOP_VALUES
 from tl_neuron_attr.paper.tables import ALL
 from tl_neuron_attr.report.page import Section, page
-from tl_neuron_attr.views import head_heatmap, layer_bars
+from tl_neuron_attr.views import head_heatmap, layer_bars, type_layer_heatmap
+from tl_neuron_attr.views.methods import layers_of_methods
 
 NOT_COMPARABLE = (
     "The sentences behind the published numbers were never released: 1,350 for GPT2-large and "
@@ -48,17 +48,17 @@ def figures_of(
         "methods": method_bars(
             tables["methods"], "Probability left without the top 10 FFN neurons"
         ),
-        "value_layers": layers_heatmap(
-            tables["value_layers"], f"Mean rise in log p; the {BEST_LAYERS} best of each type"
+        "value_layers": type_layer_heatmap(
+            tables["value_layers"], title=f"Mean rise in log p; the {BEST_LAYERS} best of each type"
         ),
-        "query_layers_of_ffn": layers_heatmap(
-            queries.loc[queries["of"] == "ffn"], "Query layers of FFN value neurons"
+        "query_layers_of_ffn": type_layer_heatmap(
+            queries.loc[queries["of"] == "ffn"], title="Query layers of FFN value neurons"
         ),
-        "query_layers_of_attn": layers_heatmap(
-            queries.loc[queries["of"] == "attn"], "Query layers of attention value neurons"
+        "query_layers_of_attn": type_layer_heatmap(
+            queries.loc[queries["of"] == "attn"], title="Query layers of attention value neurons"
         ),
         "layer_sums": layer_sum_bars(tables["layer_sums"], "Attention against FFN by type"),
-        "chosen_layers": chosen_layers_bars(
+        "chosen_layers": layers_of_methods(
             tables["chosen_layers"],
             ["log_prob_increase", "prob_increase"],
             "Layers of the neurons that methods a and c choose",

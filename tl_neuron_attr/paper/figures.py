@@ -4,85 +4,21 @@ Layers run from left to right. Every figure says its unit on an axis, and tells 
 where there are any, from what was found here. Nothing is shown, and no theme is set.
 """
 
-import math
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.tables import records
-from tl_neuron_attr.views import KIND_NAMES
+from tl_neuron_attr.views.style import DIVERGING, KIND_COLOURS, KIND_NAMES, cells_of, zero_line
 
 ALL = "all"
 
 # Paul Tol's bright scheme: told apart in every kind of colour blindness
 _SERIES = ("#4477AA", "#EE6677", "#228833", "#CCBB44", "#66CCEE", "#AA3377", "#BBBBBB")
-_KINDS = {"attn": "#004488", "ffn": "#DDAA33"}
 _GREY = "#888888"
-_DIVERGING = ("#762A83", "#C2A5CF", "#F7F7F7", "#ACD39E", "#1B7837")
 _RISING = ("#F7F7F7", "#FDDBC7", "#F4A582", "#D6604D", "#B2182B")
 _PUBLISHED_DASH = {"gpt2-large": "dash", "llama-7b": "dot"}
 _NAMES = {"gpt2-large": "GPT2-large", "llama-7b": "Llama-7B"}
-
-
-def layers_heatmap(table: pd.DataFrame, title: str) -> go.Figure:
-    """Mean score of each attention and FFN layer by knowledge type, the ten best numbered.
-
-    Of ``best_layers``. Query layers have a column for the embedding in front of layer 0.
-    """
-    _need(table, "knowledge_type", "layer", "kind", "score", "rank", "best")
-    types = [*dict.fromkeys(table["knowledge_type"].tolist())]
-    cells: dict[tuple[str, str, int], tuple[float, str]] = {}
-    for row in records(table):
-        if row["kind"] != "bias":
-            # the embedding comes before the attention of layer 0, and stands in its row of cells
-            panel = "attn" if row["kind"] == "embed" else row["kind"]
-            x = -1 if row["layer"] is None else int(row["layer"])
-            mark = str(row["rank"]) if row["best"] else ""
-            cells[panel, row["knowledge_type"], x] = (row["score"], mark)
-    columns = sorted({x for _, _, x in cells})
-    limit = max(abs(score) for score, _ in cells.values()) or 1.0
-    figure = make_subplots(
-        rows=2,
-        shared_xaxes=True,
-        vertical_spacing=0.14,
-        subplot_titles=["attention layers", "FFN layers"],
-    )
-    for row, panel in enumerate(("attn", "ffn"), start=1):
-        grid = [[cells.get((panel, name, x), (None, "")) for x in columns] for name in types]
-        figure.add_heatmap(
-            x=["emb" if x < 0 else str(x) for x in columns],
-            y=types,
-            z=[[score for score, _ in cells_of_type] for cells_of_type in grid],
-            text=[[mark for _, mark in cells_of_type] for cells_of_type in grid],
-            texttemplate="%{text}" if len(columns) <= 40 else None,
-            coloraxis="coloraxis",
-            xgap=1,
-            ygap=1,
-            hoverongaps=False,
-            hovertemplate=f"%{{y}}, {KIND_NAMES[panel]} %{{x}}: %{{z:.3g}} nats<extra></extra>",
-            row=row,
-            col=1,
-        )
-    figure.update_layout(
-        coloraxis={
-            "colorscale": list(_DIVERGING),
-            "cmin": -limit,
-            "cmax": limit,
-            "colorbar": {"title": {"text": "nats", "side": "right"}, "thickness": 12},
-        }
-    )
-    _finish(figure, title, height=170 + 52 * len(types))
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_xaxes(
-        title_text="layer (emb: embedding)" if -1 in columns else "layer", row=2, col=1
-    )
-    figure.update_yaxes(autorange="reversed", showgrid=False)
-    return figure
 
 
 def layer_sum_bars(table: pd.DataFrame, title: str) -> go.Figure:
@@ -90,7 +26,7 @@ def layer_sum_bars(table: pd.DataFrame, title: str) -> go.Figure:
     _need(table, "knowledge_type", "attn", "ffn")
     types = table["knowledge_type"].tolist()
     figure = go.Figure()
-    for kind, colour in _KINDS.items():
+    for kind, colour in KIND_COLOURS.items():
         figure.add_bar(
             x=types,
             y=table[kind].tolist(),
@@ -99,7 +35,7 @@ def layer_sum_bars(table: pd.DataFrame, title: str) -> go.Figure:
             offsetgroup=kind,
             hovertemplate=f"%{{x}}, {KIND_NAMES[kind]}: %{{y:.3g}} nats<extra></extra>",
         )
-    for kind, colour in _KINDS.items():
+    for kind, colour in KIND_COLOURS.items():
         column = f"llama_7b_{kind}"
         if column in table:
             known = table[table[column].notna()]
@@ -118,27 +54,7 @@ def layer_sum_bars(table: pd.DataFrame, title: str) -> go.Figure:
             )
     _finish(figure, title, height=400)
     figure.update_layout(barmode="group")
-    figure.update_yaxes(title_text="sum of layer scores, nats", **_zero_line())
-    return figure
-
-
-def chosen_layers_bars(table: pd.DataFrame, methods: Sequence[str], title: str) -> go.Figure:
-    """In which layers the FFN neurons lie that some methods choose: neurons a prompt."""
-    _need(table, "method", "layer", "neurons")
-    figure = go.Figure()
-    for method, colour in zip(methods, _SERIES, strict=False):
-        rows = table.loc[table["method"] == method]
-        figure.add_bar(
-            x=rows["layer"].tolist(),
-            y=rows["neurons"].tolist(),
-            name=method.replace("_", " "),
-            marker_color=colour,
-            hovertemplate=f"layer %{{x}}, {method}: %{{y:.3g}} neurons<extra></extra>",
-        )
-    _finish(figure, title, height=380)
-    figure.update_layout(barmode="group")
-    figure.update_xaxes(title_text="layer", tick0=0, dtick=_step(len(set(table["layer"]))))
-    figure.update_yaxes(title_text="neurons a prompt", **_zero_line())
+    figure.update_yaxes(title_text="sum of layer scores, nats", **zero_line())
     return figure
 
 
@@ -176,7 +92,7 @@ def share_lines(table: pd.DataFrame, title: str) -> go.Figure:
     """Part of all that raises the answer which the top neurons hold, between proven ends."""
     _need(table, "kind", "top", "share_lower", "share_upper")
     figure = go.Figure()
-    for kind, colour in _KINDS.items():
+    for kind, colour in KIND_COLOURS.items():
         rows = table.loc[table["kind"] == kind]
         if rows.empty:
             continue
@@ -236,7 +152,7 @@ def shared_bars(table: pd.DataFrame, top: int, title: str) -> go.Figure:
     _finish(figure, title, height=420, legend_above=True)
     figure.update_layout(barmode="group")
     figure.update_xaxes(tickangle=-35)
-    figure.update_yaxes(title_text=f"% of the top {top}", **_zero_line())
+    figure.update_yaxes(title_text=f"% of the top {top}", **zero_line())
     return figure
 
 
@@ -291,9 +207,9 @@ def drop_matrix(table: pd.DataFrame, title: str) -> go.Figure:
         go.Heatmap(
             x=types,
             y=[f"heads of {name}" if name != "random" else "random heads" for name in rows],
-            z=_cells(grid),
+            z=cells_of(grid),
             texttemplate="%{z:.1f}",
-            colorscale=list(_DIVERGING)[::-1] if (grid < 0).any().any() else list(_RISING),
+            colorscale=list(DIVERGING)[::-1] if (grid < 0).any().any() else list(_RISING),
             zmid=0 if (grid < 0).any().any() else None,
             xgap=1,
             ygap=1,
@@ -357,22 +273,8 @@ def _need(table: pd.DataFrame, *columns: str) -> None:
         )
 
 
-def _cells(grid: pd.DataFrame) -> list[list[float | None]]:
-    """Numbers as JSON has them: an empty cell is null."""
-    values = grid.to_numpy(dtype=float)
-    return [[None if math.isnan(cell) else float(cell) for cell in row] for row in values]
-
-
 def _cycle(count: int) -> list[str]:
     return [_SERIES[place % len(_SERIES)] for place in range(count)]
-
-
-def _step(n_layers: int) -> int:
-    return max(1, int(np.ceil(n_layers / 20)))
-
-
-def _zero_line() -> dict[str, Any]:
-    return {"zeroline": True, "zerolinecolor": _GREY, "zerolinewidth": 1}
 
 
 def _finish(figure: go.Figure, title: str, height: int, *, legend_above: bool = False) -> None:

@@ -25,6 +25,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from tl_neuron_attr.across import layers_by_type
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import progress_bar
 from tl_neuron_attr.errors import InputError
@@ -40,7 +41,6 @@ from tl_neuron_attr.paper.example import example_prompt, worked_example
 from tl_neuron_attr.paper.parts import Parts, check_run, fingerprint, open_run
 from tl_neuron_attr.paper.settings import TOP, Settings, sizes
 from tl_neuron_attr.paper.tables import (
-    best_layers,
     chosen_layers,
     drops_table,
     heads_summary,
@@ -408,8 +408,8 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
             [(name, str(head)) for name, each in heads.items() for head in each],
             columns=["heads_of", "head"],
         ),
-        "value_layers": best_layers(layers),
-        "query_layers": best_layers(parts.read(names, "query_layers"), by=["of"]),
+        "value_layers": layers_by_type(layers),
+        "query_layers": layers_by_type(parts.read(names, "query_layers"), by=["of"]),
         "layer_sums": layer_sums(layers),
         "chosen_layers": chosen_layers(
             parts.read(names, "chosen"), sum(prompts.values()), run.host.n_layers

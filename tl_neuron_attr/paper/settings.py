@@ -18,9 +18,6 @@ TOP = 300
 TOP_VALUES = 30
 """Value neurons that query scores are of [published, the Llama notebook]."""
 
-BEST_LAYERS = 10
-"""Layers marked in the figures by knowledge type [published]."""
-
 METHOD_TOP = 10
 """FFN neurons that the test of the eight methods zeroes [published]."""
 

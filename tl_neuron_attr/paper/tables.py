@@ -21,7 +21,7 @@ from tl_neuron_attr.evaluate.effects import CONTROLS
 from tl_neuron_attr.evaluate.statistics import LEVEL, RESAMPLES, Means, means
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper.published import MODELS, published_example, published_numbers
-from tl_neuron_attr.paper.settings import BEST_LAYERS, TOP
+from tl_neuron_attr.paper.settings import TOP
 from tl_neuron_attr.paper.zeroing import PAPER_METHODS
 
 ALL = "all"
@@ -232,27 +232,6 @@ def heads_summary(drops: pd.DataFrame, heads: Mapping[str, Collection[Head]]) ->
             }
         )
     return pd.DataFrame(rows)
-
-
-def best_layers(layers: pd.DataFrame, by: Iterable[str] = ()) -> pd.DataFrame:
-    """Mean score of each layer by knowledge type, its place among all, and whether it is a top ten.
-
-    Of ``layers`` or (``by=["of"]``) ``query_layers``: ``knowledge_type, layer, kind, score, rank,
-    best``. Biases, which are no layer, have no place.
-    """
-    keys = ["knowledge_type", *by]
-    table = pd.DataFrame(
-        layers.groupby([*keys, "layer", "kind"], sort=False, dropna=False, as_index=False).agg(
-            {"score": "mean"}
-        )
-    )
-    ranked = table["score"].where(table["kind"] != "bias")
-    table["rank"] = ranked.groupby([table[key] for key in keys], sort=False).rank(
-        ascending=False, method="first"
-    )
-    table["rank"] = table["rank"].astype("Int64")
-    table["best"] = (table["rank"] <= BEST_LAYERS).fillna(False).astype(bool)
-    return table
 
 
 def layer_sums(layers: pd.DataFrame) -> pd.DataFrame:
