@@ -6,6 +6,7 @@ from importlib.metadata import version
 from typing import Annotated
 
 import typer
+from typer.core import TyperCommand
 
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
@@ -26,6 +27,12 @@ app = typer.Typer(
     help="Which neurons gave the answer? Attribute a language model's prediction to its neurons.",
     epilog="Start with:  tl-neuron-attr attribute 'The capital of France is'",
 )
+
+
+class _Command(TyperCommand):
+    """A command whose context is of the class its signature names."""
+
+    context_class = typer.Context
 
 
 def _show_version(wanted: bool) -> bool:
@@ -60,5 +67,5 @@ for command in (
     index,
     report,
 ):
-    app.command()(command)
+    app.command(cls=_Command)(command)
 app.add_typer(paper_app, name="paper")

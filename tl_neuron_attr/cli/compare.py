@@ -44,9 +44,9 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     neuron_of,
     records,
+    show_written,
     target_line,
     token_line,
-    wrote,
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
@@ -242,7 +242,7 @@ def _show(
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         files = "layers, heads, neurons (.parquet) and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _show_neurons(

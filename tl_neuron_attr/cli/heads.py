@@ -34,7 +34,14 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, records, target_line, token_line, wrote
+from tl_neuron_attr.cli.terminal import (
+    WIDTH,
+    model_line,
+    records,
+    show_written,
+    target_line,
+    token_line,
+)
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import head_scan
@@ -135,4 +142,4 @@ def _show(
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if directory is not None:
-        console.print(wrote("heads.parquet and run.json", directory))
+        show_written(console, "heads.parquet and run.json", directory)

@@ -36,7 +36,7 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, show_written, target_line, token_line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
@@ -192,7 +192,7 @@ def _show(
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         files = "heads, label_positions, inputs (.parquet), in_context.json and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _head_table(found: InContextHeads) -> Table:

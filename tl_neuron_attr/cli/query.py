@@ -49,9 +49,9 @@ from tl_neuron_attr.cli.terminal import (
     neuron_lines,
     peak_memory,
     records,
+    show_written,
     target_line,
     token_line,
-    wrote,
 )
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -309,7 +309,7 @@ def _show_end(loading: float, seconds: float, out: Path | None) -> None:
     )
     if out is not None:
         files = "query_layers, query_heads, query_neurons, query_values (.parquet) and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _value_lines(scores: QueryScores, asked: _Asked) -> Text:
