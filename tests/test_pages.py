@@ -16,6 +16,7 @@ from tl_neuron_attr import attribute, load_evaluation, load_model, neuron_card, 
 from tl_neuron_attr.cli import app
 from tl_neuron_attr.errors import InputError, OutputError
 from tl_neuron_attr.knowledge import load_prompts, save_prompts
+from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.report import page as page_module
 from tl_neuron_attr.report.again import OF_RUNS, draw_again, has_page, page_of
 from tl_neuron_attr.report.card import TABLES, card_page
@@ -98,7 +99,7 @@ def test_a_page_is_html_of_its_own_that_asks_for_nothing_else(written, name):
     found = Page(text)
     assert all(link.startswith(("#", "data:")) for link in found.links), found.links
     words = "".join(found.words)
-    assert "default-src 'none'" in text
+    assert "default-src &#x27;none&#x27;" in text
     for said in ("To make it again: tl-neuron-attr", "Where this comes from"):
         assert said in words
     if name != "all.jsonl":
@@ -181,9 +182,11 @@ def poisoned(value, name=""):
 def poisoned_table(table):
     """The same of a table; what tells rows apart stays."""
     changed = {}
-    for name in ("label", "token", "source_token", "other_source_token", "text", "reason"):
+    for name in ("token", "source_token", "other_source_token", "text", "reason"):
         if name in table:
             changed[name] = [HOSTILE] * len(table)
+    if "label" in table:  # of a graph's nodes: made visible where it is made
+        changed["label"] = [visible(HOSTILE)] * len(table)
     for name in ("raises", "lowers"):
         if name in table:
             changed[name] = [[HOSTILE] * 3] * len(table)
@@ -296,7 +299,7 @@ def test_a_card_with_every_table_empty_has_a_page(written):
     facts = json.loads((written / "card" / "card.json").read_text())
     assert set(TABLES) <= facts.keys()
     text = card_page({**facts, **{name: [] for name in TABLES if name != "ends"}})
-    assert "What set it off" not in "".join(Page(text).words)
+    assert "<h2>What it says</h2>" in text and "<h2>What set it off</h2>" not in text
 
 
 # --- a browser --------------------------------------------------------------------------------

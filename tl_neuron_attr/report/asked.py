@@ -88,7 +88,9 @@ def quantity(target: Facts) -> str:
 
 def model(facts: Facts) -> str:
     """Which model, and in which numbers."""
-    of = facts["model"]
+    of = facts.get("model")
+    if of is None:  # a graph or a card that was saved without the facts of its attribution
+        return f"Model: {facts['model_name']}."
     return (
         f"Model: {of['name']} ({of['architecture']}, {of['class']}), {of['dtype']} weights, "
         f"{of['processing']}; scores in {facts['score_dtype']}."
