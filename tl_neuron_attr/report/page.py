@@ -9,6 +9,7 @@ figures are drawn when they come into view (``figures.js``). Without scripts the
 
 import html
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -137,7 +138,7 @@ def data(values: Any, attributes: str) -> str:
 
 def _whole(text: str) -> str:
     """Half a surrogate pair cannot be written to a file; in JSON it can be escaped."""
-    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _script(text: str) -> str:
