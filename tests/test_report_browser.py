@@ -191,10 +191,11 @@ def test_on_a_narrow_screen_only_tables_scroll_sideways(directory, open_page, ke
 
 
 def test_the_index_of_a_set_opens_a_prompts_page_when_asked(directory, open_page, keep, tmp_path):
-    page = open_page(report_set([directory] * 12, tmp_path / "set"))
+    attribute(load_model("tiny-facts"), PROMPT, top=3).save(tmp_path / "small")
+    page = open_page(report_set([tmp_path / "small"] * 11, tmp_path / "set"))
     assert page.locator("iframe").count() == 0
     rows = page.locator("#prompts-table tbody tr")
-    assert rows.count() == 12
+    assert rows.count() == 11
     page.locator("#prompts input").fill("germany")
     assert rows.count() == 0
     page.locator("#prompts input").fill("france")
@@ -218,7 +219,7 @@ def test_hostile_tokens_run_nothing(directory, open_page, tmp_path):
     neurons["raises"] = [evil] * len(neurons)
     tables = {**saved.tables, "neurons": neurons}
     place = tmp_path / "evil.html"
-    place.write_text(report_html(replace(saved, tables=tables, facts=facts), cards))
+    place.write_text(report_html(replace(saved, tables=tables, facts=facts)))
     page = open_page(place)
     for figure in ("f-positions", "f-neurons"):
         drawn(page, figure)
@@ -282,7 +283,6 @@ def test_two_thousand_neurons_and_three_hundred_tokens_are_ready_soon(
         f"\n{place.stat().st_size / 1e6:.2f} MB: tables and cards ready after {tables:.2f} s, "
         f"the first figure drawn after {whole:.2f} s"
     )
-    assert place.stat().st_size < 6_000_000
     assert page.locator("#strip button").count() == 300
     page.locator("#strip button").nth(250).click()
     assert all(text.startswith("250:") for text in column(page, "positions", 2))

@@ -146,6 +146,11 @@ def _script(text: str) -> str:
     return text.replace("</", "<\\/").replace("<!--", "<\\!--")
 
 
+def plotly_js() -> str:
+    """The library that draws figures, for pages that share it."""
+    return get_plotlyjs()
+
+
 def asset(name: str) -> str:
     """A style sheet or a script of this folder."""
     return files("tl_neuron_attr.report").joinpath(name).read_text(encoding="utf-8")
