@@ -326,7 +326,7 @@ def test_every_page_opens_in_a_browser_without_a_network(written):
         browser = playwright.chromium.launch(
             executable_path=place, args=["--no-sandbox", "--disable-gpu"]
         )
-        context = browser.new_context(viewport={"width": 400, "height": 20_000}, offline=True)
+        context = browser.new_context(viewport={"width": 400, "height": 900}, offline=True)
         for name in COMMANDS:
             tab = context.new_page()
             tab.on("console", lambda said: problems.append(said.text))
@@ -334,6 +334,8 @@ def test_every_page_opens_in_a_browser_without_a_network(written):
             tab.on("request", lambda request: asked.append(request.url))
             tab.goto(Path(report_of(written / name)).as_uri())
             figures = tab.locator(".plot").count()
+            assert (figures == 0) == name.endswith(".jsonl")
+            tab.evaluate("dispatchEvent(new Event('beforeprint'))")  # draws those not yet in view
             tab.wait_for_function(
                 f"document.querySelectorAll('.plot.js-plotly-plot').length === {figures}"
             )

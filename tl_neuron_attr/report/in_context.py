@@ -76,13 +76,8 @@ def _findings(heads: pd.DataFrame, facts: Facts) -> list[str]:
         f"{signed(best['score'])} nats"
         + ("." if zeroed is None else f"; zeroed, it changes by {signed(zeroed)}.")
     ]
-    carry = [
-        label
-        for label, first, second in zip(
-            labels, heads["contrast_1"], heads["contrast_2"], strict=True
-        )
-        if first > 0.01 and second < -0.01
-    ]
+    both = zip(labels, heads["contrast_1"].tolist(), heads["contrast_2"].tolist(), strict=True)
+    carry = [label for label, first, second in both if first > 0.01 and second < -0.01]
     found.append(
         f"From the places of each label {joined(carry)} "
         f"{'brings' if len(carry) == 1 else 'bring'} what speaks for that label (by more than 0.01 "
