@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
@@ -49,6 +50,12 @@ app = typer.Typer(
     help="Which neurons gave the answer? Attribute a language model's prediction to its neurons.",
     epilog="Start with:  tl-neuron-attr attribute 'The capital of France is'",
 )
+
+
+class _Command(TyperCommand):
+    """A command whose context is of the class its signature names."""
+
+    context_class = typer.Context
 
 
 def _show_version(wanted: bool) -> bool:
@@ -110,4 +117,4 @@ for _panel, _commands in PANELS.items():
         if _command is paper:
             app.add_typer(paper_app, name="paper", rich_help_panel=_panel)
         else:
-            app.command(rich_help_panel=_panel)(_command)
+            app.command(cls=_Command, rich_help_panel=_panel)(_command)

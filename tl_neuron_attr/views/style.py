@@ -162,7 +162,7 @@ def colour_bar(quantity: str) -> dict[str, Any]:
 
 
 def band(
-    x: Sequence[float], low: Sequence[float], high: Sequence[float], colour: str
+    x: Sequence[float | int], low: Sequence[float], high: Sequence[float], colour: str
 ) -> go.Scatter:
     """The area between two lines, behind what is drawn next."""
     return go.Scatter(
