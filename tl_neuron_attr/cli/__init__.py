@@ -41,7 +41,7 @@ FIRST_STEPS = {
     'tl-neuron-attr attribute "The capital of France is"': "layers, heads and neurons that gave it",
     'tl-neuron-attr query "The capital of France is"': "what set those neurons off",
     'tl-neuron-attr card L1.N137 "The capital of France is"': "everything about one of them",
-    'tl-neuron-attr attribute "The capital of France is" --out france': "the same as tables, and a page to open",
+    'tl-neuron-attr attribute "The capital of France is" --out france': "tables, and a page",
 }
 """What a newcomer may type as it stands: the bundled model, no network."""
 
