@@ -81,11 +81,13 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
     shown = run("attribute", PROMPT, "--out", str(out), "--top", "20")
     assert shown.exit_code == 0, shown.output
     assert sorted(path.name for path in out.iterdir()) == [
+        "cards.json",
         "heads.parquet",
         "layers.parquet",
         "log_probs.parquet",
         "neurons.parquet",
         "positions.parquet",
+        "report.html",
         "run.json",
     ]
     tables = {
@@ -102,7 +104,13 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
         "attention",
         "score",
     ]
-    assert list(tables["neurons"]) == NEURON_COLUMNS
+    assert list(tables["neurons"]) == [
+        *NEURON_COLUMNS,
+        "source_token",
+        "raises",
+        "lowers",
+        "position",
+    ]
     neurons = tables["neurons"]
     assert neurons["role"].tolist() == ["value"] * 40 + ["query"] * 20
     neurons = neurons[neurons["role"] == "value"]

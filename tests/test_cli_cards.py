@@ -184,6 +184,8 @@ def test_in_context_heads_as_json_and_in_files(run, tmp_path):
         "in_context.json",
         "inputs.parquet",
         "label_positions.parquet",
+        "report.html",
+        "run.json",
     ]
     assert len(pd.read_parquet(tmp_path / "heads.parquet")) == 3
     # a head that is not among those listed has its positions all the same

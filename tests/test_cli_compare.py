@@ -82,7 +82,7 @@ def test_a_contrast_on_another_checkpoint_with_an_index_is_written_to_files(run,
     assert "a contrast is linear" in shown.output
     assert "FFN neurons" not in shown.output
     table = pd.read_parquet(tmp_path / "out" / "neurons.parquet")
-    assert [*table.columns] == [*COMPARED_NEURON_COLUMNS] and len(table) == 600
+    assert [*table.columns] == [*COMPARED_NEURON_COLUMNS, *ADDED] and len(table) == 600
     facts = json.loads((tmp_path / "out" / "run.json").read_text())
     assert facts["other"]["what"].endswith("on the prompt 'The capital of Italy is'")
     assert facts["certificates"]["attn"]["linear"]

@@ -839,6 +839,7 @@ def test_the_command_writes_tables_json_and_a_page_that_needs_no_network(tmp_pat
         "graph.html",
         "graph.json",
         "nodes.parquet",
+        "report.html",
     ]
     page = (out / "graph.html").read_text(encoding="utf-8")
     assert "sankey" in page and 'src="http' not in page

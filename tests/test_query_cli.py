@@ -116,7 +116,10 @@ def test_files_are_what_python_finds(written, values, convention):
     pd.testing.assert_frame_equal(found["query_values"], result.query_values(**asked_of))
     wanted = [result.query_neurons(40, kind, **asked_of) for kind in ("ffn", "attn")]
     wanted = pd.concat(wanted, ignore_index=True)
-    pd.testing.assert_frame_equal(found["query_neurons"], wanted)
+    saved = found["query_neurons"]
+    pd.testing.assert_frame_equal(pd.DataFrame(saved, columns=wanted.columns), wanted)
+    assert [*saved.columns[-4:]] == ["position", "source_token", "raises", "lowers"]
+    assert all(len(tokens) == 10 for tokens in saved["raises"])
     # without a norm in between the best attention neurons are those of layer 0
     assert len(wanted) == (0 if (values, convention) == ("attn", "recomputed") else 80)
     facts = found["run"]

@@ -266,7 +266,7 @@ def test_hostile_tokens_are_shown_and_never_run(directory):
     neurons = saved.tables["neurons"].copy()
     neurons["raises"] = [evil] * len(neurons)
     positions = saved.tables["positions"].copy()
-    positions["token"] = evil[:6] * (len(positions) // 6)
+    positions["token"] = pd.Series(evil[:6] * (len(positions) // 6), dtype=object)
     tables = {**saved.tables, "neurons": neurons, "positions": positions}
     for card in cards:
         for row in card["ends"]:
@@ -330,7 +330,7 @@ def alien(path):
 def test_a_set_has_an_index_and_a_page_for_each_prompt_with_plotly_once(model, directory, tmp_path):
     out = tmp_path / "set"
     given = (attribute(model, text, top=5) for text in [PROMPT, "The color of snow is"])
-    index = report_set((*given, directory), out)
+    index = report_set((*given, directory), out, cards=1)
     assert index == out / "index.html"
     pages = sorted((out / "prompts").iterdir())
     assert [each.name for each in pages] == ["00001.html", "00002.html", "00003.html"]
@@ -346,7 +346,7 @@ def test_a_set_has_an_index_and_a_page_for_each_prompt_with_plotly_once(model, d
 
 def test_the_index_counts_neurons_and_averages_layers_over_prompts(model, tmp_path):
     results = [attribute(model, text, top=30) for text in [PROMPT, "The capital of Spain is"]]
-    page = page_of(report_set(results, tmp_path))
+    page = page_of(report_set(results, tmp_path, cards=1))
     layers = sum(each.layers()["score"] for each in results) / 2
     bars = {trace["name"]: trace["y"] for trace in page.data["f-layers"]["data"]}
     assert bars["attention"] == pytest.approx(layers[::2].tolist())
@@ -372,6 +372,7 @@ def test_results_of_a_set_are_not_kept(model, tmp_path):
             del result
 
     report_set(each(), tmp_path, cards=1)
+    assert len(alive) == 3
 
 
 def test_an_empty_set_and_models_of_other_depth_are_refused(directory, tiny_gpt2, tmp_path):

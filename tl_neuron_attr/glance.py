@@ -83,7 +83,7 @@ def attribution_box(shown: Glance) -> str:
                 "result.token_strip()": "what every head brings from each token",
                 "result.query_neurons(tokens=5)": "what set them off",
                 "neuron_card(result, 'L…')": "one neuron",
-                "result.save('out')": "files",
+                "result.report('result.html')": "a page of all of it",
             }
         ),
     )

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from typer.core import TyperCommand
 
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
@@ -28,10 +29,11 @@ from tl_neuron_attr.cli.runs import diff, run, summary
 from tl_neuron_attr.cli.terminal import WIDTH
 
 PANELS = {
-    "One prompt": (attribute, query, graph, card, in_context, report),
+    "One prompt": (attribute, query, graph, card, in_context),
     "Is it so?": (heads, compare),
     "Many prompts": (prompts, evaluate, run, summary, diff),
     "The paper": (paper,),
+    "Files": (report,),
     "A model": (index,),
 }
 """The commands, by what one wants of them."""
@@ -40,7 +42,7 @@ FIRST_STEPS = {
     'tl-neuron-attr attribute "The capital of France is"': "layers, heads and neurons that gave it",
     'tl-neuron-attr query "The capital of France is"': "what set those neurons off",
     'tl-neuron-attr card L1.N137 "The capital of France is"': "everything about one of them",
-    'tl-neuron-attr attribute "The capital of France is" --out france': "the same as files",
+    'tl-neuron-attr attribute "The capital of France is" --out france': "tables, and a page",
 }
 """What a newcomer may type as it stands: the bundled model, no network."""
 
@@ -49,6 +51,12 @@ app = typer.Typer(
     help="Which neurons gave the answer? Attribute a language model's prediction to its neurons.",
     epilog="Start with:  tl-neuron-attr attribute 'The capital of France is'",
 )
+
+
+class _Command(TyperCommand):
+    """A command whose context is of the class its signature names."""
+
+    context_class = typer.Context
 
 
 def _show_version(wanted: bool) -> bool:
@@ -110,4 +118,4 @@ for _panel, _commands in PANELS.items():
         if _command is paper:
             app.add_typer(paper_app, name="paper", rich_help_panel=_panel)
         else:
-            app.command(rich_help_panel=_panel)(_command)
+            app.command(cls=_Command, rich_help_panel=_panel)(_command)

@@ -32,7 +32,7 @@ from tl_neuron_attr.cli.options import (
     prompt_of,
     prompts_in,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, show_written
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host, tokenize
@@ -116,7 +116,7 @@ def card(
         for message in result.warnings:
             print(f"\nWarning: {message}")
         if out is not None:
-            console.print(wrote("card.json, card.txt and its tables (.parquet)", out))
+            show_written(console, "card.json, card.txt and its tables (.parquet)", out)
 
 
 def _as_json(found: Any, model: str, messages: tuple[str, ...]) -> dict[str, Any]:

@@ -45,10 +45,10 @@ from tl_neuron_attr.cli.terminal import (
     neuron_of,
     print_table,
     records,
+    show_written,
     target_line,
     token_line,
     token_widths,
-    wrote,
 )
 from tl_neuron_attr.compare import Comparison
 from tl_neuron_attr.compare import compare as compare_runs
@@ -245,7 +245,7 @@ def _show(
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         files = "layers, heads, neurons (.parquet) and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _show_neurons(

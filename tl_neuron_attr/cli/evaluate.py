@@ -25,7 +25,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, print_table, show_written
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import ALL_TYPES, By, Evaluation
@@ -242,7 +242,7 @@ def _show(found: Evaluation, host: Any, model: str, by: By, out: Path | None) ->
             "effects.parquet, summary (.parquet, .csv), curves, areas, comparisons, predicted, "
             "rankings, calibration, prompts, skipped and evaluation.json"
         )
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _count_table(counts: Sequence[dict[str, Any]]) -> Table:

@@ -35,7 +35,7 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, model_line, target_line, token_line, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, model_line, show_written, target_line, token_line
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
@@ -158,7 +158,7 @@ def _show(result: Attribution, found: Graph, model: str, out: Path | None) -> No
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(wrote("nodes.parquet, edges.parquet, graph.json and graph.html", out))
+        show_written(console, "nodes.parquet, edges.parquet, graph.json and graph.html", out)
 
 
 def _tree(found: Graph) -> Tree:

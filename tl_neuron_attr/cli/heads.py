@@ -39,9 +39,9 @@ from tl_neuron_attr.cli.terminal import (
     model_line,
     print_table,
     records,
+    show_written,
     target_line,
     token_line,
-    wrote,
 )
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
@@ -144,4 +144,4 @@ def _show(
     for message in result.warnings:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if directory is not None:
-        console.print(wrote("heads.parquet and run.json", directory))
+        show_written(console, "heads.parquet and run.json", directory)

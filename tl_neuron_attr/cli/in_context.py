@@ -40,9 +40,9 @@ from tl_neuron_attr.cli.terminal import (
     WIDTH,
     model_line,
     print_table,
+    show_written,
     target_line,
     token_line,
-    wrote,
 )
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
@@ -200,7 +200,7 @@ def _show(
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
         files = "heads, label_positions, inputs (.parquet), in_context.json and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _head_table(found: InContextHeads) -> Table:

@@ -24,7 +24,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     load,
 )
-from tl_neuron_attr.cli.terminal import WIDTH, print_table, records, wrote
+from tl_neuron_attr.cli.terminal import WIDTH, print_table, records, show_written
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import model_facts, open_host
@@ -182,12 +182,11 @@ def _show(
     for message in messages:
         console.print(f"[yellow]Warning:[/] {escape(message)}")
     if out is not None:
-        console.print(
-            wrote(
-                f"{out.name} and {_beside(out, 'run.json')}",
-                out.parent,
-                page=_beside(out, "report.html"),
-            )
+        show_written(
+            console,
+            f"{out.name} and {_beside(out, 'run.json')}",
+            out.parent,
+            page=_beside(out, "report.html"),
         )
 
 

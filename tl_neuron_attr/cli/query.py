@@ -50,9 +50,9 @@ from tl_neuron_attr.cli.terminal import (
     peak_memory,
     print_table,
     records,
+    show_written,
     target_line,
     token_line,
-    wrote,
 )
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
@@ -312,7 +312,7 @@ def _show_end(loading: float, seconds: float, out: Path | None) -> None:
     )
     if out is not None:
         files = "query_layers, query_heads, query_neurons, query_values (.parquet) and run.json"
-        console.print(wrote(files, out))
+        show_written(console, files, out)
 
 
 def _value_lines(scores: QueryScores, asked: _Asked) -> Text:

@@ -35,7 +35,7 @@ def report(
     source: Annotated[
         str,
         typer.Argument(
-            help="A directory written with --out; a directory of those of attribute; or, "
+            help="A directory that a command wrote with --out, or one of several of attribute; or, "
             "with --model, prompts: a .jsonl file, a knowledge type (capital), paper, all.",
             show_default=False,
         ),

@@ -191,11 +191,10 @@ def neuron_of(row: dict[str, Any]) -> FFNNeuron | AttnNeuron:
     return AttnNeuron(row["layer"], row["head"], row["index"], row["source_pos"])
 
 
-def wrote(files: str, directory: Path, page: str = "report.html") -> str:
-    """Which files were written where, and what to open."""
-    return (
-        f"\n[dim]wrote {files} to {escape(str(directory))}[/]\nopen {escape(str(directory / page))}"
-    )
+def show_written(console: Console, files: str, directory: Path, page: str = "report.html") -> None:
+    """Which files were written where, and what to open: a path on a line of its own, whole."""
+    console.print(f"\n[dim]wrote {files} to {escape(str(directory))}[/]")
+    console.print(f"open {escape(str(directory / page))}", soft_wrap=True)
 
 
 def peak_memory() -> str:

@@ -69,8 +69,8 @@ def answer(target: Facts) -> str:
     before = target["embedding_log_prob"]
     if other is None:
         return (
-            f"{words}, log p = {target['log_prob']:.3f} nats, a probability of "
-            f"{math.exp(target['log_prob']):.3g}; before the first layer log p = {before:.3f}."
+            f"{words}, log p = {signed(target['log_prob'])} nats, a probability of "
+            f"{math.exp(target['log_prob']):.3g}; before the first layer log p = {signed(before)}."
         )
     return (
         f"{words} against {visible(other['text'])} (token {other['id']}): the difference of their "
@@ -88,7 +88,9 @@ def quantity(target: Facts) -> str:
 
 def model(facts: Facts) -> str:
     """Which model, and in which numbers."""
-    of = facts["model"]
+    of = facts.get("model")
+    if of is None:  # a graph or a card that was saved without the facts of its attribution
+        return f"Model: {facts['model_name']}."
     return (
         f"Model: {of['name']} ({of['architecture']}, {of['class']}), {of['dtype']} weights, "
         f"{of['processing']}; scores in {facts['score_dtype']}."

@@ -27,7 +27,7 @@ from tl_neuron_attr.report.listed import (
 )
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
-from tl_neuron_attr.views import compared_layer_bars, compared_neuron_scatter, head_heatmap
+from tl_neuron_attr.views import compared_head_heatmap, compared_layer_bars, compared_neuron_scatter
 
 HOW = (
     "Here is the run that was asked about, there the other one. A score is by how much a layer, "
@@ -143,9 +143,8 @@ def _heads(heads: pd.DataFrame) -> Section:
     return Section(
         title="Heads",
         items=[
-            head_heatmap(
-                heads.assign(score=heads["difference"]),
-                title="Difference of each head's rise, here less there, nats",
+            compared_head_heatmap(
+                heads, title="Difference of each head's rise, here less there, nats"
             ),
             head_list(
                 "Every head, the largest difference first",

@@ -17,7 +17,7 @@ from tl_neuron_attr.report.asked import (
 )
 from tl_neuron_attr.report.listed import called, head_labels, head_list, placed
 from tl_neuron_attr.report.page import Section, page
-from tl_neuron_attr.tables import Saved
+from tl_neuron_attr.tables import Saved, records
 from tl_neuron_attr.views import head_heatmap
 
 HOW = (
@@ -70,18 +70,14 @@ def _labels(found: Facts) -> str:
 
 def _findings(heads: pd.DataFrame, facts: Facts) -> list[str]:
     labels, best = head_labels(heads), heads.iloc[0]
+    zeroed = records(heads.head(1))[0]["zeroed"]
     found = [
         f"Of the heads, {labels[0]} raises {quantity(facts['target'])} most, by "
         f"{signed(best['score'])} nats"
-        + ("." if pd.isna(best["zeroed"]) else f"; zeroed, {signed(best['zeroed'])}.")
+        + ("." if zeroed is None else f"; zeroed, it changes by {signed(zeroed)}.")
     ]
-    carry = [
-        label
-        for label, first, second in zip(
-            labels, heads["contrast_1"], heads["contrast_2"], strict=True
-        )
-        if first > 0.01 and second < -0.01
-    ]
+    both = zip(labels, heads["contrast_1"].tolist(), heads["contrast_2"].tolist(), strict=True)
+    carry = [label for label, first, second in both if first > 0.01 and second < -0.01]
     found.append(
         f"From the places of each label {joined(carry)} "
         f"{'brings' if len(carry) == 1 else 'bring'} what speaks for that label (by more than 0.01 "

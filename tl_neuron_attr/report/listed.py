@@ -46,7 +46,8 @@ def neuron_labels(table: pd.DataFrame) -> list[str]:
 def head_labels(table: pd.DataFrame) -> list[str]:
     """What each row's head is called."""
     return [
-        str(Head(layer, head)) for layer, head in zip(table["layer"], table["head"], strict=True)
+        str(Head(layer, head))
+        for layer, head in zip(table["layer"].tolist(), table["head"].tolist(), strict=True)
     ]
 
 

@@ -9,6 +9,7 @@ figures are drawn when they come into view (``figures.js``). Without scripts the
 
 import html
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -137,12 +138,17 @@ def data(values: Any, attributes: str) -> str:
 
 def _whole(text: str) -> str:
     """Half a surrogate pair cannot be written to a file; in JSON it can be escaped."""
-    return "".join(f"\\u{ord(char):04x}" if "\ud800" <= char <= "\udfff" else char for char in text)
+    return re.sub("[\ud800-\udfff]", lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 def _script(text: str) -> str:
     """Code that may stand in a script element: nothing in it ends the element."""
     return text.replace("</", "<\\/").replace("<!--", "<\\!--")
+
+
+def plotly_js() -> str:
+    """The library that draws figures, for pages that share it."""
+    return get_plotlyjs()
 
 
 def asset(name: str) -> str:

@@ -24,9 +24,13 @@ class Words:
     """Every token text once, as it is shown; rows hold their numbers."""
 
     texts: dict[str, int] = field(default_factory=dict)
+    numbered: dict[str, int] = field(default_factory=dict)
+    """By token as it is."""
 
-    def number(self, token: Any) -> int:
-        return self.texts.setdefault(shown(str(token)), len(self.texts))
+    def number(self, token: str) -> int:
+        if token not in self.numbered:
+            self.numbered[token] = self.texts.setdefault(shown(token), len(self.texts))
+        return self.numbered[token]
 
     def numbers(self, tokens: Sequence[Any]) -> list[int]:
         return [self.number(token) for token in tokens]

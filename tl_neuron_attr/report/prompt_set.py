@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from plotly.offline import get_plotlyjs
 
 from tl_neuron_attr import views
 from tl_neuron_attr.attribution import Attribution
@@ -17,7 +16,7 @@ from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.markup import Shown, escaped, table
 from tl_neuron_attr.report.attribution import drawn, report_html
 from tl_neuron_attr.report.cards import best_cards, label_of
-from tl_neuron_attr.report.page import contents, document, figure, paragraphs
+from tl_neuron_attr.report.page import contents, document, figure, paragraphs, plotly_js
 from tl_neuron_attr.report.payload import shown
 from tl_neuron_attr.report.saved import Cards, read_saved
 from tl_neuron_attr.tables import Saved, records, write_tables
@@ -86,7 +85,7 @@ def report_set(
         _gather(seen, saved, f"prompts/{name}")
     if not seen.prompts:
         raise InputError("there are no results to report on")
-    write_tables(place, {}, {PLOTLY: get_plotlyjs(), "index.html": _index(seen)})
+    write_tables(place, {}, {PLOTLY: plotly_js(), "index.html": _index(seen)})
     for page in sorted(pages.glob("[0-9][0-9][0-9][0-9][0-9].html"))[len(seen.prompts) :]:
         page.unlink()
     return place / "index.html"

@@ -80,7 +80,7 @@ def _findings(
     layers: pd.DataFrame, neurons: pd.DataFrame, values: pd.DataFrame, facts: Facts
 ) -> list[str]:
     total = sum(layers["score"].tolist())
-    of_kind = {kind: sum(rows["score"].tolist()) for kind, rows in layers.groupby("kind")}
+    of_kind = {str(kind): sum(rows["score"].tolist()) for kind, rows in layers.groupby("kind")}
     names = {"attn": "attention", "ffn": "FFNs", "embed": "the embedding", "bias": "biases"}
     parts = [
         f"{names[kind]} {signed(score)}"
