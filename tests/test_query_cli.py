@@ -381,7 +381,8 @@ def test_what_is_saved_does_not_fail_where_the_run_cannot_be_repeated(tmp_path):
     wanted = result.neurons()
     pd.testing.assert_frame_equal(table[list(wanted)], wanted)
     facts = json.loads((tmp_path / "run.json").read_text())
-    (warning,) = facts["warnings"]
+    warning, no_log_probs = facts["warnings"]
+    assert no_log_probs.startswith("no log p by layer and position: ")
     assert warning.startswith("no query neurons: ") and "attribute the prompt again" in warning
     assert "query" not in facts
     _, (said,) = result.query_neurons_or_why_not(tokens=2)
@@ -441,5 +442,6 @@ def test_the_prompt_is_run_once_more_for_files_json_and_screen_together(monkeypa
     result.query_layers("ffn")  # which checks the model's subkeys
     passes = count_forward_passes(model, monkeypatch)
     result.query_neurons_or_why_not(3, tokens=2)
-    result.save(tmp_path)
     assert len(passes) == 1
+    result.save(tmp_path)
+    assert len(passes) == 2  # and once for log p at every position
