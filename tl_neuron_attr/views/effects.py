@@ -108,7 +108,7 @@ def effect_heatmap(
     rows = effect_rows(
         summary,
         "summary",
-        ("before", "after"),
+        ("knowledge_type", "before", "after"),
         {"metric": metric, "top": top, "kind": kind},
     )
     types = list(dict.fromkeys(rows["knowledge_type"].tolist()))
@@ -120,7 +120,7 @@ def effect_heatmap(
     names = ["as it is", *methods]
     figure = go.Figure(
         go.Heatmap(
-            x=types,
+            x=[escaped(str(name)) for name in types],
             y=names,
             z=grid,
             text=[[f"{value:.2f}" for value in row] for row in grid],
@@ -159,7 +159,7 @@ def predicted_scatter(
     rows = effect_rows(
         predicted,
         "predicted",
-        ("predicted", "measured"),
+        ("prompt_id", "predicted", "measured"),
         {"top": top, "kind": kind},
     )
     ends = [*rows["predicted"].tolist(), *rows["measured"].tolist(), 0.0]

@@ -19,6 +19,8 @@ from tl_neuron_attr.views.style import (
 )
 
 TYPE_LAYER_COLUMNS = ("knowledge_type", "layer", "kind", "score")
+_WRITTEN = 40
+"""Up to how many layers there is room for numbers."""
 
 
 def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go.Figure:
@@ -70,7 +72,7 @@ def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go
             y=[escaped(str(name)) for name in types],
             z=cells_of(scores),
             text=texts.astype(object).where(texts.notna(), "").to_numpy().tolist(),
-            texttemplate="%{text}" if len(columns) <= 40 else None,
+            texttemplate="%{text}" if len(columns) <= _WRITTEN else None,
             coloraxis="coloraxis",
             xgap=1,
             ygap=1,
@@ -88,7 +90,8 @@ def type_layer_heatmap(by_type: pd.DataFrame, *, title: str | None = None) -> go
         }
     )
     default = "Mean score of each layer by knowledge type; the best ten are numbered"
-    default = default if any(table["mark"].tolist()) else default.split(";")[0]
+    if len(columns) > _WRITTEN or not any(table["mark"].tolist()):
+        default = default.split(";")[0]
     finish(figure, title, default, height=150 + len(kinds) * (30 + 26 * len(types)))
     figure.update_layout(margin_l=name_margin([str(name) for name in types]))
     figure.update_xaxes(type="category", showgrid=False)

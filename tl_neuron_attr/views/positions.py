@@ -13,7 +13,6 @@ from tl_neuron_attr.views.style import (
     DIVERGING,
     GAP,
     GREY,
-    LOG_PROB,
     RISE,
     SEQUENTIAL,
     SIGNS,
@@ -129,22 +128,25 @@ def log_prob_heatmap(log_probs: pd.DataFrame, *, title: str | None = None) -> go
     labels = _labels(places, [token_of[place] for place in places])
     values = table["log_prob"].tolist()
     limit = limit_of(values)
-    signs = {"colorscale": list(DIVERGING), "zmid": 0, "zmin": -limit, "zmax": limit}
+    look, quantity = {"colorscale": SEQUENTIAL}, "log p(target)"
+    if max(values) > 0:  # no log-probability is: these are differences of two
+        look = {"colorscale": list(DIVERGING), "zmid": 0, "zmin": -limit, "zmax": limit}
+        quantity = "Difference of log p"
     figure = go.Figure(
         go.Heatmap(
             x=["emb" if station < 0 else str(station) for station in grid.columns],
             y=places,
             z=cells_of(grid),
             customdata=[[label] * len(grid.columns) for label in labels],
-            **(signs if max(values) > 0 else {"colorscale": SEQUENTIAL}),
+            **look,
             xgap=1,
             ygap=1 if len(places) <= LABELLED_ROWS else 0,
             hoverongaps=False,
-            colorbar=colour_bar(LOG_PROB),
+            colorbar=colour_bar(f"{quantity}, nats"),
             hovertemplate="%{customdata}<br>after layer %{x}: %{z:.3g} nats<extra></extra>",
         )
     )
-    default = "log p(target) of the residual stream after each layer, at every token"
+    default = f"{quantity} of the residual stream after each layer, at every token"
     finish(figure, title, default, height=_height(places, 9))
     if grid.isna().any().any():
         figure.update_layout(plot_bgcolor=GAP)

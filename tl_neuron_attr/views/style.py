@@ -16,7 +16,6 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
 
 RISE = "rise in log p(target), nats"
-LOG_PROB = "log p(target), nats"
 CHANGE = "change of log p(target), nats"
 KIND_NAMES = {"attn": "attention", "ffn": "FFN"}
 
