@@ -381,9 +381,11 @@ def test_what_is_saved_does_not_fail_where_the_run_cannot_be_repeated(tmp_path):
         model.blocks[1].mlp.W_out.mul_(1.1)
     result.save(tmp_path)
     table = pd.read_parquet(tmp_path / "neurons.parquet")
-    pd.testing.assert_frame_equal(table, result.neurons())
+    wanted = result.neurons()
+    pd.testing.assert_frame_equal(table[list(wanted)], wanted)
     facts = json.loads((tmp_path / "run.json").read_text())
-    (warning,) = facts["warnings"]
+    warning, no_log_probs = facts["warnings"]
+    assert no_log_probs.startswith("no log p by layer and position: ")
     assert warning.startswith("no query neurons: ") and "attribute the prompt again" in warning
     assert "query" not in facts
     _, (said,) = result.query_neurons_or_why_not(tokens=2)
@@ -401,9 +403,9 @@ def test_a_cache_and_a_capture_have_query_neurons_too(tmp_path):
     ):
         given.save(tmp_path)
         table = pd.read_parquet(tmp_path / "neurons.parquet").query("role == 'query'")
-        pd.testing.assert_frame_equal(
-            table.reset_index(drop=True), wanted.query_neurons(5), atol=1e-5
-        )
+        best = wanted.query_neurons(5)
+        found = table.reset_index(drop=True)[list(best)]
+        pd.testing.assert_frame_equal(found, best, atol=1e-5)
         assert json.loads((tmp_path / "run.json").read_text())["warnings"] == []
 
 
@@ -443,5 +445,6 @@ def test_the_prompt_is_run_once_more_for_files_json_and_screen_together(monkeypa
     result.query_layers("ffn")  # which checks the model's subkeys
     passes = count_forward_passes(model, monkeypatch)
     result.query_neurons_or_why_not(3, tokens=2)
-    result.save(tmp_path)
     assert len(passes) == 1
+    result.save(tmp_path)
+    assert len(passes) == 2  # and once for log p at every position

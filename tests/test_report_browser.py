@@ -181,6 +181,8 @@ def test_figures_are_drawn_when_seen_and_follow_light_and_dark(directory, open_p
     assert page.locator("#head option").nth(1).inner_text() in said
     for place in ("f-log-probs", "f-neurons", "f-shares"):
         drawn(page, place)
+    buttons = page.locator(".modebar-btn").evaluate_all("all => all.map(b => b.dataset.title)")
+    assert buttons and not [each for each in buttons if "cloud" in each.lower()]
     ink = "getComputedStyle(document.querySelector('#f-layers .xtick text')).fill"
     light = page.evaluate(ink)
     page.evaluate("scrollTo(0, 0)")
@@ -201,7 +203,7 @@ def test_on_a_narrow_screen_only_tables_scroll_sideways(directory, open_page, ke
 
 
 def test_the_index_of_a_set_opens_a_prompts_page_when_asked(open_page, keep, tmp_path, monkeypatch):
-    attribute(load_model("tiny-facts"), PROMPT, top=3).save(tmp_path / "small")
+    attribute(load_model("tiny-facts"), PROMPT, top=5).save(tmp_path / "small")
     # eleven times the same prompt, drawn once
     monkeypatch.setattr(prompt_set, "_page", functools.cache(prompt_set._page))
     page = open_page(report_set([tmp_path / "small"] * 11, tmp_path / "set"))

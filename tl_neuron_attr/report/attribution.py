@@ -267,7 +267,7 @@ def _heads(saved: Saved) -> str:
 def _where(saved: Saved) -> str:
     neurons = saved.tables["neurons"]
     values = neurons.loc[neurons["role"] == "value"]
-    n_layers = saved.tables["layers"]["layer"].nunique()
+    n_layers = len(set(saved.tables["layers"]["layer"]))
     shares = saved.tables.get("shares")
     parts = [
         figure(views.neuron_scatter(values, n_layers=n_layers), "f-neurons"),

@@ -23,7 +23,8 @@ const Figures = (() => {
     if (!hovers) copy.dragmode = false;  // a finger on a figure scrolls the page
     const narrow = window.innerWidth < 640;
     if (narrow && copy.margin) { copy.margin.l = 44; copy.margin.r = 8; }
-    const beside = copy.xaxis2 && !copy.yaxis2;  // plots next to each other, their titles too
+    const [one, two] = [copy.xaxis, copy.xaxis2].map(axis => axis && axis.domain);
+    const beside = one && two && two[0] >= one[1];  // plots next to each other, their titles too
     Object.keys(copy).filter(key => /^[xy]axis/.test(key)).forEach(key => {
       const axis = copy[key];
       if (axis.gridcolor === undefined) axis.gridcolor = colour('--line');
@@ -58,7 +59,8 @@ const Figures = (() => {
     drawn.add(id);
     return Plotly.react(id, traces(figure.data), styled(figure.layout),
       { responsive: true, displaylogo: false, displayModeBar: hovers ? 'hover' : false,
-        modeBarButtonsToRemove: ['select2d', 'lasso2d', 'sendDataToCloud'] });
+        showSendToCloud: false,  // plotly's own button would send the data to a host
+        modeBarButtonsToRemove: ['select2d', 'lasso2d', 'sendDataToCloud', 'sendChartToCloud'] });
   }
 
   // change: figure -> figure, from now on; null for the figure as it was made
