@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -74,8 +75,8 @@ class Page(HTMLParser):
         self.close()
         assert not self.open, "elements that are not closed"
 
-    def handle_starttag(self, tag, attributes):
-        given = dict(attributes)
+    def handle_starttag(self, tag, attrs):
+        given = dict(attrs)
         self.tags.append(tag)
         self.links += [given[name] for name in ("src", "href") if name in given]
         assert not [name for name in given if name.startswith("on")]
@@ -87,9 +88,9 @@ class Page(HTMLParser):
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
 
-    def handle_data(self, text):
+    def handle_data(self, data):
         if not {"script", "style"} & set(self.open):
-            self.words.append(text)
+            self.words.append(data)
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -139,13 +140,14 @@ def test_a_page_shows_every_number_of_its_tables(written, name):
         if table == "nodes":
             rows = rows[rows["role"] != "answer"]
         for column in columns:
-            values = rows[column].to_numpy(dtype=float)
+            values = np.asarray(rows[column], dtype=float)
             wanted = {f"{value:.9g}" for value in values if np.isfinite(value) and value % 1}
             assert wanted and wanted <= exact, f"{table}.{column}"
 
 
 def test_findings_are_those_of_the_tables(written):
-    words = {name: " ".join(Page(page_of(written / name)).words) for name in COMMANDS}
+    pages = {name: report_of(written / name).read_text(encoding="utf-8") for name in COMMANDS}
+    words = {name: " ".join(Page(text).words) for name, text in pages.items()}
     heads = pd.read_parquet(written / "heads" / "heads.parquet")
     worst = heads.loc[heads["change"].idxmin()]
     assert f"Without L{worst['layer']:.0f}.H{worst['head']:.0f} alone" in words["heads"]
@@ -161,13 +163,14 @@ def test_findings_are_those_of_the_tables(written):
         "method in ['log_prob_increase', 'log_prob']"
     )
     assert f"mean probability is {summary['after'].min():.3f} [" in words["evaluate"]
-    assert "knows 6 of 6 prompts" in words["known.jsonl"] or "of 6 prompts" in words["known.jsonl"]
+    kept = len((written / "known.jsonl").read_text(encoding="utf-8").splitlines())
+    assert f"knows {kept} of 6 prompts" in words["known.jsonl"]
 
 
 # --- hostile words ----------------------------------------------------------------------------
 
 
-def poisoned(value, name=""):
+def poisoned(value: Any, name: str = "") -> Any:
     """The same facts with every word of the model or the user replaced by a hostile one."""
     if isinstance(value, dict):
         return {key: poisoned(each, key) for key, each in value.items()}
@@ -210,7 +213,8 @@ def hostile_page(place, name):
     names = {"method": HOSTILE, "prompt_id": HOSTILE, "reason": HOSTILE}
     skipped = pd.DataFrame([names], dtype="string")
     correlations = found.predicted.rename(columns={"predicted": "spearman"})
-    rows = correlations[["prompt_id", "knowledge_type", "method", "kind", "spearman"]]
+    columns = ["prompt_id", "knowledge_type", "method", "kind", "spearman"]
+    rows = pd.DataFrame(correlations, columns=columns)
     return evaluation_page(
         replace(
             found,

@@ -91,7 +91,7 @@ def _findings(heads: pd.DataFrame, facts: Facts) -> list[str]:
 
 def _heads(heads: pd.DataFrame, facts: Facts) -> Section:
     first, second = (visible(label["text"]) for label in facts["in_context"]["labels"])
-    scanned = not heads["zeroed"].isna().all()
+    scanned = bool(heads["zeroed"].notna().any())
     return Section(
         title="Heads",
         items=[
