@@ -18,6 +18,14 @@ from tl_neuron_attr.cli.terminal import print_table, token_widths
 from tl_neuron_attr.display import decimals
 
 COMMANDS = [cli._name(command) for commands in cli.PANELS.values() for command in commands]
+BEFORE = {
+    "summary": ["run capital --out capitals"],
+    "diff": [
+        "run capital --out capitals",
+        "run capital --out capitals-published --convention published",
+    ],
+}
+"""What must have been run before a command's example."""
 SLOW = {"paper"}  # the whole paper takes minutes; tests/test_paper_run.py runs it on a few prompts
 
 
@@ -81,8 +89,10 @@ def test_the_example_runs_offline_and_fits_narrow_terminals(command, tmp_path, m
     monkeypatch.chdir(tmp_path)
     arguments = example_of(command)
     few = load_prompts("capital")[:40]  # thousands take seconds
-    for module in ("cli.prompts", "cli.evaluate", "evaluate.run"):
+    for module in ("cli.prompts", "cli.evaluate", "evaluate.run", "cli.report", "runs.asked"):
         monkeypatch.setattr(sys.modules[f"tl_neuron_attr.{module}"], "load_prompts", lambda _: few)
+    for line in BEFORE.get(command, ()):
+        assert run(*line.split()).exit_code == 0
     for width in (80, 60) if command in ("attribute", "compare") else (60,):
         shown = run(*arguments, width=width)
         assert shown.exit_code == 0, shown.output

@@ -20,6 +20,7 @@ from tl_neuron_attr.cli import options
 from tl_neuron_attr.evaluate import run as evaluate_run
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.paper import run as paper_run
+from tl_neuron_attr.runs import asked
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 ROOT = Path(__file__).parents[1]
@@ -136,7 +137,7 @@ def reader(tmp_path, monkeypatch):
 
     monkeypatch.setattr(tl_neuron_attr, "load_model", load)
     monkeypatch.setattr(options, "load_model", load)
-    for run in (evaluate_run, paper_run):
+    for run in (asked, evaluate_run, paper_run):
         monkeypatch.setattr(run, "load_prompts", fewer_prompts)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # on a busy machine many threads for tiny matrices wait, and wait

@@ -92,7 +92,7 @@ def run(
 
     Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share.
 
-    Example: tl-neuron-attr run capital --out capitals --workers 2
+    Example: tl-neuron-attr run capital --out capitals
     """
     console = Console(stderr=True, soft_wrap=True, highlight=False)
 
