@@ -106,10 +106,10 @@ def test_out_writes_tables_with_the_documented_columns(run, tmp_path):
     ]
     assert list(tables["neurons"]) == [
         *NEURON_COLUMNS,
+        "position",
         "source_token",
         "raises",
         "lowers",
-        "position",
     ]
     neurons = tables["neurons"]
     assert neurons["role"].tolist() == ["value"] * 40 + ["query"] * 20
@@ -358,7 +358,7 @@ def test_an_index_is_made_once_and_adds_what_lowers_the_target(run, tmp_path):
     assert "Share of all that raises the target" in shown.output
     assert max(len(line) for line in shown.output.splitlines()) <= 100
     table = pd.read_parquet(tmp_path / "out" / "suppressing.parquet")
-    assert [*table.columns] == NEURON_COLUMNS
+    assert [*table.columns] == [*NEURON_COLUMNS, "source_token", "raises", "lowers"]
     assert (table["score"] < 0).all() and table.groupby("kind").size().tolist() == [3, 3]
     shares = pd.read_parquet(tmp_path / "out" / "shares.parquet")
     assert (shares["share_lower"] <= shares["share_upper"]).all()

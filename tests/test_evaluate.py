@@ -471,12 +471,11 @@ def test_the_rankings_are_the_neurons_that_were_zeroed_best_first(tmp_path):
         names = ["rank", "layer", "head", "index"]
         assert ours[names].reset_index(drop=True).equals(wanted[names].astype(ours[names].dtypes))
         assert ours["score"].tolist() == pytest.approx(wanted["score"].tolist(), rel=1e-4)
-    sums = of_prompt.groupby(["method", "kind"])["score"].sum()
-    predicted = found.predicted[found.predicted["top"] == 5].set_index(
-        ["prompt_id", "method", "kind"]
-    )["predicted"]
-    for (method, kind), total in sums.items():
-        assert -total == pytest.approx(predicted[asked["prompt_id"], method, kind], rel=1e-6)
+    sums = of_prompt.groupby("method")["score"].sum()
+    predicted = found.predicted[found.predicted["top"] == 5].set_index(["prompt_id", "method"])
+    for method, total in sums.items():
+        zeroed = predicted.loc[(asked["prompt_id"], method), "predicted"]
+        assert -total == pytest.approx(zeroed, rel=1e-6)
     found.save(tmp_path)
     pd.testing.assert_frame_equal(load_evaluation(tmp_path).rankings, found.rankings)
     pd.testing.assert_frame_equal(pd.read_parquet(tmp_path / "curves.parquet"), found.curves())

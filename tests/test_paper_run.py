@@ -205,8 +205,8 @@ def test_hostile_text_is_shown_and_never_run():
     shown = Shown(caption=evil, table=table, columns={"token": evil, "label": "x", "value": "v"})
     text = page(evil, [evil], [Section(title=evil, text=[evil], items=[shown, figure])])
     seen = parsed(text)
-    # plotly.js, the figure's data, what draws it, what sorts and searches tables
-    assert seen.tags.count("script") == 4
+    tame = parsed(page("x", ["x"], [Section(title="x", text=["x"], items=[shown, figure])]))
+    assert seen.tags.count("script") == tame.tags.count("script")
     assert "b" not in seen.tags
     assert "alert(1)" in " ".join(seen.text)
     data = next(script for script in seen.scripts if script.startswith("{"))
@@ -251,7 +251,9 @@ def test_a_narrow_terminal_leaves_names_and_digits_whole(tmp_path, monkeypatch, 
     for columns in ("50", "80", "200"):
         arguments = ["paper", "--out", str(tmp_path / "o")]
         shown = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": columns})
-        assert re.search(r"(?m)^log prob increase .* 0\.201 .* 9\.200$", shown.output), shown.output
+        # in parts, where it is too wide for one
+        assert re.search(r"(?m)^log prob increase .* 0\.201\b", shown.output), shown.output
+        assert re.search(r"(?m)^log prob increase .* 9\.200$", shown.output), shown.output
         assert "…" not in shown.output
 
 

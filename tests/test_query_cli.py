@@ -22,6 +22,7 @@ from tl_neuron_attr import attribute, cli, load_model, reading
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.tables import NEURON_COLUMNS
 
+SAVED_COLUMNS = [*NEURON_COLUMNS, "position", "source_token", "raises", "lowers"]
 PROMPT = "The capital of France is"
 GOLDEN = sorted((SHARED / "golden").glob("*-*.json"))
 FILES = ["query_heads", "query_layers", "query_neurons", "query_values"]
@@ -139,7 +140,7 @@ def test_files_are_what_python_finds(written, values, convention):
 def test_query_neurons_have_the_columns_of_neurons(written):
     ours = written("query", PROMPT, "--kind", "both", "--top", 3)["query_neurons"]
     theirs = written("attribute", PROMPT, "--top", 3)["neurons"]
-    assert [*ours.columns] == [*theirs.columns] == [*NEURON_COLUMNS]
+    assert [*ours.columns] == [*theirs.columns] == SAVED_COLUMNS
     assert (ours.dtypes == theirs.dtypes).all()
     assert ours["role"].tolist() == ["query"] * 6
     assert ours["rank"].tolist() == [1, 2, 3] * 2
@@ -156,7 +157,7 @@ def test_chosen_value_neurons_take_the_place_of_the_best(written):
     result = attribute(load("gpt2"), TOKENS, target=7, top=1)
     of = ["L2.N5", "L1.H1.D2@3"]
     pd.testing.assert_frame_equal(found["query_layers"], result.query_layers(of))
-    pd.testing.assert_frame_equal(found["query_neurons"], result.query_neurons(of=of))
+    pd.testing.assert_frame_equal(found["query_neurons"], result.query_neurons(of=of, tokens=10))
     assert found["run"]["query"]["of"] == ["L2.N5", "L1.H1.D2@3", "L2.N5"]
     assert found["run"]["query"]["value_neurons"] == 2
     assert "for" not in found["run"]["query"]
@@ -168,7 +169,7 @@ def test_before_layer_0_is_the_embedding_and_no_ffn(run, written, neuron):
     full = written("query", *asked(), "--of", "L2.N3")
     empty = found["query_neurons"]
     assert empty.empty
-    assert [*empty.columns] == [*NEURON_COLUMNS]
+    assert [*empty.columns] == SAVED_COLUMNS
     assert (empty.dtypes == full["query_neurons"].dtypes).all()
     layers = found["query_layers"].set_index(["kind"])["score"]
     assert layers["embed"] != 0
@@ -346,8 +347,10 @@ def test_query_neurons_come_after_the_value_neurons(written, run):
     table = written("attribute", *asked(), "--top", 20)["neurons"]
     result = attribute(load("gpt2"), TOKENS, target=7, top=20)
     values = table[table["role"] == "value"]
-    pd.testing.assert_frame_equal(values, result.neurons())  # first, and as they were
-    wanted = attribute(load("gpt2"), TOKENS, target=7, top=30).query_neurons(20)
+    assert values["position"].isna().all()
+    wanted = result.neurons(tokens=10)
+    pd.testing.assert_frame_equal(values[wanted.columns], wanted)  # first, and as they were
+    wanted = attribute(load("gpt2"), TOKENS, target=7, top=30).query_neurons(20, tokens=10)
     rest = table[table["role"] == "query"].reset_index(drop=True)
     pd.testing.assert_frame_equal(rest, wanted)
     assert len(table) == 60

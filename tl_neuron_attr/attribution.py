@@ -41,6 +41,7 @@ from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.strip import TokenStrip
 from tl_neuron_attr.tables import (
+    NEURON_COLUMNS,
     Saved,
     head_scan_table,
     head_table,
@@ -550,10 +551,11 @@ class Attribution:
         """The tables and facts that ``save`` writes, by name. Cost: that of ``save``."""
         top = max(len(self.ffn_neurons), len(self.attn_neurons))
         query_neurons, problems = self.query_neurons_or_why_not(top, tokens=SAVED_TOKENS)
-        query_neurons["position"] = query_neurons["position"].astype("Int64")
         log_probs, no_log_probs = self.log_probs_or_why_not()
         value_neurons = self.neurons(tokens=SAVED_TOKENS)
-        value_neurons["position"] = pd.array([None] * len(value_neurons), dtype="Int64")
+        # they are all read in one place: empty, in the column where query neurons have it
+        nowhere = pd.array([None] * len(value_neurons), dtype="Int64")
+        value_neurons.insert(len(NEURON_COLUMNS), "position", nowhere)
         tables = {
             "layers": self.layers(),
             "heads": self.heads(),

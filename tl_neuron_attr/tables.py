@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.differences import RankedDifferences
@@ -240,7 +240,10 @@ def query_neuron_table(
 ) -> pd.DataFrame:
     """``neuron_table`` of query neurons; with ``position`` where each of them fires, too."""
     table = neuron_table(found.neurons, prompt_id, role="query")
-    return table.assign(position=found.position.cpu().numpy()) if position else table
+    if not position:
+        return table
+    # nullable: beside value neurons, which have none, it is the same column
+    return table.assign(position=pd.array(found.position.tolist(), dtype="Int64"))
 
 
 def query_value_table(scores: QueryScores) -> pd.DataFrame:
@@ -293,10 +296,15 @@ def token_columns(
             "source_token": pd.array(
                 [None if pos is None else token_texts[pos] for pos in sources], dtype="string"
             ),
-            "raises": [[text_of[token] for token in row] for row in ends.top_ids.tolist()],
-            "lowers": [[text_of[token] for token in row] for row in ends.bottom_ids.tolist()],
+            # of no neuron it would be a column of numbers
+            "raises": pd.Series(_texts(ends.top_ids, text_of), dtype=object),
+            "lowers": pd.Series(_texts(ends.bottom_ids, text_of), dtype=object),
         }
     )
+
+
+def _texts(ids: Int[Tensor, "neuron k"], text_of: Mapping[int, str]) -> list[list[str]]:
+    return [[text_of[token] for token in row] for row in ids.tolist()]
 
 
 def compared_layer_table(scores: LayerScores, others: LayerScores) -> pd.DataFrame:

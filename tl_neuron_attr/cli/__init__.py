@@ -21,7 +21,7 @@ from tl_neuron_attr.cli.heads import heads
 from tl_neuron_attr.cli.in_context import in_context
 from tl_neuron_attr.cli.index import index
 from tl_neuron_attr.cli.paper import paper_app
-from tl_neuron_attr.cli.paper import write as paper
+from tl_neuron_attr.cli.paper import write as write_paper
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 from tl_neuron_attr.cli.report import report
@@ -32,7 +32,7 @@ PANELS = {
     "One prompt": (attribute, query, graph, card, in_context),
     "Is it so?": (heads, compare),
     "Many prompts": (prompts, evaluate, run, summary, diff),
-    "The paper": (paper,),
+    "The paper": (write_paper,),
     "Files": (report,),
     "A model": (index,),
 }
@@ -106,7 +106,7 @@ def _show_start() -> None:
 
 
 def _name(command) -> str:
-    return "paper" if command is paper else command.__name__.replace("_", "-")
+    return "paper" if command is write_paper else command.__name__.replace("_", "-")
 
 
 def _first_line(command) -> str:
@@ -115,7 +115,7 @@ def _first_line(command) -> str:
 
 for _panel, _commands in PANELS.items():
     for _command in _commands:
-        if _command is paper:
+        if _command is write_paper:
             app.add_typer(paper_app, name="paper", rich_help_panel=_panel)
         else:
             app.command(cls=_Command, rich_help_panel=_panel)(_command)
