@@ -375,3 +375,20 @@ def test_a_damaged_index_is_refused_in_one_sentence(run, tmp_path):
     shown = run("attribute", PROMPT, "--index", str(tmp_path))
     assert shown.exit_code == 2 and shown.stdout == ""
     assert "layer-002.safetensors" in shown.stderr
+
+
+def test_tables_of_another_run_do_not_stay_beside_its_facts(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("attribute", PROMPT, "--top", "3", "--out", str(out)).exit_code == 0
+    assert run("heads", "The capital of Italy is", "--out", str(out)).exit_code == 0
+    assert {path.name for path in out.iterdir()} == {"heads.parquet", "report.html", "run.json"}
+
+
+def test_a_directory_of_two_commands_has_no_page_of_its_own(run, tmp_path):
+    out = tmp_path / "out"
+    assert run("attribute", PROMPT, "--top", "3", "--out", str(out)).exit_code == 0
+    assert run("graph", "The capital of Italy is", "--out", str(out)).exit_code == 0
+    page = (out / "report.html").read_bytes()
+    shown = run("report", str(out))
+    assert shown.exit_code == 2 and "run.json, graph.json" in shown.output.replace("\n", " ")
+    assert (out / "report.html").read_bytes() == page

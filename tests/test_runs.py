@@ -508,3 +508,16 @@ def test_lines_come_now_and_then_and_at_the_end(model, prompts, tmp_path):
     lines = []
     run(model, prompts, tmp_path / "run", progress=line_report(lines.append, seconds=3600.0))
     assert len(lines) == 1 and lines[0].startswith("12 of 12 prompts, 3 of 3 shards")
+
+
+def test_a_start_killed_before_its_plan_was_written_can_be_made_again(model, prompts, tmp_path):
+    whole = run_prompts(model, prompts, tmp_path / "whole", top=TOP, shard_size=4)
+    assert whole.complete
+    begun = tmp_path / "begun"
+    begun.mkdir()
+    shutil.copy(tmp_path / "whole" / "prompts.parquet", begun)  # written before the plan
+    assert run_prompts(model, prompts, begun, top=TOP, shard_size=4).complete
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.parquet").write_bytes(b"mine")
+    with pytest.raises(InputError, match="is not empty and holds no run"):
+        run_prompts(model, prompts, tmp_path / "other", top=TOP, shard_size=4)

@@ -141,6 +141,11 @@ def test_prompts_in_any_form_can_be_mixed(host, prompts):
 WRONG_FILES = {
     "no JSON": ("p.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 of .* is no JSON"),
     "no object": ("p.jsonl", b"[1]\n", "line 1 of .* must be an object or a text"),
+    "type of all": (
+        "p.jsonl",
+        b'{"text": "a", "knowledge_type": "all"}\n',
+        "'all' stands for all of them",
+    ),
     "unknown field": ("p.jsonl", b'{"txt": "a"}\n', "unknown field 'txt'; known are text"),
     "both": ("p.jsonl", b'{"text": "a", "tokens": [1]}\n', "both text and tokens"),
     "two answers": ("p.jsonl", b'{"text": "a", "answer": "b", "target": "c"}\n', "both answer and"),

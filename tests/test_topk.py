@@ -8,6 +8,7 @@ from conftest import TOKENS, bridge_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import tl_neuron_attr.topk as topk
 from tl_neuron_attr import (
     AttnNeuron,
     FFNNeuron,
@@ -164,8 +165,6 @@ def test_the_certified_list_is_the_dense_one(dtype, case, top, budget):
 
 def test_a_broken_bound_loses_neurons_that_the_dense_list_has(monkeypatch):
     """The tests above can fail: with a bound that is no bound, the best are missed."""
-    import tl_neuron_attr.topk as topk
-
     real = topk.bounds_above
 
     def broken(tangents):
@@ -387,3 +386,26 @@ def test_tokens_that_cannot_come_do_not_spoil_a_survey(monkeypatch):
     found = out.baseline(base, Target(9))
     assert found.log_prob.item() == pytest.approx(out.log_prob(base, Target(9)).item(), abs=1e-5)
     assert found.tangent.gradient.isfinite().all()
+
+
+def test_neurons_that_are_off_cost_no_memory_that_stays():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 8, 30, scale=1.0, centered=True)
+    blocks = [
+        replace(block, coefficients=block.coefficients * (torch.arange(200) < 3))
+        for block in random_ffns(generator, 3, 8, 200, tail=2.0)
+    ]
+    kept = []
+    real = topk._Race.start
+
+    def start(race, off, slack):
+        kept.append(off)
+        real(race, off, slack)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(topk._Race, "start", start)
+        found = top_neurons(blocks, out, Target(3), 20)
+    (off,) = kept
+    assert len(off) == 20 and off.untyped_storage().nbytes() == 20 * 8
+    dense = dense_scores(blocks, out, Target(3)).topk(20).values
+    assert found.score.tolist() == pytest.approx(dense.tolist(), abs=1e-6)

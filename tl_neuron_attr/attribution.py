@@ -55,7 +55,7 @@ from tl_neuron_attr.tables import (
     records,
     share_table,
     token_columns,
-    write_tables,
+    write_run,
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
 
@@ -75,7 +75,6 @@ ALL_LEFT_OUT = (
 SAVED_TOKENS = 10
 """How many tokens that a neuron raises, and lowers, are saved beside it."""
 
-_SOMETIMES = ("log_probs", "suppressing", "shares")
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch")
 
 
@@ -597,10 +596,7 @@ class Attribution:
 
             texts = report_files(self, saved)
         facts = json.dumps(saved.facts, indent=2, ensure_ascii=False)
-        # those of another run would not be this one's
-        stale = [name for name in _SOMETIMES if name not in saved.tables]
-        stale_texts = [name for name in ("cards.json", "report.html") if name not in texts]
-        write_tables(path, saved.tables, {**texts, "run.json": facts + "\n"}, stale, stale_texts)
+        write_run(path, saved.tables, {**texts, "run.json": facts + "\n"})
 
     def report(self, path: str | Path, *, progress: bool = False) -> Path:
         """One HTML file with all that was found, to look at without a network; where it is.

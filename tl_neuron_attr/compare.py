@@ -43,7 +43,7 @@ from tl_neuron_attr.tables import (
     compared_layer_table,
     compared_neuron_table,
     token_columns,
-    write_tables,
+    write_run,
 )
 from tl_neuron_attr.topk import Kind, subvalues_of
 
@@ -238,8 +238,7 @@ class Comparison:
 
             texts["report.html"] = comparison_page(Saved(tables=tables, facts=found))
         texts["run.json"] = json.dumps(found, indent=2, ensure_ascii=False) + "\n"
-        stale = [] if lowest else ["lowest"]
-        write_tables(path, tables, texts, stale, [] if report else ["report.html"])
+        write_run(path, tables, texts)
 
     def __repr__(self) -> str:
         target = self.original.target

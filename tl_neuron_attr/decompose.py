@@ -162,6 +162,7 @@ class AttnDecomposition:
         """What these heads bring from each source position."""
         return self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype)
 
+    @full_precision()
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
         return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))

@@ -10,7 +10,7 @@ them write the same part, they write the same bytes.
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -175,8 +175,15 @@ class Parts:
             remove_stale(self.directory / self.folder / folder)
 
 
-def check_run(directory: str | Path, identity: Mapping[str, Any], what: str = "run") -> Path:
+def check_run(
+    directory: str | Path,
+    identity: Mapping[str, Any],
+    what: str = "run",
+    begun: Collection[str] = (),
+) -> Path:
     """``directory`` as a path, once it is known to be new, or of this very run; writes nothing.
+
+    ``begun`` names files that a start which was killed before its plan was written leaves behind.
 
     Raises:
         InputError: If the directory holds another run (saying in what it differs) or anything
@@ -190,7 +197,9 @@ def check_run(directory: str | Path, identity: Mapping[str, Any], what: str = "r
                 f"{str(path)!r} holds another {what}: {_shown(differing)}; give another directory, "
                 "or the same model, prompts and settings"
             )
-    elif path.is_dir() and any(not each.name.startswith(".") for each in path.iterdir()):
+    elif path.is_dir() and any(
+        not each.name.startswith(".") and each.name not in begun for each in path.iterdir()
+    ):
         raise InputError(f"{str(path)!r} is not empty and holds no {what}; give another directory")
     return path
 
@@ -209,7 +218,8 @@ def start_run(
         InputError: As ``check_run``.
         OutputError: If they cannot be written.
     """
-    path = check_run(directory, identity, what)
+    begun = [f"{name}.parquet" for name in tables or {}]
+    path = check_run(directory, identity, what, begun)
     if not (path / PLAN).is_file():
         facts: dict[str, Any] = {"about": plain(about), "identity": plain(identity)}
         facts["checksum"] = fingerprint([facts["identity"]])

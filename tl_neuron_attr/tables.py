@@ -83,6 +83,23 @@ CURVE_COLUMNS = (
     "target_rank",
     "correct",
 )
+RUN_TABLES = (
+    "layers",
+    "heads",
+    "positions",
+    "log_probs",
+    "neurons",
+    "suppressing",
+    "shares",
+    "query_layers",
+    "query_heads",
+    "query_neurons",
+    "query_values",
+    "lowest",
+    "label_positions",
+    "inputs",
+)
+"""Tables that a ``run.json`` beside them is about, whichever command wrote it."""
 SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")
 
 
@@ -374,6 +391,18 @@ def write_tables(
     plain = {name: _text_writer(text) for name, text in texts.items()}
     old = [*(f"{name}.parquet" for name in stale), *stale_texts]
     write_files(directory, {**parquet, **plain}, old)
+
+
+def write_run(
+    directory: Path, tables: Mapping[str, pd.DataFrame], texts: Mapping[str, str]
+) -> None:
+    """``write_tables`` of what has a ``run.json``: what an earlier one was about is removed.
+
+    Its tables beside a ``run.json`` of another prompt would be taken for that prompt's.
+    """
+    stale = [name for name in RUN_TABLES if name not in tables]
+    of_runs = ("cards.json", "in_context.json", "report.html")
+    write_tables(directory, tables, texts, stale, [name for name in of_runs if name not in texts])
 
 
 def _parquet_writer(table: pd.DataFrame):

@@ -452,9 +452,8 @@ class _Race:
         self.waiting, self.waiting_bounds, self.beyond = numbers, bounds, beyond
 
     def start(self, off: Int[Tensor, " off"], slack: float) -> None:
-        """Note what is known before any score: neurons that are off score 0."""
-        # the first are enough
-        self.flat, self.slack = off[: self.top], slack
+        """Note what is known before any score: the first of the neurons that are off score 0."""
+        self.flat, self.slack = off, slack
         self.scores = self.waiting_bounds.new_zeros(len(self.flat))
 
     def must_look_further(self) -> bool:
@@ -532,7 +531,8 @@ def _line_up(races: Sequence[_Race], bounds: Sequence[Bounds]) -> None:
         here, slack = bounds_of(runs)
         for row, race, known in zip(here, races, off, strict=True):
             if race.flat is None:
-                known.append(row.isneginf().nonzero()[:, 0] + place * per_block)
+                # the first are enough
+                known.append(row.isneginf().nonzero()[: race.top, 0] + place * per_block)
             else:
                 row[race.flat[race.flat // per_block == place] % per_block] = -torch.inf
         here = here.nan_to_num(torch.inf, torch.inf, -torch.inf)  # no bound excludes nothing
@@ -549,7 +549,7 @@ def _line_up(races: Sequence[_Race], bounds: Sequence[Bounds]) -> None:
         beyond = float(merged[row, size]) if active[row] > size else -math.inf
         race.line_up(number[row, :waiting], merged[row, :waiting], beyond)
         if race.flat is None:
-            race.start(torch.cat(off[row]), slack[row])
+            race.start(torch.cat(off[row])[: race.top].clone(), slack[row])
 
 
 def _best_of_all(

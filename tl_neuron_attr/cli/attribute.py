@@ -239,7 +239,8 @@ def _show(result: Attribution, model: str, top: int, seconds: float, out: Path |
     if out is not None:
         more = result.index is not None and result.out.affine
         console.print(
-            f"[dim]wrote layers, heads, positions, neurons{', suppressing, shares' * more} "
+            "[dim]wrote layers, heads, positions, log_probs, neurons"
+            f"{', suppressing, shares' * more} "
             f"(.parquet), cards.json and run.json to {escape(str(out))}[/]"
         )
         console.print(f"Open {escape(str(out / 'report.html'))} in a browser")

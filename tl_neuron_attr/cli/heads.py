@@ -48,7 +48,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.report.heads import heads_page
-from tl_neuron_attr.tables import Saved, head_scan_table, write_tables
+from tl_neuron_attr.tables import Saved, head_scan_table, write_run
 
 
 def heads(
@@ -103,7 +103,7 @@ def _save(result: Attribution, table: pd.DataFrame, again: str, directory: Path)
     found = {"command": "heads", **result.facts(), "again": again}
     page = heads_page(Saved(tables={"heads": table}, facts=found))
     facts = json.dumps(found, indent=2, ensure_ascii=False)
-    write_tables(directory, {"heads": table}, {"report.html": page, "run.json": facts + "\n"})
+    write_run(directory, {"heads": table}, {"report.html": page, "run.json": facts + "\n"})
 
 
 def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, Any]:

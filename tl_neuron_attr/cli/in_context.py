@@ -57,7 +57,7 @@ from tl_neuron_attr.in_context import (
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.report.in_context import in_context_page
-from tl_neuron_attr.tables import Saved, records, write_tables
+from tl_neuron_attr.tables import Saved, records, write_run
 
 
 def in_context(
@@ -127,7 +127,7 @@ def in_context(
                 "in_context.json": _json(facts),
                 "run.json": _json(run),
             }
-            write_tables(out, tables, texts)
+            write_run(out, tables, texts)
         if as_json:
             print(json.dumps(facts, allow_nan=False))
         else:

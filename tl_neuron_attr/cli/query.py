@@ -61,7 +61,7 @@ from tl_neuron_attr.host import open_host, tokenize
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.report.query import query_page
-from tl_neuron_attr.tables import Saved, write_tables
+from tl_neuron_attr.tables import Saved, write_run
 from tl_neuron_attr.topk import Kind
 
 _SHOWN = 10
@@ -247,7 +247,7 @@ def _save(
     }
     page = query_page(Saved(tables=tables, facts=found))
     text = json.dumps(found, indent=2, ensure_ascii=False)
-    write_tables(directory, tables, {"report.html": page, "run.json": text + "\n"})
+    write_run(directory, tables, {"report.html": page, "run.json": text + "\n"})
 
 
 def _as_json(

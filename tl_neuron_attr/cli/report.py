@@ -75,11 +75,13 @@ def report(
     Example: tl-neuron-attr report capital --model tiny-facts --out capitals --limit 20
     """
     from tl_neuron_attr.report import is_saved, redraw_report, report_set
-    from tl_neuron_attr.report.again import draw_again, has_page
+    from tl_neuron_attr.report.again import check_one_command, draw_again, has_page
 
     with errors_in_one_sentence():
         place = Path(source)
         left_out: list[str] = []
+        if model is None:
+            check_one_command(place)
         if model is None and has_page(place):
             written = draw_again(place, out)
         elif model is None and place.is_dir() and is_saved(place):
@@ -117,7 +119,7 @@ def _saved_in(place: Path) -> list[Path]:
     if not found:
         raise InputError(
             f"{str(place)!r} is no directory that attribute --out wrote, nor one of such "
-            "directories; to report on prompts give --model too"
+            "directories (tl-neuron-attr summary reads runs); to report on prompts give --model too"
         )
     return found
 

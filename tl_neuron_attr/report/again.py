@@ -35,6 +35,20 @@ SOMETIMES = ("lowest",)
 """Tables that are there only if they were asked for."""
 
 
+def check_one_command(place: Path) -> None:
+    """Stop where several commands wrote into one directory: which of them is to be drawn?
+
+    Raises:
+        InputError: Naming the files that tell.
+    """
+    found = [name for name in ("run.json", *_OF_THEIR_OWN) if (place / name).is_file()]
+    if len(found) > 1:
+        raise InputError(
+            f"{str(place)!r} holds what several commands wrote ({', '.join(found)}); give each a "
+            "directory of its own"
+        )
+
+
 def has_page(place: Path) -> bool:
     """Whether a command or ``save`` other than that of an attribution wrote there."""
     if place.suffix == ".jsonl":

@@ -145,6 +145,8 @@ def _of_fields(fields: dict[str, Any], name: str, where: str) -> Asked:
     for key in ("prompt_id", "knowledge_type", "text", "prompt", "answer"):
         if key in fields and not isinstance(fields[key], str):
             raise InputError(f"{where}: {key} must be text, got {fields[key]!r}")
+    if fields.get("knowledge_type") == "all":
+        raise InputError(f"{where}: the knowledge type 'all' stands for all of them; rename it")
     if "prompt" in fields:
         fields["text"] = fields.pop("prompt")
     asked = {key: fields[key] for key in ("text", "tokens", "against", "position") if key in fields}
