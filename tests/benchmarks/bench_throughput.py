@@ -3,7 +3,7 @@
     python tests/benchmarks/bench_throughput.py            # two minutes; a quiet machine
 
 On the bundled model, the same prompts and settings; the two are timed in turn, and the medians of
-the rounds are compared. Prints a table, for the page "Cost".
+the rounds are compared. Prints a table.
 """
 
 import random

@@ -193,6 +193,20 @@ def _of_jsonl(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _of_csv(path: Path, text: str) -> Iterator[Entry]:
+    for number, where, row in csv_rows(path, text):
+        fields: dict[str, Any] = {**row}
+        if "aliases" in row:
+            fields["aliases"] = [word.strip() for word in row["aliases"].split("|")]
+        yield _entry(path, number, fields, where)
+
+
+def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Each row that is not empty: its line, what to call it, and its cells that are not.
+
+    Raises:
+        InputError: If the text is no CSV, a column's name occurs twice, or a row has not one cell
+            for each column.
+    """
     rows = csv.reader(io.StringIO(text, newline=""), strict=True)
     header: list[str] = []
     try:
@@ -210,12 +224,8 @@ def _of_csv(path: Path, text: str) -> Iterator[Entry]:
                     f"{where} has {len(row)} cells and the header {len(header)}; put quotes "
                     "around a text with commas"
                 )
-            fields: dict[str, Any] = {
-                name: cell for name, cell in zip(header, row, strict=True) if cell
-            }
-            if "aliases" in fields:
-                fields["aliases"] = [word.strip() for word in fields["aliases"].split("|")]
-            yield _entry(path, rows.line_num, fields, where)
+            cells = {name: cell for name, cell in zip(header, row, strict=True) if cell}
+            yield rows.line_num, where, cells
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} of {str(path)!r} is no CSV: {error}") from None
 

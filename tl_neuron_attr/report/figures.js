@@ -40,10 +40,14 @@ const Figures = (() => {
     return copy;
   }
 
-  // dark lines and bars would sink into a dark page; colour scales stay as they are
+  // dark lines, bars and marks would sink into a dark page; the colours of cells stay as they are
   function traces(data) {
     if (!dark.matches) return data;
     const copy = structuredClone(data);
+    copy.filter(trace => trace.marker && trace.marker.colorscale).forEach(({ marker }) => {
+      marker.colorscale = marker.colorscale.map(([at, hue]) => [at, BRIGHTER[hue] || hue]);
+      if (marker.opacity) marker.opacity = 0.85;
+    });
     copy.forEach(trace => [trace, trace.marker, trace.line].filter(Boolean).forEach(part => {
       if (typeof part.color === 'string') part.color = BRIGHTER[part.color] || part.color;
       if (Array.isArray(part.color)) part.color = part.color.map(each => BRIGHTER[each] || each);

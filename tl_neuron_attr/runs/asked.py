@@ -8,8 +8,6 @@ space) or ``target`` (a token as it is, or an id; without either the model's own
 what is wrong with one prompt becomes a row of ``errors``.
 """
 
-import csv
-import io
 import json
 import os
 import warnings
@@ -24,6 +22,7 @@ import pyarrow.parquet as pq
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.knowledge import AskedPrompt, KnowledgePrompt, load_prompts
 from tl_neuron_attr.knowledge.entries import UNTYPED
+from tl_neuron_attr.knowledge.sets import csv_rows
 from tl_neuron_attr.prompts import Prompt, as_prompt
 
 _USED = (
@@ -217,29 +216,9 @@ def _of_jsonl(path: Path) -> _Rows:
 
 
 def _of_csv(path: Path) -> _Rows:
-    rows = csv.reader(io.StringIO("".join(line for _, line in _lines(path)), newline=""))
-    header: list[str] = []
-    try:
-        for row in rows:
-            where = f"line {rows.line_num} of {str(path)!r}"
-            if not any(cell.strip() for cell in row):
-                continue
-            if not header:
-                header = [name.strip() for name in row]
-                if len(set(header)) < len(header):
-                    raise InputError(f"{where}: a column's name occurs twice")
-                continue
-            if len(row) != len(header):
-                raise InputError(
-                    f"{where} has {len(row)} cells and the header {len(header)}; put quotes "
-                    "around a text with commas"
-                )
-            fields: dict[str, Any] = {
-                name: cell for name, cell in zip(header, row, strict=True) if cell
-            }
-            yield str(rows.line_num), where, _from_text(fields, where)
-    except csv.Error as error:
-        raise InputError(f"line {rows.line_num} of {str(path)!r} is no CSV: {error}") from None
+    text = "".join(line for _, line in _lines(path))
+    for number, where, cells in csv_rows(path, text):
+        yield str(number), where, _from_text({**cells}, where)
 
 
 def _from_text(fields: dict[str, Any], where: str) -> dict[str, Any]:
