@@ -413,3 +413,29 @@ def test_bad_requests_are_refused_in_one_sentence(arguments, message, tmp_path, 
     monkeypatch.chdir(tmp_path)
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == 2 and message in done.stderr
+
+
+def test_log_probs_of_another_run_are_refused(tmp_path):
+    result = attribute(load_model("tiny-facts"), "The capital of France is", top=3)
+    result.save(tmp_path)
+    place = tmp_path / "log_probs.parquet"
+    pd.read_parquet(place).assign(token="zzz").to_parquet(place, index=False)
+    with pytest.raises(InputError, match="log_probs.parquet in .* is not of the run"):
+        redraw_report(tmp_path)
+
+
+def test_a_card_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
+    import tl_neuron_attr.report.cards as cards_module
+
+    result = attribute(load_model("tiny-facts"), "The capital of France is", top=3)
+    saved = result.saved()
+    whole = cards_module.best_cards(result, saved, 2)
+    real = cards_module.neuron_card
+
+    def failing(result, neuron, **given):
+        if str(neuron) == whole[0]["neuron"]:
+            raise InputError("no")
+        return real(result, neuron, **given)
+
+    monkeypatch.setattr(cards_module, "neuron_card", failing)
+    assert cards_module.best_cards(result, saved, 2) == whole[1:]

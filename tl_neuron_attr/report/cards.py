@@ -34,15 +34,14 @@ def best_cards(result: Attribution, saved: Saved, count: int = CARDS) -> list[di
     Where the model no longer gives the activations it was attributed by, there are none.
     """
     cards = []
-    try:
-        for row in _best(saved.tables["neurons"], count):
-            position = row["position"]
-            card = neuron_card(result, label_of(row), position=position).to_dict()
-            for name in _OF_THE_RUN:
-                del card[name]
-            cards.append({**card, "role": row["role"]})
-    except NeuronAttrError:
-        return []  # the warnings say why there are no query neurons, for the same reason
+    for row in _best(saved.tables["neurons"], count):
+        try:
+            card = neuron_card(result, label_of(row), position=row["position"]).to_dict()
+        except NeuronAttrError:
+            continue  # the page shows its tokens and scores, and the command for the whole card
+        for name in _OF_THE_RUN:
+            del card[name]
+        cards.append({**card, "role": row["role"]})
     return cards
 
 

@@ -127,6 +127,10 @@ def _check_one_run(
         len(tables["heads"])
     ):
         alien.append("positions")
+    if "log_probs" in tables:
+        found = tables["log_probs"].drop_duplicates("position").sort_values("position")
+        if found["token"].tolist() != texts:
+            alien.append("log_probs")
     if len(set(tables["layers"]["layer"])) != len(set(tables["heads"]["layer"])):
         alien.append("layers")
     if alien:
