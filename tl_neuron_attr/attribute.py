@@ -5,7 +5,7 @@ asked     = tokenize(host, prompt)        what we ask      (prompts.py, host.py)
 captured  = capture(host, asked)          what happened    (capture.py)
 verify(host, captured)                    is it so         (identities.py)
 out       = read_out(host, ...)           what it says     (readout.py)
-blocks    = ffn_/attn_decomposition(...)  who wrote what   (decompose.py)
+blocks    = ffn_/attn_decompositions(...) who wrote what   (decompose.py)
 scores    = layer_/head_/neuron_scores    who raised it    (scores.py)
 ranked    = top_neurons(...)              the best         (topk.py)
 Attribution(...).neurons()                what we report   (attribution.py, tables.py)
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture_all, check_fits
-from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
+from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, open_host, resolve_target, tokenize
 from tl_neuron_attr.identities import verify
@@ -352,9 +352,7 @@ def _scored(
         captures = _in_dtype(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
     outs = [out.frozen_at(run.resid_final) if out.affine else out for run in captures]
-    layers = range(host.n_layers)
-    ffns = [tuple(ffn_decomposition(host, run, layer) for layer in layers) for run in captures]
-    attns = [tuple(attn_decomposition(host, run, layer) for layer in layers) for run in captures]
+    ffns, attns = ffn_decompositions(host, captures), attn_decompositions(host, captures)
     before = baselines_of_runs(captures, outs, targets)
     layer_results = layer_scores(captures, outs[0], before)
     head_results = head_scores(attns, outs[0], before.attn)

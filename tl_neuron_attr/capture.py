@@ -693,15 +693,16 @@ def _copies(key: str, activation: Tensor, places: Sequence[_Place]) -> list[Tens
     else:
         kept = activation[rows, reads]
     wide = torch.promote_types(kept.dtype, torch.float32)
-    return [_trimmed(key, place, row) for place, row in zip(places, kept.to(wide), strict=True)]
+    of_prompts = kept.to(wide).unbind()
+    if _kind(key) not in ("pattern", "v"):
+        return list(of_prompts)
+    return [_trimmed(key, place, row) for place, row in zip(places, of_prompts, strict=True)]
 
 
 def _trimmed(key: str, place: _Place, row: Tensor) -> Tensor:
     if _kind(key) == "pattern":  # with padding before the prompt: nothing may attend there
         return row[:, : place.read + 1]
-    if _kind(key) == "v":
-        return row[place.start : place.read + 1]
-    return row
+    return row[place.start : place.read + 1]
 
 
 def _scoring_copy(activation: Tensor) -> Tensor:

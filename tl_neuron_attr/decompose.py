@@ -6,6 +6,7 @@ A block writes ``mlp_out = sum_k m_k * W_out[k] + b_out`` and
 Source: Yu & Ananiadou (2024), section 3.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -120,8 +121,10 @@ class AttnDecomposition:
 
     def coefficients(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_head"]:
         """``pattern * v`` of every attention neuron of these heads."""
-        key_value_head = torch.arange(self.shape[0], device=self.v.device)[heads] // self._group
-        v = rearrange(self.v[:, key_value_head], "pos head d_head -> head pos d_head")
+        v = rearrange(self.v, "pos head d_head -> head pos d_head")
+        if self._group > 1:
+            v = v.repeat_interleave(self._group, 0)
+        v = v[heads]
         return self.pattern[heads, :, None] * v
 
     def coefficients_of(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
@@ -162,10 +165,9 @@ class AttnDecomposition:
         """What these heads bring from each source position."""
         return self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype)
 
-    @full_precision()
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))
+        return head_vectors_of_runs([self])[0]
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
@@ -178,13 +180,12 @@ class AttnDecomposition:
         It has one source position, attended to with weight 1, which holds every head's ``z``.
         """
         ones = torch.ones_like(self.pattern[:, :1])
-        return replace(self, pattern=ones, v=self._z()[None], summed=True)
+        return replace(self, pattern=ones, v=self.z()[None], summed=True)
 
-    def _z(self) -> Float[Tensor, "head d_head"]:
+    def z(self) -> Float[Tensor, "head d_head"]:
         """Of each head, the sum of its values over source positions, each by its attention."""
         groups = self.pattern.unflatten(0, (-1, self._group))
-        z = torch.einsum("kgp,pkd->kgd", groups, self.v)
-        return z.flatten(0, 1)
+        return (groups @ self.v.transpose(0, 1)).flatten(0, 1)
 
     @property
     def _group(self) -> int:
@@ -203,15 +204,7 @@ def ffn_decomposition(host: Host, captured: Capture, layer: int) -> FFNDecomposi
         InputError: If the model has no such layer.
     """
     _check_layer(host, layer)
-    # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
-    before = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
-    return FFNDecomposition(
-        layer=layer,
-        base=before[layer],
-        coefficients=captured.mlp_post[layer],
-        W_out=host.W_out(layer),
-        b_out=host.b_out(layer),
-    )
+    return _ffns_of_layer(host, [captured], layer)[0]
 
 
 def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecomposition:
@@ -221,14 +214,62 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         InputError: If the model has no such layer.
     """
     _check_layer(host, layer)
-    return AttnDecomposition(
-        layer=layer,
-        base=captured.resid_pre[layer],
-        pattern=captured.pattern[layer],
-        v=captured.v[layer],
-        W_O=host.W_O(layer),
-        b_O=host.b_O(layer),
-    )
+    return _attns_of_layer(host, [captured], layer)[0]
+
+
+def ffn_decompositions(
+    host: Host, captures: Sequence[Capture]
+) -> list[tuple[FFNDecomposition, ...]]:
+    """Those of every layer, of each run: the weights are looked up once for all runs."""
+    layers = [_ffns_of_layer(host, captures, layer) for layer in range(host.n_layers)]
+    return list(zip(*layers, strict=True))
+
+
+def attn_decompositions(
+    host: Host, captures: Sequence[Capture]
+) -> list[tuple[AttnDecomposition, ...]]:
+    """Those of every layer, of each run: the weights are looked up once for all runs."""
+    layers = [_attns_of_layer(host, captures, layer) for layer in range(host.n_layers)]
+    return list(zip(*layers, strict=True))
+
+
+@full_precision()
+def head_vectors_of_runs(
+    blocks: Sequence[AttnDecomposition],
+) -> Float[Tensor, "run head d_model"]:
+    """What each head of one layer adds to the residual stream, in each of several runs."""
+    z = torch.stack([block.z() for block in blocks], dim=1)
+    return (z @ blocks[0].W_O.to(z.dtype)).transpose(0, 1)
+
+
+def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[FFNDecomposition]:
+    W_out, b_out = host.W_out(layer), host.b_out(layer)
+    return [
+        FFNDecomposition(
+            layer=layer,
+            # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
+            base=(run.resid_pre if run.resid_mid is None else run.resid_mid)[layer],
+            coefficients=run.mlp_post[layer],
+            W_out=W_out,
+            b_out=b_out,
+        )
+        for run in captures
+    ]
+
+
+def _attns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[AttnDecomposition]:
+    W_O, b_O = host.W_O(layer), host.b_O(layer)
+    return [
+        AttnDecomposition(
+            layer=layer,
+            base=run.resid_pre[layer],
+            pattern=run.pattern[layer],
+            v=run.v[layer],
+            W_O=W_O,
+            b_O=b_O,
+        )
+        for run in captures
+    ]
 
 
 def _check_layer(host: Host, layer: int) -> None:

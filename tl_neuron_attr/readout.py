@@ -13,6 +13,7 @@ LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` ta
 scale from each ``x`` itself (the logit lens); it is not affine.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -45,6 +46,10 @@ _ROWS, _COLUMNS = 512, 4096
 # the second product finds them in cache (one pass of 1,024 columns at a time took 0.4 of the time
 # of two passes of 4,096, same machine and shape).
 _SURVEY_COLUMNS = 1024
+
+# Rows of one prediction, on average, from which on they are taken prediction by prediction; and the
+# least sum of probabilities that is summed plainly, in float32 or wider.
+_SHARED_BY, _LEAST = 8, math.exp(-30)
 
 _PUBLISHED_RMS_EPS = 1e-6
 
@@ -270,14 +275,8 @@ class ReadOut:
                 parts.append(token_delta - (added * self._columns(aims.against)).sum(-1))
                 continue
             assert baseline.log_probs is not None
-            alone = len(baseline.prediction) == 1  # one base serves all rows by broadcasting
-            predictions = baseline.prediction if alone else baseline.prediction[bases]
-            partial = []
-            for columns in self._vocabulary():
-                delta = self._product(added, columns)
-                delta += baseline.log_probs[:, columns][predictions]
-                partial.append(delta.logsumexp(-1))
-            parts.append(token_delta - torch.stack(partial).logsumexp(0))
+            expected = self._log_expected(added, baseline.log_probs, baseline.prediction[bases])
+            parts.append(token_delta - expected)
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
     @full_precision()
@@ -373,6 +372,46 @@ class ReadOut:
             token_logit = self._token_logit(normalized, aim.token)
             parts.append(token_logit - torch.stack(partial).logsumexp(0))
         return torch.cat(parts)
+
+    def _log_expected(
+        self,
+        added: Float[Tensor, "row d_model"],
+        log_probs: Float[Tensor, "prediction d_vocab"],
+        which: Int[Tensor, " row"],
+    ) -> Float[Tensor, " row"]:
+        """``log E_p[exp(delta)]``: delta each row's logits, p the prediction ``which`` of its own.
+
+        Takes the plain sum of exponentials where that neither overflows nor loses anything, which
+        nearly always is so: a logsumexp goes over its block twice more, to find the largest first.
+        """
+        total = added.new_zeros(len(added))
+        for columns in self._vocabulary():
+            total += self._log_joint(added, log_probs, which, columns).exp_().sum(-1)
+        # what underflowed is below d_vocab * 1e-38 in all: nothing beside exp(-30)
+        if bool(((total > _LEAST) & total.isfinite()).all()):
+            return total.log()
+        partial = [
+            self._log_joint(added, log_probs, which, columns).logsumexp(-1)
+            for columns in self._vocabulary()
+        ]
+        return torch.stack(partial).logsumexp(0)
+
+    def _log_joint(
+        self,
+        added: Float[Tensor, "row d_model"],
+        log_probs: Float[Tensor, "prediction d_vocab"],
+        which: Int[Tensor, " row"],
+        columns: slice,
+    ) -> Float[Tensor, "row column"]:
+        """``log p + delta`` of these tokens."""
+        delta = self._product(added, columns)
+        own, counts = which.unique_consecutive(return_counts=True)
+        if 0 < len(own) * _SHARED_BY <= len(which):
+            # in place, a prediction for many rows in a row: nothing the size of the block is copied
+            for place, rows in zip(own.tolist(), delta.split(counts.tolist()), strict=True):
+                rows += log_probs[place, columns]
+            return delta
+        return delta.add_(log_probs[:, columns][which])
 
     def _survey(
         self, normalized: Float[Tensor, "row d_model"], leaning: Bool[Tensor, " row"]

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture
-from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, head_vectors_of_runs
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import NonFiniteError
 from tl_neuron_attr.prompts import Target
@@ -113,16 +113,28 @@ def head_scores(
 
     ``before`` has one base a block: a run's layers in order, run after run.
     """
-    blocks = [attn for attns in runs for attn in attns]
-    n_heads = blocks[0].shape[0]
-    step = max(1, out.rows_per_block // n_heads)
-    parts = []
-    for first in range(0, len(blocks), step):
-        vectors = torch.stack([attn.head_vectors() for attn in blocks[first : first + step]])
-        which = torch.arange(first, first + len(vectors), device=vectors.device)
-        rows = vectors.flatten(0, 1)
-        parts.append(out.increase(before, which.repeat_interleave(n_heads), rows))
-    return list(torch.cat(parts).reshape(len(blocks), n_heads).chunk(len(runs)))
+    n_layers, n_heads = len(runs[0]), runs[0][0].shape[0]
+    blocks_at_once = max(1, out.rows_per_block // n_heads)
+    layers_at_once = max(1, blocks_at_once // len(runs))
+    scores = before.resid.new_empty(len(runs), n_layers, n_heads, dtype=out.dtype)
+    number = torch.arange(n_layers * len(runs), device=scores.device).view(len(runs), n_layers)
+    for layers in _ranges(n_layers, layers_at_once):
+        for some in _ranges(len(runs), blocks_at_once):
+            vectors = torch.stack(
+                [
+                    head_vectors_of_runs([attns[layer] for attns in runs[some]])
+                    for layer in range(layers.start, layers.stop)
+                ],
+                dim=1,
+            )
+            which = number[some, layers].flatten().repeat_interleave(n_heads)
+            found = out.increase(before, which, vectors.flatten(0, 2))
+            scores[some, layers] = found.view(vectors.shape[:3])
+    return list(scores)
+
+
+def _ranges(count: int, step: int) -> list[slice]:
+    return [slice(first, min(first + step, count)) for first in range(0, count, step)]
 
 
 @full_precision()

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
@@ -529,16 +529,20 @@ def _line_up(races: Sequence[_Race], bounds: Sequence[Bounds]) -> None:
     off: list[list[Int[Tensor, " _"]]] = [[] for _ in races]
     for place, bounds_of in enumerate(bounds):
         here, slack = bounds_of(runs)
-        for row, race, known in zip(here, races, off, strict=True):
-            if race.flat is None:
-                # the first are enough
-                known.append(row.isneginf().nonzero()[: race.top, 0] + place * per_block)
-            else:
+        silent = here.isneginf()
+        # none at all where the activation has no zero: spare the search row by row
+        some_off = bool(silent.any())
+        for row, race, unlit, known in zip(here, races, silent, off, strict=True):
+            if race.flat is not None:
                 row[race.flat[race.flat // per_block == place] % per_block] = -torch.inf
+            elif some_off:  # the first are enough
+                known.append(unlit.nonzero()[: race.top, 0] + place * per_block)
         here = here.nan_to_num(torch.inf, torch.inf, -torch.inf)  # no bound excludes nothing
-        largest = here.topk(min(size + 1, per_block))
-        numbers.append(largest.indices + place * per_block)
-        values.append(largest.values)
+        number = torch.arange(per_block, device=here.device).expand_as(here)
+        if per_block > size + 1:
+            here, number = here.topk(size + 1)
+        numbers.append(number + place * per_block)
+        values.append(here)
         slacks.append(slack)
     merged, order = torch.cat(values, 1).sort(dim=1, descending=True, stable=True)
     number = torch.cat(numbers, 1).gather(1, order)
@@ -549,7 +553,8 @@ def _line_up(races: Sequence[_Race], bounds: Sequence[Bounds]) -> None:
         beyond = float(merged[row, size]) if active[row] > size else -math.inf
         race.line_up(number[row, :waiting], merged[row, :waiting], beyond)
         if race.flat is None:
-            race.start(torch.cat(off[row])[: race.top].clone(), slack[row])
+            known = torch.cat([number.new_zeros(0), *off[row]])[: race.top]
+            race.start(known.clone(), slack[row])
 
 
 def _best_of_all(
@@ -636,22 +641,25 @@ def _exact(
     )
     number = torch.cat([flat % n for flat, n in zip(flats, per_block, strict=True)])
     blocks = [block for run in runs for block in run]
-    parts = []
+    # those of one base together, for they share its prediction
+    order = base.argsort(stable=True)
+    scores = before.resid.new_empty(len(base), dtype=out.dtype)
     # a block of read-outs serves neurons of several runs
-    for bases, numbers in zip(
-        base.split(out.rows_per_block), number.split(out.rows_per_block), strict=True
-    ):
-        vectors = blocks[0].base.new_empty(len(bases), before.resid.shape[1])
-        for here, block in _by_block(bases, blocks):
-            vectors[here] = block.vectors(numbers[here])
-        parts.append(finite(out.increase(before, bases, vectors)))
-    return torch.cat(parts)
+    for here in order.split(out.rows_per_block):
+        bases = base[here]
+        vectors = torch.cat(
+            [blocks[place].vectors(numbers) for place, numbers in _consecutive(bases, number[here])]
+        )
+        scores[here] = finite(out.increase(before, bases, vectors))
+    return scores
 
 
 def largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
     """Where the ``k`` largest are, largest first; of equals the first (topk takes any)."""
     if len(values) == 0:
         return values.new_zeros(0, dtype=torch.long)
+    if len(values) <= 4 * k:
+        return values.sort(descending=True, stable=True).indices[:k]
     kth = values.topk(min(k, len(values))).values[-1]
     above = (values > kth).nonzero()[:, 0]
     level = (values == kth).nonzero()[: k - len(above), 0]
@@ -705,7 +713,16 @@ def subvalues_of(
 
 def _by_block(
     place: Int[Tensor, " neuron"], decompositions: Sequence[Decomposition]
-) -> Iterator[tuple[Bool[Tensor, " neuron"], Decomposition]]:
-    """Each block that has some of the neurons, with the mask of those."""
-    for number in place.unique().tolist():
-        yield place == number, decompositions[number]
+) -> Iterator[tuple[Int[Tensor, " some"], Decomposition]]:
+    """Each block that has some of the neurons, with where those are among them."""
+    order = place.argsort(stable=True)
+    for number, here in _consecutive(place[order], order):
+        yield here, decompositions[number]
+
+
+def _consecutive(
+    sorted_by: Int[Tensor, " neuron"], values: Int[Tensor, " neuron"]
+) -> Iterator[tuple[int, Int[Tensor, " some"]]]:
+    """The values of each number in turn, by which they are sorted."""
+    numbers, counts = sorted_by.unique_consecutive(return_counts=True)
+    yield from zip(numbers.tolist(), values.split(counts.tolist()), strict=True)
