@@ -5,10 +5,14 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOKENS, bridge_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
+from test_topk import random_read_out
 
 from tl_neuron_attr import InputError, Target, attribute, neuron_scores
+from tl_neuron_attr.readout import ReadOut, baseline_of_runs
 
 TARGET = 7
 ASKED = Target(TARGET)
@@ -221,3 +225,75 @@ def test_the_gradient_is_autograds(tiny_model):
     result.out.log_prob(bases, ASKED).sum().backward()
     found = result.out.baseline(bases.detach(), ASKED).tangent.gradient
     assert torch.allclose(found, bases.grad, atol=1e-12, rtol=0)
+
+
+def several_predictions(seed, dtype):
+    """A read-out, bases with targets of their own, and rows that several neurons share."""
+    generator = torch.Generator().manual_seed(seed)
+    out = random_read_out(generator, 6, 31, scale=1.0, centered=bool(seed % 2), dtype=dtype)
+    resid = torch.randn(5, 6, generator=generator, dtype=torch.float64).to(dtype)
+    targets = [Target(int(token)) for token in torch.randint(0, 31, (5,), generator=generator)]
+    outs = [replace(out, norm_scale=out.norm_scale * (1 + run)) for run in range(5)]
+    before = baseline_of_runs(outs, list(resid[:, None]), range(5), targets)
+    rows = torch.randn(4, 6, generator=generator, dtype=torch.float64).to(dtype)
+    return generator, out, before, rows
+
+
+def increase_by_definition(out, before, which, vectors):
+    """From the logits themselves, in float64; no code of the read-out's."""
+
+    def log_prob(resid):
+        resid = resid - resid.mean(-1, keepdim=True) if out.centered else resid
+        normalized = resid / before.norm_scale[which, None].double() * out.gain.double()
+        logits = (normalized + out.bias.double()) @ out.W_U.double() + out.b_U.double()
+        return logits.log_softmax(-1).gather(1, before.aims.token[which, None])[:, 0]
+
+    resid = before.resid[which].double()
+    return log_prob(resid + vectors) - log_prob(resid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=st.integers(0, 10_000),
+    size=st.sampled_from([1e-3, 1.0, 30.0, 200.0]),
+    n_bases=st.sampled_from([1, 2, 5]),
+    in_order=st.booleans(),
+    budget=st.sampled_from([2**20, 9000]),
+)
+def test_neurons_that_share_rows_and_predictions_score_as_each_by_itself(
+    dtype, seed, size, n_bases, in_order, budget
+):
+    generator, out, before, rows = several_predictions(seed, dtype)
+    out = replace(out, budget=budget)
+    which = torch.randint(0, n_bases, (60,), generator=generator)
+    which = which.sort().values if in_order else which
+    row_of = torch.randint(0, len(rows), (60,), generator=generator)
+    # some move logits by hundreds of nats: sums of exponentials overflow, or lose what is rare
+    multiples = size * torch.randn(60, generator=generator, dtype=torch.float64).to(dtype)
+    vectors = multiples[:, None] * rows[row_of]
+    expected = increase_by_definition(out, before, which, vectors.double())
+    together = out.increase_of_multiples(before, which, multiples, rows, row_of)
+    tolerance = (1e-5 if dtype == torch.float32 else 1e-13) * (1 + vectors.norm(dim=1).double())
+    assert together.dtype == dtype
+    assert ((together.double() - expected).abs() <= tolerance).all()
+    assert ((out.increase(before, which, vectors).double() - expected).abs() <= tolerance).all()
+
+
+def test_rows_are_unembedded_once_however_many_neurons_share_them(monkeypatch):
+    generator, out, before, rows = several_predictions(0, torch.float32)
+    unembedded = []
+    product = ReadOut._product
+
+    def counted(self, vectors, columns):
+        unembedded.append(len(vectors))
+        return product(self, vectors, columns)
+
+    monkeypatch.setattr(ReadOut, "_product", counted)
+    row_of = torch.arange(60) % len(rows)
+    which = torch.arange(60) // 12
+    out.increase_of_multiples(before, which, torch.ones(60), rows, row_of)
+    assert sum(unembedded) == len(rows)
+    unembedded.clear()
+    out.increase(before, which, rows[row_of])
+    assert sum(unembedded) == 60

@@ -61,6 +61,10 @@ class FFNDecomposition:
         """Every subvalue once, as the weights hold them."""
         return self.W_out
 
+    def row_of(self, number: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
+        """Which of ``rows`` is each of these neurons' subvalue."""
+        return number
+
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
         return row_norms(self.rows())
@@ -144,6 +148,11 @@ class AttnDecomposition:
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
         """Every subvalue once, as the weights hold them, by head and index."""
         return self.W_O.flatten(0, 1)
+
+    def row_of(self, number: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
+        """Which of ``rows`` is each of these neurons' subvalue."""
+        head, _, index = self.place(number)
+        return head * self.shape[2] + index
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""

@@ -47,6 +47,9 @@ _ROWS, _COLUMNS = 512, 4096
 # of two passes of 4,096, same machine and shape).
 _SURVEY_COLUMNS = 1024
 
+# Neurons of one row, on average, from which on the row's logits are taken once for all of them.
+_SHARED_ROW_BY = 1.5
+
 # Rows of one prediction, on average, from which on they are taken prediction by prediction; and the
 # least sum of probabilities that is summed plainly, in float32 or wider.
 _SHARED_BY, _LEAST = 8, math.exp(-30)
@@ -280,6 +283,52 @@ class ReadOut:
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
     @full_precision()
+    def increase_of_multiples(
+        self,
+        baseline: "Baseline",
+        which: Int[Tensor, " neuron"],
+        multiples: Float[Tensor, " neuron"],
+        rows: Float[Tensor, "row d_model"],
+        row_of: Int[Tensor, " neuron"],
+    ) -> Float[Tensor, " neuron"]:
+        """``increase`` from adding ``multiples[i] * rows[row_of[i]]`` to base ``which[i]``.
+
+        Neurons of one row, of several source positions or prompts, share its product with the
+        unembedding. Cost: a product a row, and a pass over the vocabulary's entries a neuron.
+        """
+        size = self.rows_per_block
+        some = [slice(first, first + size) for first in range(0, len(which), size)]
+        alone = len(rows) > size or len(rows) * _SHARED_ROW_BY > len(which)
+        if alone or baseline.norm_scale is None or baseline.log_probs is None:
+            parts = [rows.new_zeros(0, dtype=self.dtype)]
+            for here in some:
+                vectors = multiples[here, None] * rows[row_of[here]]
+                parts.append(self.increase(baseline, which[here], vectors))
+            return torch.cat(parts)
+        added = self._weighted(self._centred(rows))
+        scaled = multiples / baseline.norm_scale[which]
+        total = torch.zeros_like(scaled)
+        for columns in self._vocabulary():
+            products = self._product(added, columns)
+            for here in some:
+                delta = products[row_of[here]].mul_(scaled[here, None])
+                predictions = baseline.prediction[which[here]]
+                joint = _plus_log_probs(delta, baseline.log_probs[:, columns], predictions)
+                total[here] += joint.exp_().sum(-1)
+        raised = torch.cat(
+            [
+                (added[row_of[here]] * self._columns(baseline.aims.token[which[here]])).sum(-1)
+                for here in some
+            ]
+        )
+        increase = raised * scaled - total.log()
+        (lossy,) = (~_sums_plainly(total)).nonzero(as_tuple=True)
+        for here in lossy.split(size):
+            vectors = multiples[here, None] * rows[row_of[here]]
+            increase[here] = self.increase(baseline, which[here], vectors)
+        return increase
+
+    @full_precision()
     def rivals(self, resid: Float[Tensor, " d_model"], target: Target, count: int) -> "Rivals":
         """The target beside the ``count`` likeliest other tokens, and all others as one.
 
@@ -386,32 +435,15 @@ class ReadOut:
         """
         total = added.new_zeros(len(added))
         for columns in self._vocabulary():
-            total += self._log_joint(added, log_probs, which, columns).exp_().sum(-1)
-        # what underflowed is below d_vocab * 1e-38 in all: nothing beside exp(-30)
-        if bool(((total > _LEAST) & total.isfinite()).all()):
+            delta = self._product(added, columns)
+            total += _plus_log_probs(delta, log_probs[:, columns], which).exp_().sum(-1)
+        if bool(_sums_plainly(total).all()):
             return total.log()
-        partial = [
-            self._log_joint(added, log_probs, which, columns).logsumexp(-1)
-            for columns in self._vocabulary()
-        ]
+        partial = []
+        for columns in self._vocabulary():
+            delta = self._product(added, columns)
+            partial.append(_plus_log_probs(delta, log_probs[:, columns], which).logsumexp(-1))
         return torch.stack(partial).logsumexp(0)
-
-    def _log_joint(
-        self,
-        added: Float[Tensor, "row d_model"],
-        log_probs: Float[Tensor, "prediction d_vocab"],
-        which: Int[Tensor, " row"],
-        columns: slice,
-    ) -> Float[Tensor, "row column"]:
-        """``log p + delta`` of these tokens."""
-        delta = self._product(added, columns)
-        own, counts = which.unique_consecutive(return_counts=True)
-        if 0 < len(own) * _SHARED_BY <= len(which):
-            # in place, a prediction for many rows in a row: nothing the size of the block is copied
-            for place, rows in zip(own.tolist(), delta.split(counts.tolist()), strict=True):
-                rows += log_probs[place, columns]
-            return delta
-        return delta.add_(log_probs[:, columns][which])
 
     def _survey(
         self, normalized: Float[Tensor, "row d_model"], leaning: Bool[Tensor, " row"]
@@ -684,6 +716,29 @@ class Rivals:
         change[0] -= elsewhere / rivalry
         after = (self.prob.log()[:, None] + change).logsumexp(0) - change[0]
         return after.to(first_order.dtype)
+
+
+def _plus_log_probs(
+    delta: Float[Tensor, "row column"],
+    log_probs: Float[Tensor, "prediction column"],
+    which: Int[Tensor, " row"],
+) -> Float[Tensor, "row column"]:
+    """``log p + delta`` in the place of ``delta``; p the prediction ``which`` of each row's own."""
+    own, counts = which.unique_consecutive(return_counts=True)
+    if len(own) * _SHARED_BY > len(which):
+        return delta.add_(log_probs[which])
+    # a prediction for many rows in a row: nothing the size of the block is copied
+    for place, rows in zip(own.tolist(), delta.split(counts.tolist()), strict=True):
+        rows += log_probs[place]
+    return delta
+
+
+def _sums_plainly(total: Float[Tensor, " row"]) -> Bool[Tensor, " row"]:
+    """Whether a sum of exponentials has neither overflowed nor lost anything that counts.
+
+    What underflowed is below d_vocab * 1e-38 in all: nothing beside ``_LEAST``.
+    """
+    return (total > _LEAST) & total.isfinite()
 
 
 @full_precision()

@@ -631,27 +631,54 @@ def _exact(
     out: ReadOut,
     before: Baseline,
 ) -> Float[Tensor, " neuron"]:
-    """The scores of each run's neurons, given by their number across its blocks, run after run."""
-    per_block = [blocks[0].n_neurons for blocks in runs]
-    base = torch.cat(
-        [
-            run * len(runs[0]) + flat // n
-            for run, (flat, n) in enumerate(zip(flats, per_block, strict=True))
-        ]
-    )
+    """The scores of each run's neurons, given by their number across its blocks, run after run.
+
+    Layer by layer: neurons of several runs, or source positions, that have one subvalue share it.
+    """
+    n_runs, per_block = len(runs), [blocks[0].n_neurons for blocks in runs]
+    layer = torch.cat([flat // n for flat, n in zip(flats, per_block, strict=True)])
     number = torch.cat([flat % n for flat, n in zip(flats, per_block, strict=True)])
-    blocks = [block for run in runs for block in run]
-    # those of one base together, for they share its prediction
-    order = base.argsort(stable=True)
-    scores = before.resid.new_empty(len(base), dtype=out.dtype)
-    # a block of read-outs serves neurons of several runs
-    for here in order.split(out.rows_per_block):
-        bases = base[here]
-        vectors = torch.cat(
-            [blocks[place].vectors(numbers) for place, numbers in _consecutive(bases, number[here])]
+    lengths = torch.tensor([len(flat) for flat in flats], device=layer.device)
+    run = torch.arange(n_runs, device=layer.device).repeat_interleave(lengths)
+    # in a layer by run, for those of one base share its prediction
+    order = (layer * n_runs + run).argsort(stable=True)
+    scores = before.resid.new_empty(len(order), dtype=out.dtype)
+    for place, here in _consecutive(layer[order], order):
+        multiples, row_of = [], []
+        for each, numbers in _consecutive(run[here], number[here]):
+            block = runs[each][place]
+            multiples.append(block.coefficients_of(numbers))
+            row_of.append(block.row_of(numbers))
+        rows, row_of = torch.cat(row_of).unique(return_inverse=True)
+        bases = run[here] * len(runs[0]) + place
+        scores[here] = finite(
+            _increases(out, before, bases, torch.cat(multiples), runs[0][place], rows, row_of)
         )
-        scores[here] = finite(out.increase(before, bases, vectors))
     return scores
+
+
+def _increases(
+    out: ReadOut,
+    before: Baseline,
+    bases: Int[Tensor, " neuron"],
+    multiples: Float[Tensor, " neuron"],
+    block: Decomposition,
+    rows: Int[Tensor, " row"],
+    row_of: Int[Tensor, " neuron"],
+) -> Float[Tensor, " neuron"]:
+    """Of multiples of some rows of one block, as many rows at a time as are read out at a time."""
+    size = out.rows_per_block
+    if len(rows) <= size:
+        vectors = block.rows()[rows].to(block.base.dtype)
+        return out.increase_of_multiples(before, bases, multiples, vectors, row_of)
+    found = torch.empty_like(multiples)
+    for first in range(0, len(rows), size):
+        (here,) = ((row_of >= first) & (row_of < first + size)).nonzero(as_tuple=True)
+        vectors = block.rows()[rows[first : first + size]].to(block.base.dtype)
+        found[here] = out.increase_of_multiples(
+            before, bases[here], multiples[here], vectors, row_of[here] - first
+        )
+    return found
 
 
 def largest(values: Float[Tensor, " neuron"], k: int) -> Int[Tensor, " best"]:
