@@ -92,23 +92,34 @@ FAMILIES |= {
     "gemma": ("GemmaForCausalLM", lambda: transformers.GemmaConfig(**_GROUPED, head_dim=6)),
 }
 
+# Families whose sub-layers write through a norm or a multiplier, and one that caps its logits. The
+# multipliers and the cap are strong enough to be missed at once.
+_GRANITE = dict(
+    residual_multiplier=0.5, embedding_multiplier=3.0, logits_scaling=0.4, attention_multiplier=0.3
+)
+_GEMMA = dict(head_dim=6, query_pre_attn_scalar=6, sliding_window=8, **_GROUPED)
+WRITTEN_THROUGH = {
+    "granite": (
+        "GraniteForCausalLM",
+        lambda: transformers.GraniteConfig(**_GROUPED, **_GRANITE),
+    ),
+    "olmo2": ("Olmo2ForCausalLM", lambda: transformers.Olmo2Config(**_GROUPED)),
+    "gemma3": ("Gemma3ForCausalLM", lambda: transformers.Gemma3TextConfig(**_GEMMA)),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(
+            **_GEMMA, final_logit_softcapping=1.5, attn_logit_softcapping=2.0
+        ),
+    ),
+}
+SUPPORTED = FAMILIES | WRITTEN_THROUGH
+
 # Families that must be refused, with a word of the reason.
 REFUSED = {
     "mixtral": (
         "MixtralForCausalLM",
         lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
         "experts",
-    ),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        lambda: transformers.Gemma2Config(**_GROUPED, head_dim=6, query_pre_attn_scalar=6),
-        "soft cap",
-    ),
-    "olmo2": ("Olmo2ForCausalLM", lambda: transformers.Olmo2Config(**_GROUPED), "post-norm"),
-    "granite": (
-        "GraniteForCausalLM",
-        lambda: transformers.GraniteConfig(**_GROUPED, residual_multiplier=0.5),
-        "scales",
     ),
 }
 
@@ -143,7 +154,7 @@ def leaving_the_random_state(build):
 @leaving_the_random_state
 def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
     """A TransformerBridge of one family, its weights raw or folded."""
-    class_name, config, *_ = {**FAMILIES, **REFUSED}[family]
+    class_name, config, *_ = {**SUPPORTED, **REFUSED}[family]
     config = config()
     hf = hugging_face_model(class_name, config, seed).to(dtype)
     with warnings.catch_warnings():

@@ -351,7 +351,7 @@ def _scored(
     if dtype is not None:
         captures = _in_dtype(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
-    outs = [out.frozen_at(run.resid_final) if out.affine else out for run in captures]
+    outs = [out.frozen_at(run.resid_final) for run in captures]
     layers = range(host.n_layers)
     ffns = [tuple(ffn_decomposition(host, run, layer) for layer in layers) for run in captures]
     attns = [tuple(attn_decomposition(host, run, layer) for layer in layers) for run in captures]

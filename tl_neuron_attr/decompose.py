@@ -4,6 +4,11 @@ A block writes ``mlp_out = sum_k m_k * W_out[k] + b_out`` and
 ``attn_out = sum_{h,p,k} pattern[h,p] * v[p,h,k] * W_O[h,k] + b_O``. The numbers are the neurons'
 *coefficients*, the rows of the weight their *subvalues*; the biases belong to no neuron.
 Source: Yu & Ananiadou (2024), section 3.
+
+Where a norm stands between a sub-layer and the residual stream (Gemma 2 and 3, OLMo 2), it is
+frozen at the scale it has in the run, which makes it linear: both sides of these sums go through
+it, subvalues are the rows as they come out of it, and what all neurons and the bias write is still
+the sub-layer's output, exactly. The same for a multiplier (Granite).
 """
 
 from dataclasses import dataclass, replace
@@ -13,14 +18,70 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.capture import Capture, Sources
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlet:
+    """What a sub-layer's output goes through on its way into the residual stream.
+
+    An RMSNorm frozen at its scale, a multiplier, or (nearly everywhere) nothing. Entry by entry,
+    so that it is its own transpose: a gradient in the residual stream goes back through it too.
+    """
+
+    gain: Float[Tensor, " d_model"] | None = None
+    """The norm's gain."""
+    divisor: Float[Tensor, "*#batch 1"] | None = None
+    """The norm's scale, over the multiplier."""
+
+    __repr__ = brief
+
+    def __call__(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*_ d_model"]:
+        """Vectors of the sub-layer's output as they are in the residual stream."""
+        if self.gain is not None:
+            vectors = vectors * self.gain.to(vectors.dtype)
+        return vectors if self.divisor is None else vectors / self.divisor.to(vectors.dtype)
+
+    def as_in(self, other: "Outlet") -> bool:
+        """Whether it is the same in another run of the model, to the last bit."""
+        if self.divisor is None or other.divisor is None:
+            return self.divisor is other.divisor
+        return torch.equal(self.divisor, other.divisor)
+
+    def of_norms(self, norms: Float[Tensor, " subvalue"]) -> Float[Tensor, " subvalue"]:
+        """Norms of rows, each entry weighted by the gain already, as they are behind it."""
+        return norms if self.divisor is None else norms / self.divisor.to(norms.dtype)
+
+
+def outlet(
+    host: Host,
+    run: Capture | Sources,
+    kind: Kind,
+    layer: int,
+    places: Int[Tensor, " place"] | None = None,
+) -> Outlet:
+    """The way from one sub-layer into the residual stream, its norm as it was in the run.
+
+    At the read position of a capture; of ``Sources`` at all of its positions, or at those with
+    these places among them: it then takes one vector for each.
+    """
+    norm = host.post_norm(layer, kind)
+    scales = run.ffn_post_scale if kind == "ffn" else run.attn_post_scale
+    scale = None if scales is None else scales[layer]
+    if scale is not None and places is not None:
+        scale = scale[places]
+    if host.residual_scale != 1:
+        one = host.W_U.new_ones(1, dtype=torch.float64) if scale is None else scale
+        scale = one / host.residual_scale
+    return Outlet(gain=None if norm is None else norm.gain, divisor=scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +97,8 @@ class FFNDecomposition:
     coefficients: Float[Tensor, " d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
+    """The bias, as it comes out of ``outlet``."""
+    outlet: Outlet = Outlet()
 
     __repr__ = brief
 
@@ -50,19 +113,19 @@ class FFNDecomposition:
 
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_out``."""
-        return self.W_out[number].to(self.base.dtype)
+        return self.outlet(self.W_out[number].to(self.base.dtype))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
-        """Every subvalue once, as the weights hold them."""
+        """Every subvalue once, as the weights hold them: before ``outlet``."""
         return self.W_out
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -76,7 +139,7 @@ class FFNDecomposition:
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``mlp_out`` less the bias."""
-        return self.coefficients @ self.W_out.to(self.base.dtype)
+        return self.outlet(self.coefficients @ self.W_out.to(self.base.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +157,8 @@ class AttnDecomposition:
     v: Float[Tensor, "pos key_value_head d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"] | None
+    """The bias, as it comes out of ``outlet``."""
+    outlet: Outlet = Outlet()
     summed: bool = False
     """Whether source positions were summed into one (see ``over_sources``)."""
 
@@ -132,19 +197,19 @@ class AttnDecomposition:
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_O``."""
         head, _, index = self.place(number)
-        return self.W_O[head, index].to(self.base.dtype)
+        return self.outlet(self.W_O[head, index].to(self.base.dtype))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
-        """Every subvalue once, as the weights hold them, by head and index."""
+        """Every subvalue once, as the weights hold them, by head and index: before ``outlet``."""
         return self.W_O.flatten(0, 1)
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -160,12 +225,12 @@ class AttnDecomposition:
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
-        return self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype)
+        return self.outlet(self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype))
 
     @full_precision()
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))
+        return self.outlet(torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype)))
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
@@ -205,12 +270,14 @@ def ffn_decomposition(host: Host, captured: Capture, layer: int) -> FFNDecomposi
     _check_layer(host, layer)
     # parallel blocks have no resid_mid: attention and FFN both add to resid_pre
     before = captured.resid_pre if captured.resid_mid is None else captured.resid_mid
+    through, b_out = outlet(host, captured, "ffn", layer), host.b_out(layer)
     return FFNDecomposition(
         layer=layer,
         base=before[layer],
         coefficients=captured.mlp_post[layer],
         W_out=host.W_out(layer),
-        b_out=host.b_out(layer),
+        b_out=None if b_out is None else through(b_out.to(captured.v.dtype)),
+        outlet=through,
     )
 
 
@@ -221,13 +288,15 @@ def attn_decomposition(host: Host, captured: Capture, layer: int) -> AttnDecompo
         InputError: If the model has no such layer.
     """
     _check_layer(host, layer)
+    through, b_O = outlet(host, captured, "attn", layer), host.b_O(layer)
     return AttnDecomposition(
         layer=layer,
         base=captured.resid_pre[layer],
         pattern=captured.pattern[layer],
         v=captured.v[layer],
         W_O=host.W_O(layer),
-        b_O=host.b_O(layer),
+        b_O=None if b_O is None else through(b_O.to(captured.v.dtype)),
+        outlet=through,
     )
 
 

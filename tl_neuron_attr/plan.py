@@ -46,7 +46,7 @@ _SPELLINGS = {
 }
 
 # Families whose FFN is gated, or whose blocks are parallel, though no setting of theirs says so.
-_GATED = frozenset({"gemma"})
+_GATED = frozenset({"gemma", "gemma2", "gemma3_text"})
 _PARALLEL = frozenset({"gptj", "phi", "codegen", "cohere"})
 
 # Families whose bridge keeps every layer's attention pattern until the next run.
@@ -83,6 +83,8 @@ class Shapes:
     """Attention and FFN read the same residual stream."""
     gated: bool
     """The FFN multiplies two projections, so it has three matrices."""
+    soft_capped: bool
+    """Logits pass through a soft cap, so that no bound holds and every neuron is scored."""
     tied: bool
     """The unembedding is the embedding, transposed."""
     activation: str
@@ -287,7 +289,7 @@ def plan(
             ),
         ),
         top=listed,
-        affine=convention != "recomputed",
+        affine=convention != "recomputed" and not shapes.soft_capped,
         rows=_read_out(W_U, scored_in, within).rows_per_block,
         columns=min(_COLUMNS, shapes.d_vocab),
         weight=held_in.itemsize,
@@ -456,6 +458,7 @@ def shapes_of(config: Any) -> Shapes:
             or family in _PARALLEL
         ),
         gated=gated,
+        soft_capped=bool(getattr(config, "final_logit_softcapping", None)),
         activation=activation,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )
@@ -478,6 +481,7 @@ def _shapes_of_model(model: Any) -> Shapes:
         n_ctx=host.n_ctx,
         parallel=host.parallel,
         gated=gated,
+        soft_capped=host.soft_cap is not None,
         activation=_activation(config) or str(getattr(model.cfg, "act_fn", "")),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )

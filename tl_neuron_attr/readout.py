@@ -11,6 +11,9 @@ it had in the full run, the logits are affine in the residual vector ``x``::
 model's own log-probability. ``published`` is what the notebooks of Yu & Ananiadou (2024) compute:
 LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` takes the norm's
 scale from each ``x`` itself (the logit lens); it is not affine.
+
+Where a model caps its logits (Gemma 2), ``c tanh(z / c)`` takes the place of z in every convention,
+and none is affine: log p is not concave in x any more, so that nothing bounds a score.
 """
 
 from collections.abc import Iterator, Sequence
@@ -87,6 +90,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
+    soft_cap: float | None = None
+    """Logits z become ``soft_cap * tanh(z / soft_cap)``; ``None``: they stay as they are."""
     norms: WeightNorms | None = None
     """Of the model's weights, where they are known already: for the allowance for rounding."""
 
@@ -95,7 +100,7 @@ class ReadOut:
     @property
     def affine(self) -> bool:
         """Whether logits are affine in the residual vector, as bounds on scores require."""
-        return self.norm_scale is not None
+        return self.norm_scale is not None and self.soft_cap is None
 
     @property
     def rows_per_block(self) -> int:
@@ -108,7 +113,15 @@ class ReadOut:
         return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
 
     def frozen_at(self, resid_final: Float[Tensor, " d_model"]) -> "ReadOut":
-        """The same read-out, its norm frozen at the scale that another run ended with."""
+        """The same read-out, its norm frozen at the scale that another run ended with.
+
+        One whose norm is recomputed stays as it is.
+        """
+        if self.norm_scale is None:
+            return self
+        return self._frozen_at(resid_final)
+
+    def _frozen_at(self, resid_final: Float[Tensor, " d_model"]) -> "ReadOut":
         centred = self._centred(resid_final)
         return replace(self, norm_scale=(centred.pow(2).mean() + self.eps).sqrt())
 
@@ -164,8 +177,7 @@ class ReadOut:
         """
         if self.norm_scale is not None:
             scale = (self._centred(final).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-            # the norm is linear in the vector: this divides by the other scale instead
-            resid = resid.to(self.dtype) * (self.norm_scale / scale)
+            resid = self._at_scale(resid, scale)
         return self.log_prob(resid, target)
 
     @full_precision()
@@ -254,15 +266,18 @@ class ReadOut:
         With a frozen norm this is ``delta_w - log E_p[exp(delta)]``, where ``delta`` are the
         logits of the contribution alone and ``p`` the base's prediction: rounding errors stay in
         proportion to the contribution, however large the logits of the base are. The scale of
-        the norm, and the target, are those of the base.
+        the norm, and the target, are those of the base. Under a soft cap, or with the norm
+        recomputed, it is the difference of two log-probabilities, which rounds as they do.
         """
         parts = []
         size = self.rows_per_block
         for rows, bases in zip(contributions.split(size), which.split(size), strict=True):
             aims = baseline.aims[bases]
-            if baseline.norm_scale is None:
-                after = self._log_prob(baseline.resid[bases] + rows, aims)
-                parts.append(after - baseline.log_prob[bases])
+            if baseline.norm_scale is None or self.soft_cap is not None:
+                resid = baseline.resid[bases] + rows
+                if baseline.norm_scale is not None:
+                    resid = self._at_scale(resid, baseline.norm_scale[bases, None])
+                parts.append(self._log_prob(resid, aims) - baseline.log_prob[bases])
                 continue
             added = self._weighted(self._centred(rows) / baseline.norm_scale[bases, None])
             token_delta = (added * self._columns(aims.token)).sum(-1)
@@ -289,9 +304,15 @@ class ReadOut:
         """
         centred = self._centred(resid)
         one = centred.new_ones(1)
+        slopes = None
+        if self.soft_cap is not None:
+            # of the cap at each logit: capped logits move by so much of what the others do
+            slopes = 1 - (self.logits(resid) / self.soft_cap).square()
         if target.against is not None:
             tokens = torch.tensor([target.id, target.against.id], device=resid.device)
-            directions = self._transposed(self._columns(tokens), one)
+            columns = self._columns(tokens)
+            columns = columns if slopes is None else columns * slopes[tokens, None]
+            directions = self._transposed(columns, one)
             prob = torch.tensor([0.0, 1.0], dtype=torch.float64, device=resid.device)
         else:
             # in float64: what the target leaves to others may be very little
@@ -304,10 +325,13 @@ class ReadOut:
             left[tokens] = 0.0
             total = left.sum()
             weights = (left / total.clamp(min=torch.finfo(left.dtype).tiny)).to(self.dtype)
+            weights = weights if slopes is None else weights * slopes
             mean = torch.zeros_like(centred)
-            for columns in self._vocabulary():
-                mean += self.W_U[:, columns].to(self.dtype) @ weights[columns]
-            directions = self._transposed(torch.cat([self._columns(tokens), mean[None]]), one)
+            for some in self._vocabulary():
+                mean += self.W_U[:, some].to(self.dtype) @ weights[some]
+            columns = self._columns(tokens)
+            columns = columns if slopes is None else columns * slopes[tokens, None]
+            directions = self._transposed(torch.cat([columns, mean[None]]), one)
             prob = torch.cat([prob, total[None]])
         return Rivals(
             directions=directions,
@@ -396,6 +420,7 @@ class ReadOut:
             logits = normalized @ directions
             if self.b_U is not None:
                 logits += self.b_U[columns].to(self.dtype)
+            logits = self._capped(logits)
             log_probs[:, columns] = logits
             seen, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (seen - largest).exp()
@@ -431,6 +456,12 @@ class ReadOut:
         vectors = vectors.to(self.dtype)
         return vectors - vectors.mean(-1, keepdim=True) if self.centered else vectors
 
+    def _at_scale(self, resid: Tensor, scale: Tensor) -> Tensor:
+        """Vectors of which the frozen norm makes what it would, were it frozen at ``scale``."""
+        assert self.norm_scale is not None
+        # its linear part: this divides by the other scale instead
+        return resid.to(self.dtype) * (self.norm_scale / scale)
+
     def _weighted(self, vectors: Tensor) -> Tensor:
         return vectors if self.gain is None else vectors * self.gain.to(self.dtype)
 
@@ -439,7 +470,7 @@ class ReadOut:
 
     def _token_logit(self, normalized: Tensor, tokens: Tensor) -> Tensor:
         logit = (normalized * self._columns(tokens)).sum(-1)
-        return logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype)
+        return self._capped(logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype))
 
     def _contrast(self, normalized: Tensor, token: Tensor, against: Tensor) -> Tensor:
         return self._token_logit(normalized, token) - self._token_logit(normalized, against)
@@ -449,7 +480,14 @@ class ReadOut:
 
     def _logit_block(self, normalized: Tensor, columns: slice) -> Tensor:
         logits = self._product(normalized, columns)
-        return logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
+        return self._capped(
+            logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
+        )
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
 
     def _vocabulary(self, size: int | None = None) -> Iterator[slice]:
         size = size or _COLUMNS
@@ -515,7 +553,7 @@ class Baseline:
     prediction: Int[Tensor, " base"]
     """The row of ``log_probs`` that is the base's: bases that differ in their target share one."""
     tangent: "Tangent | None"
-    """How log p(target) changes there; ``None`` if the norm is recomputed."""
+    """How log p(target) changes there; ``None`` if the read-out is not affine."""
 
     __repr__ = brief
 
@@ -616,22 +654,28 @@ class Rivals:
         rows: Float[Tensor, "neuron d_model"],
         coefficients: Float[Tensor, " neuron"],
         first_order: Float[Tensor, " neuron"],
+        weights: Float[Tensor, " d_model"],
     ) -> Float[Tensor, " neuron"]:
         """What log p(target) loses without each neuron, in nats, from the loss at first order.
 
-        A neuron is ``coefficient * row`` in the residual stream here, and more that it does by way
-        of others. ``first_order`` is the loss of both, taken as linear. What it is here is taken
-        away as it is: each bin's logit moves, the norm is taken anew. The rest of ``first_order``
-        is laid upon the target's logit. Then the softmax is taken once, so that a neuron with
-        ``first_order`` alone loses what a logit that falls so far does.
+        A neuron is ``coefficient * row * weights`` in the residual stream here, and more that it
+        does by way of others. ``first_order`` is the loss of both, taken as linear. What it is
+        here is taken away as it is: each bin's logit moves, the norm is taken anew. The rest of
+        ``first_order`` is laid upon the target's logit. Then the softmax is taken once, so that a
+        neuron with ``first_order`` alone loses what a logit that falls so far does.
         """
         d_model = len(self.resid)
         probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
         # float64, where what is linear is taken from what is not
-        products = torch.cat([probes @ block.to(probes).T for block in rows.split(_ROWS)], 1)
+        weights = weights.to(probes)
+        products = torch.cat(
+            [probes * weights @ block.to(probes).T for block in rows.split(_ROWS)], 1
+        )
         products = (products * coefficients.to(products)).double()
         moves, along, total = products[:-2], products[-2], products[-1]
-        squares = torch.cat([block.to(probes).square().sum(1) for block in rows.split(_ROWS)])
+        squares = torch.cat(
+            [(block.to(probes) * weights).square().sum(1) for block in rows.split(_ROWS)]
+        )
         size = (squares * coefficients.to(squares).square()).double()
         if self.centered:
             size = size - total.square() / d_model
@@ -696,7 +740,8 @@ def baseline_of_runs(
         log_prob = out._contrast(normalized[source], aims.token, aims.against)
         expected = out._columns(aims.against)
         expected_norm = out._norms(aims.against)
-    if tangent and norm_scale is not None:
+    if tangent and out.affine:
+        assert norm_scale is not None
         picture = _tangent(out, aims, norm_scale, expected, expected_norm)
     return Baseline(
         resid=torch.cat(list(resids))[source],
@@ -757,10 +802,11 @@ def read_out(
         eps=_PUBLISHED_RMS_EPS if published and rms else host.eps,
         dtype=dtype,
         budget=budget,
+        soft_cap=host.soft_cap,
     )
     if convention == "recomputed":
         return out
-    return replace(out, norms=weight_norms(host)).frozen_at(resid_final)
+    return replace(out, norms=weight_norms(host))._frozen_at(resid_final)
 
 
 def check_read_out(
@@ -838,7 +884,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
     Source: Yu & Ananiadou (2024), section 3; sign rule: their section 4.
     """
     scale = torch.ones((), dtype=out.dtype) if out.norm_scale is None else out.norm_scale
-    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device))
+    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device), soft_cap=None)
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
     top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []

@@ -26,6 +26,7 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
+from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
@@ -49,7 +50,7 @@ class Certificate:
     """Why the neurons listed are the best: no neuron left out can score above the last of them."""
 
     applies: bool
-    """False where no bound holds (a recomputed norm): every neuron was scored instead."""
+    """False where no bound holds (a recomputed norm, a soft cap): every neuron was scored."""
     linear: bool
     """True for a contrast under a frozen norm: scores are linear, so that one product gives all
     of them exactly, and there is nothing to bound."""
@@ -93,7 +94,10 @@ class Certificate:
     def __str__(self) -> str:
         """Why, in a sentence without its subject."""
         if not self.applies:
-            return f"all {self.total:,} scored, as no bound holds under a recomputed norm"
+            return (
+                f"all {self.total:,} scored, as no bound holds under a recomputed norm or a soft "
+                "cap on logits"
+            )
         if self.linear:
             return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
         verb = "exclude" if self.holds else "do not exclude"
@@ -321,19 +325,22 @@ def tangent_bounds(
     n_layers = len(runs[0])
     columns = []
     for layer, block in enumerate(runs[0]):
-        products = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        gradients = tangent.gradient[layer::n_layers]
+        outlets = [run[layer].outlet for run in runs]
+        gradients = torch.stack([go(g) for go, g in zip(outlets, gradients, strict=True)])
+        products = slopes(block.rows(), gradients)
         known = None if out.norms is None else out.norms.of_rows(block.rows())
-        norms = (block.norms() if known is None else known).to(out.dtype)
+        known = row_norms(block.rows(), block.outlet.gain) if known is None else known
         columns.append(
             [
                 TangentBound(
                     block=run[layer],
                     slope=slope,
-                    slack=relative * reach * norms,
+                    slack=relative * reach * go.of_norms(known).to(out.dtype),
                     constant=32 * eps,
                 )
-                for run, slope, reach in zip(
-                    runs, products, tangent.reach[layer::n_layers], strict=True
+                for run, go, slope, reach in zip(
+                    runs, outlets, products, tangent.reach[layer::n_layers], strict=True
                 )
             ]
         )
@@ -352,7 +359,7 @@ def score_bounds(
     """
     tangents = tangent_bounds([decompositions], out, before)
     if tangents is None:
-        raise InputError("a recomputed norm has no bounds; use exact or published")
+        raise InputError(no_bounds(out, "bounds"))
     above = [bound.above() for bound in tangents[0]]
     bounds = torch.cat([bound for bound, _ in above])
     return bounds.where(~bounds.isneginf(), 0.0), max(float(slack) for _, slack in above)
@@ -577,6 +584,16 @@ def _best_of_all(
         slack=0.0,
     )
     return _ranked(blocks, best, scores[best], certificate)
+
+
+def no_bounds(out: ReadOut, what: str) -> str:
+    """Why a read-out that is not affine has no bounds, or ``what`` rests on them."""
+    if out.soft_cap is not None:
+        return (
+            f"there are no {what} where logits pass through a soft cap: log p is not concave in "
+            "what is added; every neuron is scored there, so take the neurons themselves"
+        )
+    return f"a recomputed norm has no {what}; use exact or published"
 
 
 def _active(blocks: Sequence[Decomposition]) -> int:
