@@ -155,7 +155,12 @@ def leaving_the_random_state(build):
 def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
     """A TransformerBridge of one family, its weights raw or folded."""
     class_name, config, *_ = {**SUPPORTED, **REFUSED}[family]
-    config = config()
+    return bridge_from(class_name, config(), processed=processed, dtype=dtype, seed=seed)
+
+
+@leaving_the_random_state
+def bridge_from(class_name, config, *, processed=False, dtype=torch.float32, seed=0):
+    """A TransformerBridge of a Hugging Face class and configuration."""
     hf = hugging_face_model(class_name, config, seed).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

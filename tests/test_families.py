@@ -13,8 +13,11 @@ from conftest import (
     SUPPORTED,
     TOKENS,
     WRITTEN_THROUGH,
+    bridge_from,
     bridge_of,
     hugging_face_model,
+    leaving_the_random_state,
+    needs_hooked_transformer,
 )
 from test_query import check_sums
 
@@ -358,3 +361,96 @@ def test_positions_cannot_be_told_from_a_cache_that_forgets_them(model):
     with pytest.raises(InputError, match="holds the last 8 at most in layer 0"):
         generated(cached=True)
     assert generated(cached=False)
+
+
+# --- HookedTransformer ------------------------------------------------------------------------
+
+_LOCAL = dict(use_local_attn=True, window_size=8)
+_TWICE = dict(
+    n_key_value_heads=2,
+    eps=1e-6,
+    act_fn="gelu_pytorch_tanh",
+    use_normalization_before_and_after=True,
+    **_LOCAL,
+)
+HOOKED = {
+    "gemma2": dict(
+        original_architecture="Gemma2ForCausalLM",
+        attn_types=["local", "global", "local"],
+        attn_scores_soft_cap=2.0,
+        output_logits_soft_cap=1.5,
+        rotary_base=10_000.0,
+        **_TWICE,
+    ),
+    "gemma3": dict(
+        original_architecture="Gemma3ForCausalLM",
+        attn_types=["local"] * 3,
+        use_qk_norm=True,
+        rotary_base=1_000_000.0,
+        rotary_base_local=10_000.0,
+        **_TWICE,
+    ),
+    "olmo2": dict(
+        original_architecture="Olmo2ForCausalLM",
+        attn_types=["global"] * 3,
+        eps=1e-5,
+        act_fn="silu",
+        rotary_base=10_000.0,
+    ),
+}
+
+
+@leaving_the_random_state
+def hooked_by_hand(family, hf, **processing):
+    """Their loader knows these families by official names only; so does nothing of ours."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+    from transformer_lens.pretrained.weight_conversions import (
+        convert_gemma_weights,
+        convert_olmo2_weights,
+    )
+
+    sizes = dict(d_model=24, d_head=6, n_heads=4, d_mlp=40, n_layers=3, n_ctx=32, d_vocab=61)
+    cfg = HookedTransformerConfig(
+        **sizes,
+        **HOOKED[family],
+        normalization_type="RMS",
+        positional_embedding_type="rotary",
+        rotary_dim=6,
+        gated_mlp=True,
+        final_rms=True,
+        device="cpu",
+    )
+    convert = convert_olmo2_weights if family == "olmo2" else convert_gemma_weights
+    plain = dict(
+        fold_ln=False, center_writing_weights=False, center_unembed=False, fold_value_biases=False
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = HookedTransformer(cfg)
+        model.load_and_process_state_dict(convert(hf, cfg), **{**plain, **processing})
+    return model
+
+
+@needs_hooked_transformer
+@pytest.mark.parametrize(
+    ("kind", "fold_ln"),
+    [("gemma2", False), ("gemma2", True), ("gemma3", False), ("gemma3", True), ("olmo2", False)],
+)
+def test_hooked_transformer_gives_the_bridges_numbers(kind, fold_ln):
+    class_name, config = SUPPORTED[kind]
+    config = config()
+    if kind == "olmo2":  # their conversion knows no groups
+        config.num_key_value_heads = 4
+    wanted = attribute(bridge_from(class_name, config), TOKENS, target=TARGET, top=ALL)
+    with torch.random.fork_rng():
+        hf = hugging_face_model(class_name, config)
+    model = hooked_by_hand(kind, hf, fold_ln=fold_ln)
+    found = attribute(model, TOKENS, target=TARGET, top=ALL)
+    assert found.host.class_name == "HookedTransformer"
+    assert found.host.processing == ("norms folded" if fold_ln else "raw")
+    assert found.log_prob == pytest.approx(wanted.log_prob, abs=1e-5)
+    key = ["kind", "layer", "head", "index", "source_pos"]
+    table = found.neurons().merge(wanted.neurons(), on=key)
+    assert len(table) == len(found.neurons())
+    assert (table["score_x"] - table["score_y"]).abs().max() < 1e-5
+    check_sums(model)
