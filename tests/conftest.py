@@ -28,6 +28,15 @@ TOKENS = (3, 17, 5, 40, 8, 22)
 _SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
 _ROTARY = dict(vocab_size=61, max_position_embeddings=32, **_SIZES)
 _GROUPED = dict(num_key_value_heads=2, **_ROTARY)
+_OPT = dict(
+    vocab_size=61,
+    hidden_size=24,
+    ffn_dim=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    word_embed_proj_dim=24,
+)
 _GPT2 = dict(vocab_size=61, n_embd=24, n_head=3, n_layer=3, n_positions=32)
 
 # Family -> (Hugging Face class, configuration). Every kind of block that is supported.
@@ -38,18 +47,7 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**_GROUPED)),
     "qwen3": ("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8)),
     "phi3": ("Phi3ForCausalLM", lambda: transformers.Phi3Config(**_GROUPED, pad_token_id=0)),
-    "opt": (
-        "OPTForCausalLM",
-        lambda: transformers.OPTConfig(
-            vocab_size=61,
-            hidden_size=24,
-            ffn_dim=40,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=24,
-        ),
-    ),
+    "opt": ("OPTForCausalLM", lambda: transformers.OPTConfig(**_OPT)),
     "neox": (
         "GPTNeoXForCausalLM",
         lambda: transformers.GPTNeoXConfig(**_ROTARY, use_parallel_residual=False),
@@ -121,7 +119,46 @@ REFUSED = {
         lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
         "experts",
     ),
+    "olmoe": (
+        "OlmoeForCausalLM",
+        lambda: transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+        "experts",
+    ),
+    "qwen2moe": (
+        "Qwen2MoeForCausalLM",
+        lambda: transformers.Qwen2MoeConfig(
+            **_GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+        ),
+        "experts",
+    ),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(
+            **_GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            head_dim=6,
+        ),
+        "experts",
+    ),
+    "opt-post": (
+        "OPTForCausalLM",
+        lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
+        "post-LayerNorm",
+    ),
+    "cohere": ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED), "scaled"),
 }
+
+# Families that are tested as HookedTransformer too, number for number against the bridge.
+HOOKED = (
+    *("gpt2", "llama", "mistral", "qwen2", "neox-parallel", "gptj"),
+    *("gemma2", "gemma3", "olmo2"),
+)
 
 
 def hugging_face_model(class_name, config, seed=0, scale=0.15):

@@ -7,9 +7,13 @@ float64, one neuron at a time, what the method's definition says.
 import warnings
 from dataclasses import replace
 
+import family_table
 import pytest
 import torch
 from conftest import (
+    FAMILIES,
+    HOOKED,
+    REFUSED,
     SUPPORTED,
     TOKENS,
     WRITTEN_THROUGH,
@@ -363,6 +367,20 @@ def test_positions_cannot_be_told_from_a_cache_that_forgets_them(model):
     assert generated(cached=False)
 
 
+# --- the table of families --------------------------------------------------------------------
+
+
+def test_the_page_on_models_has_the_table_that_models_give():
+    page = family_table.PAGE.read_text(encoding="utf-8")
+    assert family_table.page_with_tables(page) == page, "run python tests/family_table.py"
+
+
+def test_every_family_of_the_tests_has_a_row_and_a_name():
+    assert family_table.NAMES.keys() == {*SUPPORTED, *REFUSED}
+    assert len(family_table.refused_rows()) == len(REFUSED)
+    assert {*HOOKED} == {name for name in HOOKED if name in FAMILIES} | HOOKED_CONFIGS.keys()
+
+
 # --- HookedTransformer ------------------------------------------------------------------------
 
 _LOCAL = dict(use_local_attn=True, window_size=8)
@@ -373,7 +391,7 @@ _TWICE = dict(
     use_normalization_before_and_after=True,
     **_LOCAL,
 )
-HOOKED = {
+HOOKED_CONFIGS = {
     "gemma2": dict(
         original_architecture="Gemma2ForCausalLM",
         attn_types=["local", "global", "local"],
@@ -412,7 +430,7 @@ def hooked_by_hand(family, hf, **processing):
     sizes = dict(d_model=24, d_head=6, n_heads=4, d_mlp=40, n_layers=3, n_ctx=32, d_vocab=61)
     cfg = HookedTransformerConfig(
         **sizes,
-        **HOOKED[family],
+        **HOOKED_CONFIGS[family],
         normalization_type="RMS",
         positional_embedding_type="rotary",
         rotary_dim=6,

@@ -833,7 +833,10 @@ def _refuse_unsupported(model: Any) -> None:
     if setting("is_encoder_decoder"):
         refuse("it is an encoder-decoder")
     if setting("num_experts") or setting("num_local_experts"):
-        refuse("its FFN is a mixture of experts, whose neurons sit behind a router")
+        refuse(
+            "its FFN is a mixture of experts, whose neurons sit behind a router; TransformerLens's "
+            "hooks show what goes into the experts and what comes out, not their neurons"
+        )
     if setting("is_stateful"):
         refuse("it is a state-space or recurrent model, not an attention decoder")
     if setting("attention_dir") == "bidirectional":
