@@ -67,7 +67,7 @@ def _supported(family: str) -> tuple[str, ...]:
         "plain" if host.W_gate(0) is None else "gated",
         groups.get(host.n_key_value_heads, "in groups"),
         ", ".join(also),
-        "all scored" if host.soft_cap is not None else "proven",
+        "best alone" if host.soft_cap is not None else "best and worst",
         "yes" if family in HOOKED else "",
     )
 
@@ -89,7 +89,7 @@ def page_with_tables(page: str) -> str:
     heads = {
         "supported": (
             *("family", "class", "norm, and where", "FFN", "keys and values of heads"),
-            *("also", "best neurons", "also as `HookedTransformer`"),
+            *("also", "proven without scoring all", "also as `HookedTransformer`"),
         ),
         "refused": ("family", "class", "because"),
     }

@@ -53,7 +53,7 @@ from tl_neuron_attr.topk import (
     best_by_bound,
     bounds_of_one_run,
     exact_scores,
-    no_bounds,
+    no_intervals,
     tangent_bounds,
     top_neurons,
 )
@@ -169,7 +169,7 @@ def score_intervals(
     if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise InputError(f"the tolerance must be a number of nats, 0 or more; got {tolerance!r}")
     if not out.affine:
-        raise InputError(no_bounds(out, "intervals"))
+        raise InputError(no_intervals(out))
     before = _baseline(blocks, out, target) if before is None else before
     if before.aims.against is not None:
         return _linear(blocks, out, before, tolerance)
@@ -309,7 +309,7 @@ def ends_of_blocks(
         InputError: If the norm is recomputed, or the index is not of a model of this shape.
     """
     if not out.affine:
-        raise InputError(no_bounds(out, "intervals"))
+        raise InputError(no_intervals(out))
     if before.aims.against is not None or index is None:
         spreads: Sequence[_Spread] = _spreads_of_norms(blocks, out, before)
     else:

@@ -83,8 +83,6 @@ class Shapes:
     """Attention and FFN read the same residual stream."""
     gated: bool
     """The FFN multiplies two projections, so it has three matrices."""
-    soft_capped: bool
-    """Logits pass through a soft cap, so that no bound holds and every neuron is scored."""
     tied: bool
     """The unembedding is the embedding, transposed."""
     activation: str
@@ -289,7 +287,7 @@ def plan(
             ),
         ),
         top=listed,
-        affine=convention != "recomputed" and not shapes.soft_capped,
+        affine=convention != "recomputed",
         rows=_read_out(W_U, scored_in, within).rows_per_block,
         columns=min(_COLUMNS, shapes.d_vocab),
         weight=held_in.itemsize,
@@ -458,7 +456,6 @@ def shapes_of(config: Any) -> Shapes:
             or family in _PARALLEL
         ),
         gated=gated,
-        soft_capped=bool(getattr(config, "final_logit_softcapping", None)),
         activation=activation,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )
@@ -481,7 +478,6 @@ def _shapes_of_model(model: Any) -> Shapes:
         n_ctx=host.n_ctx,
         parallel=host.parallel,
         gated=gated,
-        soft_capped=host.soft_cap is not None,
         activation=_activation(config) or str(getattr(model.cfg, "act_fn", "")),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
     )

@@ -13,7 +13,7 @@ LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` ta
 scale from each ``x`` itself (the logit lens); it is not affine.
 
 Where a model caps its logits (Gemma 2), ``c tanh(z / c)`` takes the place of z in every convention,
-and none is affine: log p is not concave in x any more, so that nothing bounds a score.
+and none is affine. log p is then not concave in x, but nearly: see ``Tangent``.
 """
 
 from collections.abc import Iterator, Sequence
@@ -99,8 +99,13 @@ class ReadOut:
 
     @property
     def affine(self) -> bool:
-        """Whether logits are affine in the residual vector, as bounds on scores require."""
+        """Whether logits are affine in the residual vector, as intervals of scores require."""
         return self.norm_scale is not None and self.soft_cap is None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether scores have a first-order bound: wherever the norm is frozen."""
+        return self.norm_scale is not None
 
     @property
     def rows_per_block(self) -> int:
@@ -266,23 +271,33 @@ class ReadOut:
         With a frozen norm this is ``delta_w - log E_p[exp(delta)]``, where ``delta`` are the
         logits of the contribution alone and ``p`` the base's prediction: rounding errors stay in
         proportion to the contribution, however large the logits of the base are. The scale of
-        the norm, and the target, are those of the base. Under a soft cap, or with the norm
-        recomputed, it is the difference of two log-probabilities, which rounds as they do.
+        the norm, and the target, are those of the base. With the norm recomputed it is the
+        difference of two log-probabilities, which rounds as they do.
         """
         parts = []
         size = self.rows_per_block
         for rows, bases in zip(contributions.split(size), which.split(size), strict=True):
             aims = baseline.aims[bases]
-            if baseline.norm_scale is None or self.soft_cap is not None:
-                resid = baseline.resid[bases] + rows
-                if baseline.norm_scale is not None:
-                    resid = self._at_scale(resid, baseline.norm_scale[bases, None])
-                parts.append(self._log_prob(resid, aims) - baseline.log_prob[bases])
+            if baseline.norm_scale is None:
+                after = self._log_prob(baseline.resid[bases] + rows, aims)
+                parts.append(after - baseline.log_prob[bases])
                 continue
             added = self._weighted(self._centred(rows) / baseline.norm_scale[bases, None])
             token_delta = (added * self._columns(aims.token)).sum(-1)
+            here, place = bases[:0], bases
+            if self.soft_cap is not None:
+                # what a contribution changes depends on where its base is on the cap
+                here, place = bases.unique(return_inverse=True)
+            at_scale = self._at_scale(baseline.resid[here], baseline.norm_scale[here, None])
+            start = self.normalize(at_scale)
+            if self.soft_cap is not None:
+                token_delta = self._moved(token_delta, self._uncapped(start[place], aims.token))
             if aims.against is not None:
-                parts.append(token_delta - (added * self._columns(aims.against)).sum(-1))
+                against_delta = (added * self._columns(aims.against)).sum(-1)
+                if self.soft_cap is not None:
+                    before = self._uncapped(start[place], aims.against)
+                    against_delta = self._moved(against_delta, before)
+                parts.append(token_delta - against_delta)
                 continue
             assert baseline.log_probs is not None
             alone = len(baseline.prediction) == 1  # one base serves all rows by broadcasting
@@ -290,6 +305,8 @@ class ReadOut:
             partial = []
             for columns in self._vocabulary():
                 delta = self._product(added, columns)
+                if self.soft_cap is not None:
+                    delta = self._moved(delta, self._uncapped_block(start, columns)[place])
                 delta += baseline.log_probs[:, columns][predictions]
                 partial.append(delta.logsumexp(-1))
             parts.append(token_delta - torch.stack(partial).logsumexp(0))
@@ -304,10 +321,7 @@ class ReadOut:
         """
         centred = self._centred(resid)
         one = centred.new_ones(1)
-        slopes = None
-        if self.soft_cap is not None:
-            # of the cap at each logit: capped logits move by so much of what the others do
-            slopes = 1 - (self.logits(resid) / self.soft_cap).square()
+        slopes = None if self.soft_cap is None else self._cap_slopes(self.logits(resid))
         if target.against is not None:
             tokens = torch.tensor([target.id, target.against.id], device=resid.device)
             columns = self._columns(tokens)
@@ -405,7 +419,8 @@ class ReadOut:
 
         The expectations are taken with weights that are rescaled whenever a larger logit turns
         up, so that the unembedding need not be read a second time for their normaliser. They are
-        of the ``leaning`` rows only (0 for the others).
+        of the ``leaning`` rows only (0 for the others). Under a soft cap each column counts by the
+        slope of the cap there.
         """
         n_rows, d_model = normalized.shape
         log_probs = normalized.new_empty(n_rows, self.W_U.shape[1])
@@ -413,6 +428,7 @@ class ReadOut:
         leans = len(some) > 0
         expected = normalized.new_zeros(len(some), d_model)
         expected_norm = normalized.new_zeros(len(some))
+        expected_square = normalized.new_zeros(len(some))
         total = normalized.new_zeros(n_rows)
         largest = normalized.new_full((n_rows,), torch.finfo(self.dtype).min)
         for columns in self._vocabulary(_SURVEY_COLUMNS):
@@ -422,23 +438,33 @@ class ReadOut:
                 logits += self.b_U[columns].to(self.dtype)
             logits = self._capped(logits)
             log_probs[:, columns] = logits
+            slopes = self._cap_slopes(logits)
             seen, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (seen - largest).exp()
             weights = (logits - largest[:, None]).exp_()
             total = total * shrink + weights.sum(-1)
             if leans:
                 weights, shrink = weights[some], shrink[some]
+                norms = self._norms(columns)
+                expected_norm = expected_norm * shrink + weights @ norms
+                if slopes is not None:
+                    expected_square = expected_square * shrink + weights @ norms.square()
+                    weights = weights * slopes[some]
                 # rows first: the other way round the product took twice the time (24 rows, 2 cores)
                 expected = torch.addmm(expected * shrink[:, None], weights, directions.T)
-                expected_norm = expected_norm * shrink + weights @ self._norms(columns)
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
         found = _Survey(
-            log_probs, normalized.new_zeros(n_rows, d_model), normalized.new_zeros(n_rows)
+            log_probs,
+            largest + total.log(),
+            normalized.new_zeros(n_rows, d_model),
+            normalized.new_zeros(n_rows),
+            normalized.new_zeros(n_rows),
         )
         found.expected[some] = expected / total[some, None]
         found.expected_norm[some] = expected_norm / total[some]
+        found.expected_square[some] = expected_square / total[some]
         return found
 
     def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
@@ -469,8 +495,11 @@ class ReadOut:
         return self.W_U[:, tokens].T.to(self.dtype)
 
     def _token_logit(self, normalized: Tensor, tokens: Tensor) -> Tensor:
+        return self._capped(self._uncapped(normalized, tokens))
+
+    def _uncapped(self, normalized: Tensor, tokens: Tensor) -> Tensor:
         logit = (normalized * self._columns(tokens)).sum(-1)
-        return self._capped(logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype))
+        return logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype)
 
     def _contrast(self, normalized: Tensor, token: Tensor, against: Tensor) -> Tensor:
         return self._token_logit(normalized, token) - self._token_logit(normalized, against)
@@ -479,15 +508,32 @@ class ReadOut:
         return normalized @ self.W_U[:, columns].to(self.dtype)
 
     def _logit_block(self, normalized: Tensor, columns: slice) -> Tensor:
+        return self._capped(self._uncapped_block(normalized, columns))
+
+    def _uncapped_block(self, normalized: Tensor, columns: slice) -> Tensor:
         logits = self._product(normalized, columns)
-        return self._capped(
-            logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
-        )
+        return logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
 
     def _capped(self, logits: Tensor) -> Tensor:
         if self.soft_cap is None:
             return logits
         return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def _cap_slopes(self, capped: Tensor) -> Tensor | None:
+        """By how much logits, which were capped, move of what they would without the cap."""
+        return None if self.soft_cap is None else 1 - (capped / self.soft_cap).square()
+
+    def _moved(self, delta: Tensor, before: Tensor) -> Tensor:
+        """By how much capped logits change that without the cap go from ``before`` by ``delta``.
+
+        tanh(a + b) - tanh(a) without a difference where b is small, so that it rounds in
+        proportion to ``delta``.
+        """
+        assert self.soft_cap is not None
+        start, step = before / self.soft_cap, delta / self.soft_cap
+        a, b = torch.tanh(start), torch.tanh(step)
+        small = b / torch.cosh(start).square() / (1 + a * b)
+        return self.soft_cap * torch.where(step.abs() < 1, small, torch.tanh(start + step) - a)
 
     def _vocabulary(self, size: int | None = None) -> Iterator[slice]:
         size = size or _COLUMNS
@@ -527,10 +573,14 @@ class Aims:
 @dataclass(frozen=True)
 class _Survey:
     log_probs: Float[Tensor, "row d_vocab"]
+    log_total: Float[Tensor, " row"]
+    """What was taken from the logits to make log-probabilities of them."""
     expected: Float[Tensor, "row d_model"]
-    """The expected column of the unembedding."""
+    """The expected column of the unembedding, times the slope of a soft cap."""
     expected_norm: Float[Tensor, " row"]
     """The expected norm of such a column, weighted by the final norm's gain."""
+    expected_square: Float[Tensor, " row"]
+    """The expected square of that norm; 0 without a soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -553,7 +603,7 @@ class Baseline:
     prediction: Int[Tensor, " base"]
     """The row of ``log_probs`` that is the base's: bases that differ in their target share one."""
     tangent: "Tangent | None"
-    """How log p(target) changes there; ``None`` if the read-out is not affine."""
+    """How log p(target) changes there; ``None`` if the norm is recomputed."""
 
     __repr__ = brief
 
@@ -580,6 +630,14 @@ class Tangent:
     As log p is concave in the residual vector, ``contribution . gradient`` is never below the
     exact ``increase``: an upper bound of a neuron's score for one dot product. For a contrast it
     *is* the increase.
+
+    Under a soft cap log p is not concave, but its logits bend by so little that the tangent need
+    only be raised: ``z -> c tanh(z / c)`` has a second derivative of at most ``4 / (3 sqrt(3) c)``,
+    so that a logit that moves by d without the cap moves by ``slope d`` with it, give or take half
+    of that times d^2. log p(w) is then never above ``contribution . gradient`` and the allowances
+    for w and, as expected under the base's prediction, for its rivals (Jensen's inequality)::
+
+        increase <= u . gradient + bend |u|^2,    bend = (|dir_w|^2 + E |dir|^2) 2 / (3 sqrt(3) c)
     """
 
     gradient: Float[Tensor, "base d_model"]
@@ -587,12 +645,18 @@ class Tangent:
     """Norm of the target's direction, and expected norm of a token's under the base's prediction,
     before centring: what the rounding of scores and bounds is in proportion to, where gradients
     cancel too."""
+    bend: Float[Tensor, " base"] | None
+    """Nats per squared norm of a contribution; ``None`` without a soft cap: 0."""
 
     __repr__ = brief
 
     def __getitem__(self, bases: slice | Tensor) -> "Tangent":
         """The same for some of the bases."""
-        return Tangent(gradient=self.gradient[bases], reach=self.reach[bases])
+        return Tangent(
+            gradient=self.gradient[bases],
+            reach=self.reach[bases],
+            bend=None if self.bend is None else self.bend[bases],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -729,20 +793,36 @@ def baseline_of_runs(
     normalized = torch.cat([each.normalize(r) for each, r in zip(outs, resids, strict=True)])
     log_probs = picture = None
     if aims.against is None:
-        leaning = torch.full_like(normalized[:, 0], tangent and out.affine, dtype=torch.bool)
+        leaning = torch.full_like(normalized[:, 0], tangent and out.bounded, dtype=torch.bool)
         for start in starts:
             leaning[[start + place for place in plain]] = False
         survey = out._survey(normalized, leaning)
         log_probs = survey.log_probs
         log_prob = log_probs[source, aims.token]
+        token_logit = log_prob + survey.log_total[source]
         expected, expected_norm = survey.expected[source], survey.expected_norm[source]
+        expected_square = survey.expected_square[source]
     else:
-        log_prob = out._contrast(normalized[source], aims.token, aims.against)
-        expected = out._columns(aims.against)
+        token_logit = out._token_logit(normalized[source], aims.token)
+        against_logit = out._token_logit(normalized[source], aims.against)
+        log_prob = token_logit - against_logit
+        expected, slopes = out._columns(aims.against), out._cap_slopes(against_logit)
+        expected = expected if slopes is None else expected * slopes[:, None]
         expected_norm = out._norms(aims.against)
-    if tangent and out.affine:
-        assert norm_scale is not None
-        picture = _tangent(out, aims, norm_scale, expected, expected_norm)
+        expected_square = expected_norm.square()
+    if tangent and norm_scale is not None:
+        column, slopes = out._columns(aims.token), out._cap_slopes(token_logit)
+        column = column if slopes is None else column * slopes[:, None]
+        own_norm = out._norms(aims.token)
+        bend = None
+        if out.soft_cap is not None:
+            squares = (own_norm.square() + expected_square) / norm_scale.square()
+            bend = squares * 2 / (3 * 3**0.5 * out.soft_cap)
+        picture = Tangent(
+            gradient=out._transposed(column - expected, norm_scale),
+            reach=(own_norm + expected_norm) / norm_scale,
+            bend=bend,
+        )
     return Baseline(
         resid=torch.cat(list(resids))[source],
         aims=aims,
@@ -751,21 +831,6 @@ def baseline_of_runs(
         log_probs=log_probs,
         prediction=source,
         tangent=picture,
-    )
-
-
-def _tangent(
-    out: ReadOut,
-    aims: Aims,
-    norm_scale: Float[Tensor, " base"],
-    expected: Float[Tensor, "base d_model"],
-    expected_norm: Float[Tensor, " base"],
-) -> Tangent:
-    """From the column of the unembedding that is expected in the target's place, and its norm."""
-    column = out._columns(aims.token)
-    return Tangent(
-        gradient=out._transposed(column - expected, norm_scale),
-        reach=(out._norms(aims.token) + expected_norm) / norm_scale,
     )
 
 

@@ -50,7 +50,8 @@ class Certificate:
     """Why the neurons listed are the best: no neuron left out can score above the last of them."""
 
     applies: bool
-    """False where no bound holds (a recomputed norm, a soft cap): every neuron was scored."""
+    """False where no bound holds: every neuron was scored. (With a recomputed norm; and, where a
+    soft cap is on logits, for the lowest scores and for differences, which need intervals.)"""
     linear: bool
     """True for a contrast under a frozen norm: scores are linear, so that one product gives all
     of them exactly, and there is nothing to bound."""
@@ -95,8 +96,8 @@ class Certificate:
         """Why, in a sentence without its subject."""
         if not self.applies:
             return (
-                f"all {self.total:,} scored, as no bound holds under a recomputed norm or a soft "
-                "cap on logits"
+                f"all {self.total:,} scored, as no such bound holds under a recomputed norm or a "
+                "soft cap on logits"
             )
         if self.linear:
             return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
@@ -202,7 +203,7 @@ def top_neurons(
     """The ``top`` best neurons among blocks of one kind (all of them, if there are fewer).
 
     Exactly those a dense evaluation of every neuron would list first, with a certificate. Where
-    no bound holds (``out.affine`` is false) every neuron is scored.
+    no bound holds (a recomputed norm) every neuron is scored.
 
     Cost: a gradient and a matrix-vector product per layer, then about one read-out per neuron
     listed; dense, one read-out per neuron there is. For a contrast, the product alone.
@@ -232,7 +233,7 @@ def top_neurons_of_runs(
     tangents = tangent_bounds(runs, out, before)
     found: dict[int, RankedNeurons] = {}
     for run, blocks in enumerate(runs):
-        if tangents is not None and before.aims.against is not None:
+        if tangents is not None and out.affine and before.aims.against is not None:
             found[run] = _best_linear(blocks, tangents[run], top)
         elif tangents is None or 2 * top >= sum(block.n_neurons for block in blocks):
             found[run] = _best_of_all(blocks, out, before[bases[run]], top, progress)
@@ -267,6 +268,8 @@ class TangentBound:
     """Allowance for rounding per unit of coefficient."""
     constant: float
     """Allowance for the rounding of a logsumexp."""
+    bend: Float[Tensor, " subvalue"] | None
+    """Allowance for a soft cap, per squared coefficient."""
 
     def above(self) -> tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]:
         """A number that no neuron's score exceeds (-inf for those that are off), and the slack."""
@@ -287,6 +290,9 @@ def bounds_above(
     slack = block.of_each(torch.stack([each.slack for each in tangents])) * coefficients.abs()
     slopes = block.of_each(torch.stack([each.slope for each in tangents]))
     bounds = coefficients * slopes + slack + constant
+    if tangents[0].bend is not None:
+        bends = torch.stack([each.bend for each in tangents if each.bend is not None])
+        bounds = bounds + block.of_each(bends) * coefficients.square()
     return bounds.where(coefficients != 0, -torch.inf), slack.amax(1) + constant
 
 
@@ -314,7 +320,8 @@ def tangent_bounds(
     """The bounds of every block of every run; ``None`` if the norm is recomputed: none hold then.
 
     ``before`` has one base a block: a run's blocks in order, run after run.
-    Source: log p is concave in the residual vector, so its tangent lies above it.
+    Source: log p is concave in the residual vector, so its tangent lies above it; under a soft cap
+    nearly so (see ``Tangent``).
     Cost: one matrix product a layer, which reads its weights once for all runs.
     """
     tangent = before.tangent
@@ -322,6 +329,7 @@ def tangent_bounds(
         return None
     eps = torch.finfo(out.dtype).eps
     relative = 8 * math.sqrt(tangent.gradient.shape[1]) * eps
+    bends = [None] * len(before) if tangent.bend is None else tangent.bend
     n_layers = len(runs[0])
     columns = []
     for layer, block in enumerate(runs[0]):
@@ -338,9 +346,17 @@ def tangent_bounds(
                     slope=slope,
                     slack=relative * reach * go.of_norms(known).to(out.dtype),
                     constant=32 * eps,
+                    bend=None
+                    if bend is None
+                    else bend * (1 + relative) * go.of_norms(known).to(out.dtype).square(),
                 )
-                for run, go, slope, reach in zip(
-                    runs, outlets, products, tangent.reach[layer::n_layers], strict=True
+                for run, go, slope, reach, bend in zip(
+                    runs,
+                    outlets,
+                    products,
+                    tangent.reach[layer::n_layers],
+                    bends[layer::n_layers],
+                    strict=True,
                 )
             ]
         )
@@ -359,7 +375,7 @@ def score_bounds(
     """
     tangents = tangent_bounds([decompositions], out, before)
     if tangents is None:
-        raise InputError(no_bounds(out, "bounds"))
+        raise InputError("a recomputed norm has no bounds; use exact or published")
     above = [bound.above() for bound in tangents[0]]
     bounds = torch.cat([bound for bound, _ in above])
     return bounds.where(~bounds.isneginf(), 0.0), max(float(slack) for _, slack in above)
@@ -575,7 +591,7 @@ def _best_of_all(
     )
     best = largest(scores, top)
     certificate = Certificate(
-        applies=out.affine,
+        applies=out.bounded,
         linear=False,
         evaluated=_active(blocks),
         total=len(scores),
@@ -586,14 +602,14 @@ def _best_of_all(
     return _ranked(blocks, best, scores[best], certificate)
 
 
-def no_bounds(out: ReadOut, what: str) -> str:
-    """Why a read-out that is not affine has no bounds, or ``what`` rests on them."""
-    if out.soft_cap is not None:
-        return (
-            f"there are no {what} where logits pass through a soft cap: log p is not concave in "
-            "what is added; every neuron is scored there, so take the neurons themselves"
-        )
-    return f"a recomputed norm has no {what}; use exact or published"
+def no_intervals(out: ReadOut) -> str:
+    """Why a read-out that is not affine has no intervals."""
+    if out.soft_cap is None or not out.bounded:
+        return "a recomputed norm has no intervals; use exact or published"
+    return (
+        "there are no intervals where logits pass through a soft cap: scores are bounded from "
+        "above only; neuron_scores gives all of them"
+    )
 
 
 def _active(blocks: Sequence[Decomposition]) -> int:
