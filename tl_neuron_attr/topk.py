@@ -3,7 +3,8 @@
 With a frozen norm the logits are affine in the residual vector, so log p(w | x) is concave in x,
 and the first-order score ``u . g`` (g the gradient of log p at the base) is never below the exact
 score of u. One matrix-vector product per layer bounds every neuron's score; the exact scores are
-then computed in order of the bound, until the k-th best is no smaller than every bound left.
+then computed in order of the bound, until the k-th best is no smaller than every bound left. Where
+logits pass through a soft cap log p is nearly concave: bounds are raised by what the cap can bend.
 
 Rounding: both numbers are computed in finite precision, so each bound is raised by a slack. A dot
 product of d terms rounds by about ``sqrt(d) eps`` of the product of the norms (the probabilistic
@@ -96,8 +97,8 @@ class Certificate:
         """Why, in a sentence without its subject."""
         if not self.applies:
             return (
-                f"all {self.total:,} scored, as no such bound holds under a recomputed norm or a "
-                "soft cap on logits"
+                f"all {self.total:,} scored, as no bound holds that would exclude any: the norm is "
+                "recomputed, or a soft cap is on logits"
             )
         if self.linear:
             return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
