@@ -28,6 +28,15 @@ TOKENS = (3, 17, 5, 40, 8, 22)
 _SIZES = dict(hidden_size=24, intermediate_size=40, num_hidden_layers=3, num_attention_heads=4)
 _ROTARY = dict(vocab_size=61, max_position_embeddings=32, **_SIZES)
 _GROUPED = dict(num_key_value_heads=2, **_ROTARY)
+_OPT = dict(
+    vocab_size=61,
+    hidden_size=24,
+    ffn_dim=40,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    max_position_embeddings=32,
+    word_embed_proj_dim=24,
+)
 _GPT2 = dict(vocab_size=61, n_embd=24, n_head=3, n_layer=3, n_positions=32)
 
 # Family -> (Hugging Face class, configuration). Every kind of block that is supported.
@@ -38,18 +47,7 @@ FAMILIES = {
     "qwen2": ("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**_GROUPED)),
     "qwen3": ("Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**_GROUPED, head_dim=8)),
     "phi3": ("Phi3ForCausalLM", lambda: transformers.Phi3Config(**_GROUPED, pad_token_id=0)),
-    "opt": (
-        "OPTForCausalLM",
-        lambda: transformers.OPTConfig(
-            vocab_size=61,
-            hidden_size=24,
-            ffn_dim=40,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=32,
-            word_embed_proj_dim=24,
-        ),
-    ),
+    "opt": ("OPTForCausalLM", lambda: transformers.OPTConfig(**_OPT)),
     "neox": (
         "GPTNeoXForCausalLM",
         lambda: transformers.GPTNeoXConfig(**_ROTARY, use_parallel_residual=False),
@@ -92,6 +90,28 @@ FAMILIES |= {
     "gemma": ("GemmaForCausalLM", lambda: transformers.GemmaConfig(**_GROUPED, head_dim=6)),
 }
 
+# Families whose sub-layers write through a norm or a multiplier, and one that caps its logits. The
+# multipliers and the cap are strong enough to be missed at once.
+_GRANITE = dict(
+    residual_multiplier=0.5, embedding_multiplier=3.0, logits_scaling=0.4, attention_multiplier=0.3
+)
+_GEMMA = dict(head_dim=6, query_pre_attn_scalar=6, sliding_window=8, **_GROUPED)
+WRITTEN_THROUGH = {
+    "granite": (
+        "GraniteForCausalLM",
+        lambda: transformers.GraniteConfig(**_GROUPED, **_GRANITE),
+    ),
+    "olmo2": ("Olmo2ForCausalLM", lambda: transformers.Olmo2Config(**_GROUPED)),
+    "gemma3": ("Gemma3ForCausalLM", lambda: transformers.Gemma3TextConfig(**_GEMMA)),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(
+            **_GEMMA, final_logit_softcapping=1.5, attn_logit_softcapping=2.0
+        ),
+    ),
+}
+SUPPORTED = FAMILIES | WRITTEN_THROUGH
+
 # Families that must be refused, with a word of the reason.
 REFUSED = {
     "mixtral": (
@@ -99,18 +119,46 @@ REFUSED = {
         lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
         "experts",
     ),
-    "gemma2": (
-        "Gemma2ForCausalLM",
-        lambda: transformers.Gemma2Config(**_GROUPED, head_dim=6, query_pre_attn_scalar=6),
-        "soft cap",
+    "olmoe": (
+        "OlmoeForCausalLM",
+        lambda: transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
+        "experts",
     ),
-    "olmo2": ("Olmo2ForCausalLM", lambda: transformers.Olmo2Config(**_GROUPED), "post-norm"),
-    "granite": (
-        "GraniteForCausalLM",
-        lambda: transformers.GraniteConfig(**_GROUPED, residual_multiplier=0.5),
-        "scales",
+    "qwen2moe": (
+        "Qwen2MoeForCausalLM",
+        lambda: transformers.Qwen2MoeConfig(
+            **_GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            shared_expert_intermediate_size=24,
+        ),
+        "experts",
     ),
+    "qwen3moe": (
+        "Qwen3MoeForCausalLM",
+        lambda: transformers.Qwen3MoeConfig(
+            **_GROUPED,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=16,
+            head_dim=6,
+        ),
+        "experts",
+    ),
+    "opt-post": (
+        "OPTForCausalLM",
+        lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
+        "post-LayerNorm",
+    ),
+    "cohere": ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED), "scaled"),
 }
+
+# Families that are tested as HookedTransformer too, number for number against the bridge.
+HOOKED = (
+    *("gpt2", "llama", "mistral", "qwen2", "neox-parallel", "gptj"),
+    *("gemma2", "gemma3", "olmo2"),
+)
 
 
 def hugging_face_model(class_name, config, seed=0, scale=0.15):
@@ -143,8 +191,13 @@ def leaving_the_random_state(build):
 @leaving_the_random_state
 def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
     """A TransformerBridge of one family, its weights raw or folded."""
-    class_name, config, *_ = {**FAMILIES, **REFUSED}[family]
-    config = config()
+    class_name, config, *_ = {**SUPPORTED, **REFUSED}[family]
+    return bridge_from(class_name, config(), processed=processed, dtype=dtype, seed=seed)
+
+
+@leaving_the_random_state
+def bridge_from(class_name, config, *, processed=False, dtype=torch.float32, seed=0):
+    """A TransformerBridge of a Hugging Face class and configuration."""
     hf = hugging_face_model(class_name, config, seed).to(dtype)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

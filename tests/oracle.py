@@ -3,7 +3,9 @@
 import math
 
 
-def log_prob(model, vector, token, norm_scale, *, convention="exact", rms=False, eps=1e-5):
+def log_prob(
+    model, vector, token, norm_scale, *, convention="exact", rms=False, eps=1e-5, soft_cap=None
+):
     """log p(token) of one residual vector, a list of floats, through plain Python arithmetic."""
     gain, bias, W_U, b_U = model
     d_model = len(vector)
@@ -18,6 +20,8 @@ def log_prob(model, vector, token, norm_scale, *, convention="exact", rms=False,
         + (0.0 if convention == "published" else b)
         for column, b in zip(W_U, b_U, strict=True)
     ]
+    if soft_cap is not None:
+        logits = [soft_cap * math.tanh(z / soft_cap) for z in logits]
     largest = max(logits)
     total = sum(math.exp(z - largest) for z in logits)
     return logits[token] - largest - math.log(total)

@@ -70,6 +70,8 @@ class Definition:
     def normed(self, kind, layer, x, frozen):
         """What the sub-layer would read of x with the scale of its norm as it is for ``frozen``."""
         norm = self.host.attn_norm(layer) if kind == "attn" else self.host.ffn_norm(layer)
+        if norm.kind == "none":
+            return x
         d = len(x)
         centre = self.host.norm == "layer_norm"
         mean = float(frozen.sum()) / d if centre else 0.0
@@ -102,6 +104,17 @@ class Definition:
         return float(
             self.at("mlp.hook_pre_linear" if name == "up" else "mlp.hook_pre", layer)[index]
         )
+
+    def written(self, kind, layer, u):
+        """A part of a sub-layer's output as it is in the residual stream."""
+        post = self.host.post_norm(layer, kind)
+        if post is not None:
+            name = "ln1" if kind == "attn" else "ln2"
+            post_name = f"{name}_post.hook_scale"
+            if f"blocks.{layer}.{post_name}" not in self.cache:  # TransformerLens 3.9's OLMo 2
+                post_name = f"{name}.hook_scale"
+            u = u * post.gain.double() / self.at(post_name, layer)
+        return u.double() * self.host.residual_scale
 
     def effects(self, u, layers_of):
         """How far each later pre-activation moves if u is added under a frozen norm."""
@@ -138,11 +151,13 @@ def test_effects_on_later_neurons_are_their_definition(family, neuron):
     definition = Definition(model, result)
     if isinstance(neuron, FFNNeuron):
         u = result.captured.mlp_post[0, 3] * result.host.W_out(0)[3]
+        u = definition.written("ffn", 0, u)
         reach = {"attn": 1, "ffn": 1}
     else:
         z = result.attns[1].coefficients()[neuron.head, :, neuron.index]
         coefficient = z.sum() if neuron.source_pos is None else z[neuron.source_pos]
         u = coefficient * result.host.W_O(1)[neuron.head, neuron.index]
+        u = definition.written("attn", 1, u)
         reach = {"attn": 2, "ffn": 2 if result.host.parallel else 1}
     wanted = definition.effects(u.detach().double(), reach)
     found = {key_of(row): row for row in rows_of(card.downstream)}
@@ -174,6 +189,7 @@ def test_heads_carry_a_contribution_on_as_defined(family, position):
     definition = Definition(model, result, position)
     card = neuron_card(result, "L0.N5", position=position, tokens=3, top=100)
     u = definition.at("mlp.hook_post", 0)[5] * host.W_out(0)[5].double()
+    u = definition.written("ffn", 0, u)
     gain = torch.ones(host.d_model) if host.final_gain is None else host.final_gain
     found = {(row.layer, row.head): row for row in card.heads.itertuples()}
     assert found.keys() == {(layer, head) for layer in (1, 2) for head in range(host.n_heads)}
@@ -186,6 +202,7 @@ def test_heads_carry_a_contribution_on_as_defined(family, position):
         carried = torch.zeros(host.d_model).double()
         for index in range(host.d_head):
             carried += (read @ W_V[group, :, index]) * W_O[head, index]
+        carried = definition.written("attn", layer, carried)
         centred = carried - carried.mean() if host.norm == "layer_norm" else carried
         logits = (centred / result.out.norm_scale * gain) @ host.W_U
         order = logits.argsort(descending=True).tolist()

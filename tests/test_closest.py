@@ -57,6 +57,8 @@ class Frozen:
         self.embedded = cache["blocks.0.hook_resid_pre"][0, upto].double()
 
     def norm(self, norm, x):
+        if norm.kind == "none":
+            return x
         x = x - x.mean(-1, keepdim=True) if self.host.norm == "layer_norm" else x
         x = x / (x.pow(2).mean(-1, keepdim=True) + self.host.eps).sqrt()
         x = x if norm.gain is None else x * norm.gain.double()
@@ -74,7 +76,13 @@ class Frozen:
             z.append(self.pattern[layer][head] @ v)
         z = torch.stack(z, 1) * dial
         out = torch.einsum("phd,hdm->pm", z, host.W_O(layer).double())
-        return out if host.b_O(layer) is None else out + host.b_O(layer).double()
+        out = out if host.b_O(layer) is None else out + host.b_O(layer).double()
+        return self.written("attn", layer, out)
+
+    def written(self, kind, layer, out):
+        """In the residual stream: through the sub-layer's own norm, its scale answering."""
+        post = self.host.post_norm(layer, kind)
+        return self.host.residual_scale * (out if post is None else self.norm(post, out))
 
     def ffn(self, layer, x, dial):
         host, post = self.host, self.post[layer]
@@ -91,7 +99,8 @@ class Frozen:
             gate = pre(host.W_gate(layer), host.b_gate(layer))
             hidden = gate * (post / (gate * up)).detach() * up
         out = (hidden * dial) @ host.W_out(layer).double()
-        return out if host.b_out(layer) is None else out + host.b_out(layer).double()
+        out = out if host.b_out(layer) is None else out + host.b_out(layer).double()
+        return self.written("ffn", layer, out)
 
     def final(self, dials):
         x = self.embedded

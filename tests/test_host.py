@@ -4,7 +4,15 @@ import warnings
 
 import pytest
 import torch
-from conftest import FAMILIES, REFUSED, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import (
+    FAMILIES,
+    HOOKED,
+    REFUSED,
+    TOKENS,
+    bridge_of,
+    hooked_of,
+    needs_hooked_transformer,
+)
 
 from tl_neuron_attr import (
     IdentityError,
@@ -86,7 +94,7 @@ def test_a_raw_model_brings_no_warning(any_model):
 
 
 @needs_hooked_transformer
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen2", "neox-parallel", "gptj"])
+@pytest.mark.parametrize("family", [name for name in HOOKED if name in FAMILIES])
 def test_hooked_transformer_gives_the_bridges_numbers(family):
     wanted = attribute_quietly(bridge_of(family))
     raw = attribute_quietly(hooked_of(family))
@@ -241,7 +249,7 @@ def test_what_is_no_decoder_with_a_final_norm_is_refused():
         ("attention_dir", "bidirectional", "encoder"),
         ("load_in_4bit", True, "quantised"),
         ("is_encoder_decoder", True, "encoder-decoder"),
-        ("logit_scale", 0.25, "scales"),
+        ("logit_scale", 0.25, "scaled"),
         ("do_layer_norm_before", False, "post-LayerNorm"),
         ("normalization_type", None, "neither LayerNorm nor RMSNorm"),
         ("attn_only", True, "no FFN"),

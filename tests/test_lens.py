@@ -50,7 +50,9 @@ def by_definition(model, result):
             final = stations[-1][position].double().tolist()
             scale = oracle.norm_scale(final, **options)
             vector = station[position].double().tolist()
-            log_prob = oracle.log_prob(weights, vector, result.target.id, scale, **options)
+            log_prob = oracle.log_prob(
+                weights, vector, result.target.id, scale, soft_cap=host.soft_cap, **options
+            )
             table.append((layer, position, log_prob))
     return table
 

@@ -25,8 +25,10 @@ def assert_right(host):
     gain = 1.0 if host.final_gain is None else host.final_gain.double()[:, None]
     pairs = [(found.of_columns(host.W_U), (host.W_U.double() * gain).square().sum(0).sqrt())]
     for layer in range(host.n_layers):
-        for rows in (host.W_out(layer), host.W_O(layer).flatten(0, 1)):
-            pairs.append((found.of_rows(rows), rows.double().square().sum(1).sqrt()))
+        for kind, rows in (("ffn", host.W_out(layer)), ("attn", host.W_O(layer).flatten(0, 1))):
+            post = host.post_norm(layer, kind)
+            weighted = rows.double() * (1.0 if post is None else post.gain.double())
+            pairs.append((found.of_rows(rows), weighted.square().sum(1).sqrt()))
     for ours, theirs in pairs:
         if ours is not None:
             torch.testing.assert_close(ours.double(), theirs, rtol=1e-6, atol=0)
@@ -56,7 +58,9 @@ def test_norms_are_measured_once_for_all_runs_of_a_model(monkeypatch):
     model = bridge_of("llama")
     measured = []
     real = norms_module.row_norms
-    monkeypatch.setattr(norms_module, "row_norms", lambda rows: (measured.append(1), real(rows))[1])
+    monkeypatch.setattr(
+        norms_module, "row_norms", lambda *given: (measured.append(1), real(*given))[1]
+    )
     attribute(model, TOKENS, top=5)
     assert len(measured) == 2 * open_host(model).n_layers
     attribute(model, TOKENS[:3], top=5)

@@ -351,7 +351,7 @@ def _scored(
     if dtype is not None:
         captures = _in_dtype(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
-    outs = [out.frozen_at(run.resid_final) if out.affine else out for run in captures]
+    outs = [out.frozen_at(run.resid_final) for run in captures]
     ffns, attns = ffn_decompositions(host, captures), attn_decompositions(host, captures)
     before = baselines_of_runs(captures, outs, targets)
     layer_results = layer_scores(captures, outs[0], before)

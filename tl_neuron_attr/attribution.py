@@ -57,7 +57,7 @@ from tl_neuron_attr.tables import (
     token_columns,
     write_run,
 )
-from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of, top_neurons
+from tl_neuron_attr.topk import Kind, RankedNeurons, no_intervals, subvalues_of, top_neurons
 
 ValueNeurons = str | FFNNeuron | AttnNeuron | Iterable[str | FFNNeuron | AttnNeuron]
 """Value neurons to find query neurons of: ``"attn"``, ``"ffn"`` or ``"both"`` for the top ones of a
@@ -328,7 +328,7 @@ class Attribution:
         if kind not in ("ffn", "attn"):
             raise InputError(f"kind must be 'ffn' or 'attn', got {kind!r}")
         if not self.out.affine:
-            raise InputError("a recomputed norm has no intervals; use exact or published")
+            raise InputError(no_intervals(self.out))
         if self.target.against is None:
             self._need_index()
         with torch.no_grad():

@@ -23,6 +23,7 @@ from tl_neuron_attr.host import (
     cache_is_of,
     check_left_padding,
     coefficient_name,
+    final_logits,
     final_resid_name,
     has_hooks,
     hook_names,
@@ -68,6 +69,10 @@ class Capture:
     """Value vectors, value bias included; query heads share them in groups."""
     z: Float[Tensor, "layer head d_head"]
     """What each head gathered at the read position: the sum of ``pattern * v`` over sources."""
+    attn_post_scale: Float[Tensor, "layer 1"] | None = None
+    """Divisor of the norm on what attention writes; ``None`` where there is no such norm."""
+    ffn_post_scale: Float[Tensor, "layer 1"] | None = None
+    """Likewise of the FFN. ``attn_out`` and ``mlp_out`` are what comes out of these norms."""
     logits: Float[Tensor, " d_vocab"]
     """The model's own logits at the read position."""
 
@@ -84,7 +89,11 @@ class Capture:
         return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
 
 
-_LAYERED = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "mlp_post", "pattern", "v", "z")
+_POST_SCALES = ("attn_post_scale", "ffn_post_scale")
+_LAYERED = (
+    *("resid_pre", "resid_mid", "attn_out", "mlp_out", "mlp_post", "pattern", "v", "z"),
+    *_POST_SCALES,
+)
 _TENSORS = (*_LAYERED, "resid_final", "logits")
 
 
@@ -105,11 +114,14 @@ class Sources:
     """Coefficients of the FFN neurons there."""
     pattern: Float[Tensor, "layer head source pos"]
     """Attention these positions pay to each position up to the read position."""
+    attn_post_scale: Float[Tensor, "layer source 1"] | None = None
+    """Divisor of the norm on what attention writes there; ``None`` where there is none."""
+    ffn_post_scale: Float[Tensor, "layer source 1"] | None = None
 
     __repr__ = brief
 
 
-_SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern")
+_SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern", *_POST_SCALES)
 
 # Largest difference to the value vectors captured before, relative to the largest, by the dtype of
 # the model: a prompt alone and in a batch differ by rounding.
@@ -344,6 +356,7 @@ def capture_sources(
     tensors = {
         kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(like)
         for kind in (*_SOURCED, "v")
+        if f"{kind}.0" in wanted
     }
     error = _relative(tensors.pop("v"), captured.v)
     if not error <= _SAME_RUN[host.dtype]:
@@ -581,6 +594,8 @@ def _read_cache(
         seen[key] = _copies(key, activation, places)
     if "logits" not in seen:
         seen["logits"] = _logits(host, seen["resid_final"])
+    elif host.logit_scale != 1 or host.soft_cap is not None:  # the cache has them before that
+        seen["logits"] = [final_logits(host, logits) for logits in seen["logits"]]
     return _captures(host, prompts, places, seen)
 
 
@@ -662,7 +677,7 @@ def _logits(
     """The model's logits from its last residuals."""
     with torch.no_grad():
         resid = torch.stack([*resid_final]).to(host.device, host.dtype)[None]
-        logits = host.model.unembed(host.model.ln_final(resid))[0]
+        logits = final_logits(host, host.model.unembed(host.model.ln_final(resid))[0])
         return [_scoring_copy(row.to(resid_final[0].device)) for row in logits]
 
 

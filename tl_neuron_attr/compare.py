@@ -411,6 +411,8 @@ def _settled(
     base = "resid_pre" if ours.resid_mid is None else "resid_mid"
     attn, ffn = same("resid_pre", "attn_out")[:, 0], same(base, "mlp_out")[:, 0]
     head = same("resid_pre") & (ours.z == theirs.z).all(-1)
+    if ours.attn_post_scale is not None:  # by which all heads of the layer are divided
+        head &= same("attn_post_scale")
     scores = original.layer_scores
     return LayerScores(
         attn=scores.attn.where(attn, layers.attn), ffn=scores.ffn.where(ffn, layers.ffn)
@@ -513,9 +515,9 @@ def _as_before(original: Capture, captured: Capture, zeroed: Zeroed) -> Capture:
     before = {"resid_pre": first + 1, "pattern": first + 1, "v": first + 1}
     # of the first such layer what reads the same: all of its attention, if only its FFN is touched,
     # and the other way in parallel blocks
-    for name in ("z", "attn_out", "resid_mid"):
+    for name in ("z", "attn_out", "attn_post_scale", "resid_mid"):
         before[name] = first + (ffn == {True})
-    for name in ("mlp_post", "mlp_out"):
+    for name in ("mlp_post", "mlp_out", "ffn_post_scale"):
         before[name] = first + (original.resid_mid is None and ffn == {False})
     tensors = {}
     for name, count in before.items():

@@ -4,6 +4,11 @@ A block writes ``mlp_out = sum_k m_k * W_out[k] + b_out`` and
 ``attn_out = sum_{h,p,k} pattern[h,p] * v[p,h,k] * W_O[h,k] + b_O``. The numbers are the neurons'
 *coefficients*, the rows of the weight their *subvalues*; the biases belong to no neuron.
 Source: Yu & Ananiadou (2024), section 3.
+
+Where a norm stands between a sub-layer and the residual stream (Gemma 2 and 3, OLMo 2), it is
+frozen at the scale it has in the run, which makes it linear: both sides of these sums go through
+it, subvalues are the rows as they come out of it, and what all neurons and the bias write is still
+the sub-layer's output, exactly. The same for a multiplier (Granite).
 """
 
 from collections.abc import Sequence
@@ -14,14 +19,86 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.capture import Capture, Sources
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlet:
+    """What a sub-layer's output goes through on its way into the residual stream.
+
+    An RMSNorm frozen at its scale, a multiplier, or (nearly everywhere) nothing. Entry by entry,
+    so that it is its own transpose: a gradient in the residual stream goes back through it too.
+    """
+
+    gain: Float[Tensor, " d_model"] | None = None
+    """The norm's gain."""
+    divisor: Float[Tensor, "*#batch 1"] | None = None
+    """The norm's scale, over the multiplier."""
+
+    __repr__ = brief
+
+    def __call__(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*_ d_model"]:
+        """Vectors of the sub-layer's output as they are in the residual stream."""
+        return self.scaled(self.weighted(vectors))
+
+    def weighted(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
+        """The part that is one for all runs: the gain."""
+        return vectors if self.gain is None else vectors * self.gain.to(vectors.dtype)
+
+    def scaled(self, values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*_ n"]:
+        """The part that is this run's: the scale, of vectors or of their coefficients."""
+        return values if self.divisor is None else values / self.divisor.to(values.dtype)
+
+    def as_in(self, other: "Outlet") -> bool:
+        """Whether it is the same in another run of the model, to the last bit."""
+        if self.divisor is None or other.divisor is None:
+            return self.divisor is other.divisor
+        return torch.equal(self.divisor, other.divisor)
+
+    def of_norms(self, norms: Float[Tensor, " subvalue"]) -> Float[Tensor, " subvalue"]:
+        """Norms of rows, each entry weighted by the gain already, as they are behind it."""
+        return norms if self.divisor is None else norms / self.divisor.to(norms.dtype)
+
+
+def outlet(
+    host: Host,
+    run: Capture | Sources,
+    kind: Kind,
+    layer: int,
+    places: Int[Tensor, " place"] | None = None,
+) -> Outlet:
+    """The way from one sub-layer into the residual stream, its norm as it was in the run.
+
+    At the read position of a capture; of ``Sources`` at all of its positions, or at those with
+    these places among them: it then takes one vector for each.
+    """
+    (through,) = _outlets(host, [run], kind, layer)
+    if through.divisor is None or places is None or len(through.divisor) == 1:
+        return through
+    return replace(through, divisor=through.divisor[places])
+
+
+def _outlets(host: Host, runs: Sequence[Capture | Sources], kind: Kind, layer: int) -> list[Outlet]:
+    """Those of one sub-layer, of each run: its norm is looked up once."""
+    norm = host.post_norm(layer, kind)
+    gain = None if norm is None else norm.gain
+    outlets = []
+    for run in runs:
+        scales = run.ffn_post_scale if kind == "ffn" else run.attn_post_scale
+        divisor = None if scales is None else scales[layer]
+        if host.residual_scale != 1:
+            one = host.W_U.new_ones(1, dtype=torch.float64) if divisor is None else divisor
+            divisor = one / host.residual_scale
+        outlets.append(Outlet(gain=gain, divisor=divisor))
+    return outlets
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +114,8 @@ class FFNDecomposition:
     coefficients: Float[Tensor, " d_mlp"]
     W_out: Float[Tensor, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
+    """The bias, as it comes out of ``outlet``."""
+    outlet: Outlet = Outlet()
 
     __repr__ = brief
 
@@ -51,14 +130,14 @@ class FFNDecomposition:
 
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_out``."""
-        return self.W_out[number].to(self.base.dtype)
+        return self.outlet(self.W_out[number].to(self.base.dtype))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
-        """Every subvalue once, as the weights hold them."""
+        """Every subvalue once, as the weights hold them: before ``outlet``."""
         return self.W_out
 
     def row_of(self, number: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
@@ -67,7 +146,7 @@ class FFNDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -81,7 +160,7 @@ class FFNDecomposition:
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``mlp_out`` less the bias."""
-        return self.coefficients @ self.W_out.to(self.base.dtype)
+        return self.outlet(self.coefficients @ self.W_out.to(self.base.dtype))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +178,8 @@ class AttnDecomposition:
     v: Float[Tensor, "pos key_value_head d_head"]
     W_O: Float[Tensor, "head d_head d_model"]
     b_O: Float[Tensor, " d_model"] | None
+    """The bias, as it comes out of ``outlet``."""
+    outlet: Outlet = Outlet()
     summed: bool = False
     """Whether source positions were summed into one (see ``over_sources``)."""
 
@@ -139,14 +220,14 @@ class AttnDecomposition:
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_O``."""
         head, _, index = self.place(number)
-        return self.W_O[head, index].to(self.base.dtype)
+        return self.outlet(self.W_O[head, index].to(self.base.dtype))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
     def rows(self) -> Float[Tensor, "subvalue d_model"]:
-        """Every subvalue once, as the weights hold them, by head and index."""
+        """Every subvalue once, as the weights hold them, by head and index: before ``outlet``."""
         return self.W_O.flatten(0, 1)
 
     def row_of(self, number: Int[Tensor, " neuron"]) -> Int[Tensor, " neuron"]:
@@ -156,7 +237,7 @@ class AttnDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -172,7 +253,7 @@ class AttnDecomposition:
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
-        return self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype)
+        return self.outlet(self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype))
 
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
@@ -248,7 +329,8 @@ def head_vectors_of_runs(
 ) -> Float[Tensor, "run head d_model"]:
     """What each head of one layer adds to the residual stream, in each of several runs."""
     z = torch.stack([block.z() for block in blocks], dim=1)
-    return (z @ blocks[0].W_O.to(z.dtype)).transpose(0, 1)
+    written = (z @ blocks[0].W_O.to(z.dtype)).transpose(0, 1)
+    return torch.stack([block.outlet(each) for block, each in zip(blocks, written, strict=True)])
 
 
 def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[FFNDecomposition]:
@@ -260,9 +342,10 @@ def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[
             base=(run.resid_pre if run.resid_mid is None else run.resid_mid)[layer],
             coefficients=run.mlp_post[layer],
             W_out=W_out,
-            b_out=b_out,
+            b_out=None if b_out is None else through(b_out.to(run.v.dtype)),
+            outlet=through,
         )
-        for run in captures
+        for run, through in zip(captures, _outlets(host, captures, "ffn", layer), strict=True)
     ]
 
 
@@ -275,9 +358,10 @@ def _attns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list
             pattern=run.pattern[layer],
             v=run.v[layer],
             W_O=W_O,
-            b_O=b_O,
+            b_O=None if b_O is None else through(b_O.to(run.v.dtype)),
+            outlet=through,
         )
-        for run in captures
+        for run, through in zip(captures, _outlets(host, captures, "attn", layer), strict=True)
     ]
 
 

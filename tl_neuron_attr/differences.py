@@ -110,7 +110,7 @@ def top_differences(
     With ``lowest`` those for which it falls short most, lowest difference first. Exactly those that
     scoring every neuron in both runs would list, with a certificate. A neuron that is off in both
     runs, or has one coefficient before one base in both runs of a model, differs by exactly 0.
-    Where no bound holds (a recomputed norm) every other neuron is scored.
+    Where no bound holds (a recomputed norm, a soft cap) every other neuron is scored.
 
     Cost: the bounds of both runs (without an index one pass over the unembedding each), then about
     two read-outs per neuron listed, and more where bounds are wide.
@@ -187,7 +187,11 @@ def _unchanged(first: Side, second: Side, place: int) -> Bool[Tensor, " neuron"]
     """Neurons of one block whose difference is exactly 0, without a look at any score."""
     one, other = first.blocks[place], second.blocks[place]
     before, after = one.all_coefficients(), other.all_coefficients()
-    if first.out is second.out and torch.equal(one.base, other.base):
+    if (
+        first.out is second.out
+        and torch.equal(one.base, other.base)
+        and one.outlet.as_in(other.outlet)
+    ):
         return before == after
     return (before == 0) & (after == 0)
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex
+from typing import Any, Literal, SupportsIndex, get_args
 
 import torch
 from jaxtyping import Float, Int
@@ -32,14 +32,17 @@ _WITHOUT_VALUE_BIAS = frozenset({"GPTNeoForCausalLM"})
 # Families whose bridge calls the hook of the attention pattern after those of z and the output.
 _LATE_PATTERN = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM"})
 
-# Post-norm families whose blocks TransformerLens 3.9 does not mark as such.
-_POST_NORM = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+# Families that norm what each sub-layer writes and nothing it reads. TransformerLens 3.9 calls
+# these norms ln1 and ln2, as it calls those in front of a sub-layer elsewhere.
+_POST_NORM_ONLY = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
     """What a norm multiplies by and adds; ``None`` where it has none, or it was folded."""
 
+    kind: Literal["layer_norm", "rms_norm", "none"]
+    """``none``: nothing is normed, what comes in goes out (OLMo 2 in front of its sub-layers)."""
     gain: Float[Tensor, " d_model"] | None
     bias: Float[Tensor, " d_model"] | None
 
@@ -63,6 +66,12 @@ class Host:
     eps: float
     parallel: bool
     """Attention and FFN read the same residual stream (NeoX, GPT-J), so there is no resid_mid."""
+    residual_scale: float
+    """What all that a sub-layer writes is multiplied by (Granite); 1 nearly everywhere."""
+    logit_scale: float
+    """What all logits are multiplied by (Granite); 1 nearly everywhere."""
+    soft_cap: float | None
+    """Logits z become ``soft_cap * tanh(z / soft_cap)`` (Gemma 2); ``None``: they stay."""
     n_layers: int
     n_heads: int
     n_key_value_heads: int
@@ -96,18 +105,27 @@ class Host:
 
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"] | None:
-        """The unembedding's bias, if the model has one."""
-        return _parameter(self.model, "b_U")
+        """The unembedding's bias, if the model has one; ``logit_scale`` is in it."""
+        return self._scaled(_parameter(self.model, "b_U"))
 
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
-        """The final norm's gain; ``None`` where it was folded into the unembedding."""
-        return _gain(self.model.ln_final, self.model.cfg, self.class_name)
+        """The final norm's gain; ``None`` where it was folded into the unembedding.
+
+        ``logit_scale`` is in it, so that logits come out scaled.
+        """
+        gain = _gain(self.model.ln_final, self.model.cfg, self.class_name)
+        if gain is None and self.logit_scale != 1:
+            gain = self.W_U.new_ones(self.d_model)
+        return self._scaled(gain)
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
-        """The final norm's bias (LayerNorm only); ``None`` where absent or folded."""
-        return _parameter(self.model.ln_final, "bias", "b")
+        """The final norm's bias (LayerNorm only); ``None`` where absent or folded; likewise."""
+        return self._scaled(_parameter(self.model.ln_final, "bias", "b"))
+
+    def _scaled(self, vector: Float[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
+        return vector if vector is None or self.logit_scale == 1 else vector * self.logit_scale
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Row k is the subvalue of FFN neuron k."""
@@ -164,6 +182,8 @@ class Host:
         return self._norm(layer, "ln2", "ln1")
 
     def _norm(self, layer: int, *names: str) -> Norm:
+        if self.architecture in _POST_NORM_ONLY:
+            return Norm(kind="none", gain=None, bias=None)
         parts = dict(self.model.blocks[layer].named_children())
         norm = next((parts[name] for name in names if name in parts), None)
         if norm is None:
@@ -172,7 +192,16 @@ class Host:
                 "known what its neurons read"
             )
         gain = _gain(norm, self.model.cfg, self.class_name)
-        return Norm(gain=gain, bias=_parameter(norm, "bias", "b"))
+        return Norm(kind=self.norm, gain=gain, bias=_parameter(norm, "bias", "b"))
+
+    def post_norm(self, layer: int, kind: Kind) -> Norm | None:
+        """The norm on what a sub-layer writes, before the residual stream; ``None`` without one."""
+        name = _post_norm_name(self.model, self.architecture, layer, kind)
+        if name is None:
+            return None
+        norm = getattr(self.model.blocks[layer], name)
+        gain = _gain(norm, self.model.cfg, self.class_name)
+        return Norm(kind=self.norm, gain=gain, bias=_parameter(norm, "bias", "b"))
 
     def token_text(self, token: int) -> str:
         """How one token reads in a sentence, with its leading space; ``<id>`` without tokenizer."""
@@ -226,6 +255,9 @@ def open_host(model: Any) -> Host:
         norm="rms_norm" if cfg.normalization_type.startswith("RMS") else "layer_norm",
         eps=float(cfg.eps),
         parallel=bool(cfg.parallel_attn_mlp),
+        residual_scale=float(getattr(cfg, "residual_multiplier", None) or 1.0),
+        logit_scale=1.0 / float(getattr(cfg, "logits_scaling", None) or 1.0),
+        soft_cap=_soft_cap(cfg),
         n_layers=len(model.blocks),
         n_heads=n_heads,
         n_key_value_heads=int(getattr(cfg, "n_key_value_heads", None) or n_heads),
@@ -342,6 +374,10 @@ def hook_names(host: Host, layer: int) -> dict[str, str]:
     }
     if host.parallel:
         del names["resid_mid"]
+    for kind in get_args(Kind):
+        post = _post_norm_name(host.model, host.architecture, layer, kind)
+        if post is not None:
+            names[f"{kind}_post_scale"] = f"{block}{post}.hook_scale"
     return names
 
 
@@ -377,6 +413,25 @@ def last_ffn_input_name(host: Host) -> str | None:
 def unembedding_input_name(host: Host) -> str:
     """The hook of what is unembedded; what it lets through is all that logits are computed of."""
     return "unembed.hook_in"
+
+
+def final_logits(
+    host: Host, unembedded: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch d_vocab"]:
+    """The model's logits from what its unembedding gives: scaled and capped where it does so."""
+    logits = unembedded if host.logit_scale == 1 else unembedded * host.logit_scale
+    if host.soft_cap is None:
+        return logits
+    return host.soft_cap * torch.tanh(logits / host.soft_cap)
+
+
+def sliding_window(host: Host, layer: int) -> int | None:
+    """How many positions a layer's cache of keys and values keeps at most; ``None``: all."""
+    config = getattr(getattr(host.model, "original_model", None), "config", None)
+    window = getattr(config, "sliding_window", None)  # HookedTransformer masks, and keeps all
+    kinds = getattr(config, "layer_types", None)
+    slides = kinds[layer] == "sliding_attention" if kinds else window is not None
+    return window if slides else None
 
 
 def pattern_is_late(host: Host) -> bool:
@@ -700,6 +755,20 @@ def _gain(norm: Any, cfg: Any, class_name: str) -> Tensor | None:
     return 1 + gain if gain is not None and offset else gain
 
 
+def _soft_cap(cfg: Any) -> float | None:
+    cap = getattr(cfg, "output_logits_soft_cap", None)
+    return float(cap) if cap is not None and cap > 0 else None
+
+
+def _post_norm_name(model: Any, architecture: str, layer: int, kind: Kind) -> str | None:
+    """What the block calls the norm on its attention's, or its FFN's, output; if it has one."""
+    parts = dict(model.blocks[layer].named_children())
+    name = "ln1" if kind == "attn" else "ln2"
+    if f"{name}_post" in parts:
+        return f"{name}_post"
+    return name if architecture in _POST_NORM_ONLY and name in parts else None
+
+
 def _centred(weight: Tensor) -> bool:
     """Whether the mean was taken out of a weight's rows (which changes no score); a few tell."""
     rows = weight.detach()[:64]
@@ -764,20 +833,18 @@ def _refuse_unsupported(model: Any) -> None:
     if setting("is_encoder_decoder"):
         refuse("it is an encoder-decoder")
     if setting("num_experts") or setting("num_local_experts"):
-        refuse("its FFN is a mixture of experts, whose neurons sit behind a router")
+        refuse(
+            "its FFN is a mixture of experts, whose neurons sit behind a router; TransformerLens's "
+            "hooks show what goes into the experts and what comes out, not their neurons"
+        )
     if setting("is_stateful"):
         refuse("it is a state-space or recurrent model, not an attention decoder")
     if setting("attention_dir") == "bidirectional":
         refuse("it is an encoder; only causal decoders predict a next token")
     if setting("load_in_4bit") or setting("load_in_8bit") or not _scorable(model.W_U):
         refuse("its weights are quantised; load it in float32, bfloat16 or float16")
-    if (setting("output_logits_soft_cap") or 0) > 0:
-        refuse("its logits pass through a soft cap, so the read-out is not affine")
-    if setting("use_normalization_before_and_after") or architecture in _POST_NORM:
-        refuse("it normalises the output of each sub-layer (post-norm)")
-    scales = ("residual_multiplier", "logits_scaling", "logit_scale")
-    if any((setting(name) or 1) != 1 for name in scales):
-        refuse("it scales what each sub-layer writes to the residual stream, or its logits")
+    if (setting("logit_scale") or 1) != 1:
+        refuse("its logits are scaled, by a number that TransformerLens folds into weights or not")
     if setting("do_layer_norm_before") is False:
         refuse("it normalises the residual stream after each sub-layer (post-LayerNorm)")
     if setting("normalization_type") not in ("LN", "LNPre", "RMS", "RMSPre"):
@@ -790,8 +857,11 @@ def _refuse_unsupported(model: Any) -> None:
         for part in ("attn", "mlp"):
             if part not in parts:
                 refuse(f"layer {layer} has no {part!r}")
-        if "ln1_post" in parts or "ln2_post" in parts:
-            refuse("it normalises the output of each sub-layer (post-norm)")
+        posts = [_post_norm_name(model, architecture, layer, kind) for kind in get_args(Kind)]
+        if any(posts) and not str(setting("normalization_type")).startswith("RMS"):
+            refuse("a LayerNorm is on the output of each sub-layer; only RMSNorms are known there")
+        if posts != [_post_norm_name(model, architecture, 0, kind) for kind in get_args(Kind)]:
+            refuse("some of its layers norm what they write, and others do not")
         for module, name in ((block.mlp, "W_out"), (block.attn, "W_O")):
             weight = _parameter(module, name)
             if weight is None:

@@ -143,7 +143,9 @@ def _check(host: Host, found: tuple[Identity, ...]) -> None:
 
 def _normalized(host: Host, norm: Norm, resid: Float[Tensor, " d_model"]) -> Tensor:
     """What a sub-layer reads: the residual stream through its norm."""
-    resid = resid - resid.mean() if host.norm == "layer_norm" else resid
+    if norm.kind == "none":
+        return resid
+    resid = resid - resid.mean() if norm.kind == "layer_norm" else resid
     scaled = resid / (resid.square().mean() + host.eps).sqrt()
     return _plus(scaled if norm.gain is None else scaled * norm.gain.to(resid.dtype), norm.bias)
 
@@ -181,7 +183,11 @@ def _attention(host: Host, captured: Capture) -> tuple[Identity, Identity]:
     return (
         _identity(host, "the attention pattern", "pattern @ v = z", z, captured.z),
         _identity(
-            host, "the attention neurons", "z @ W_O + b_O = attn_out", sums, captured.attn_out
+            host,
+            "the attention neurons",
+            "z @ W_O + b_O = attn_out" + _behind(host, captured.attn_post_scale),
+            sums,
+            captured.attn_out,
         ),
     )
 
@@ -190,8 +196,19 @@ def _ffn(host: Host, captured: Capture) -> Identity:
     parts = [ffn_decomposition(host, captured, layer) for layer in range(host.n_layers)]
     sums = torch.stack([_plus(part.sum(), part.b_out) for part in parts])
     return _identity(
-        host, "the FFN neurons", "mlp_post @ W_out + b_out = mlp_out", sums, captured.mlp_out
+        host,
+        "the FFN neurons",
+        "mlp_post @ W_out + b_out = mlp_out" + _behind(host, captured.ffn_post_scale),
+        sums,
+        captured.mlp_out,
     )
+
+
+def _behind(host: Host, post_scale: Tensor | None) -> str:
+    """What the left side goes through before it is in the residual stream."""
+    if post_scale is not None:
+        return ", the left behind the sub-layer's own norm"
+    return "" if host.residual_scale == 1 else f", the left times {host.residual_scale:g}"
 
 
 def _read_out(host: Host, captured: Capture) -> Identity:

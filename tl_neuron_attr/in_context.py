@@ -87,7 +87,8 @@ class InContextHeads:
     the head is zeroed at all positions; missing if not asked for), ``contrast`` (rise in
     log p(b1) - log p(b2)), and of the positions of each label together ``attention_1,
     attention_2`` (which the read position pays them) and ``contrast_1, contrast_2`` (the part of
-    ``contrast`` that comes from there; with a recomputed norm parts do not add up).
+    ``contrast`` that comes from there; with a recomputed norm, or a soft cap on
+    logits, parts do not add up).
     """
     positions: pd.DataFrame
     """The same heads at each label position.

@@ -1,8 +1,9 @@
 """What the weights say: range, moments and extreme tokens of every subvalue's projection, on disk.
 
 With a frozen norm a neuron changes the logits by ``coefficient / norm_scale`` times the projection
-of its subvalue, ``P = ((r - mean r) * gain) @ W_U`` (RMSNorm: without the mean). P does not depend
-on the prompt: it is computed once a model, for every row of every ``W_out`` and ``W_O``, and what
+of its subvalue, ``P = ((r - mean r) * gain) @ W_U`` (RMSNorm: without the mean). Where a norm is
+on the sub-layer's output, r is the row times that norm's gain, and its scale divides P too. P does
+not depend on the prompt: it is computed once a model, for every row of ``W_out`` and ``W_O``. What
 bounds of scores need of it is kept on disk under the SHA-256 of the weights. ``intervals.py``
 bounds every neuron's score with it; ``tokens`` says what neurons say without computing it again.
 """
@@ -13,7 +14,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int, Int32
@@ -23,10 +24,12 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+from tl_neuron_attr.decompose import Outlet
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, open_host, weights_hash
+from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.prompts import integer
 from tl_neuron_attr.readout import DEFAULT_BUDGET, ReadOut, TokenEnds, check_read_out
 
@@ -34,7 +37,7 @@ _FORMAT = "tl_neuron_attr projection index 1"
 
 _COLUMNS = 4096  # vocabulary entries a block, as in a read-out
 
-_KINDS = ("ffn", "attn")
+_KINDS: tuple[Kind, ...] = ("ffn", "attn")
 
 _STALE_SECONDS = 3600.0  # no layer takes that long between two writes to its file
 
@@ -90,7 +93,7 @@ class ProjectionIndex:
 
     def tokens(
         self,
-        kind: Literal["ffn", "attn"],
+        kind: Kind,
         layer: Int[Tensor, " neuron"],
         row: Int[Tensor, " neuron"],
         *,
@@ -312,10 +315,16 @@ def _surveyed(host: Host, dtype: torch.dtype, budget: int) -> _Survey:
 def _computed(host: Host, survey: _Survey, layer: int, k: int, bar: tqdm) -> dict[str, Tensor]:
     """Every tensor of one layer's file."""
     tensors = {"widest": torch.tensor(survey.widest)}
-    for kind, rows in (("ffn", host.W_out(layer)), ("attn", host.W_O(layer).flatten(0, 1))):
+    blocks: tuple[tuple[Kind, Tensor], ...] = (
+        ("ffn", host.W_out(layer)),
+        ("attn", host.W_O(layer).flatten(0, 1)),
+    )
+    for kind, rows in blocks:
+        norm = host.post_norm(layer, kind)
+        through = Outlet(gain=None if norm is None else norm.gain)  # without its scale
         parts = []
         for some in rows.split(survey.out.rows_per_block):
-            parts.append(_projected(survey, some, k))
+            parts.append(_projected(survey, through(some.to(survey.out.dtype)), k))
             bar.update(len(some))
         for name in parts[0]:
             tensors[f"{kind}.{name}"] = torch.cat([part[name] for part in parts]).cpu()

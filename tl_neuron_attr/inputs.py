@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
-from tl_neuron_attr.decompose import slopes
+from tl_neuron_attr.decompose import outlet, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
@@ -234,7 +234,8 @@ def _candidates(
     for layer in range(int((readers.layer + readers.after_attn).max())):
         if "attn" in kinds:
             live = (readers.layer + readers.after_attn > layer).nonzero()[:, 0]
-            slope = slopes(host.W_O(layer).flatten(0, 1), readers.key[live])
+            through = outlet(host, sources, "attn", layer, readers.place[live])
+            slope = slopes(host.W_O(layer).flatten(0, 1), through(readers.key[live]))
             v = values_by_head(host, captured, layer)
             for here, worth in zip(live.split(some), slope.split(some), strict=True):
                 paid = sources.pattern[layer][:, readers.place[here]]
@@ -244,7 +245,8 @@ def _candidates(
         if "ffn" in kinds:
             live = (readers.layer > layer).nonzero()[:, 0]
             for here in live.split(some):
-                slope = slopes(host.W_out(layer), readers.key[here])
+                through = outlet(host, sources, "ffn", layer, readers.place[here])
+                slope = slopes(host.W_out(layer), through(readers.key[here]))
                 coefficients = sources.mlp_post[layer, readers.place[here]]
                 yield here, (2 * layer + _BLOCK["ffn"]) * stride, slope * coefficients
 

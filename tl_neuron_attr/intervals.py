@@ -53,6 +53,7 @@ from tl_neuron_attr.topk import (
     best_by_bound,
     bounds_of_one_run,
     exact_scores,
+    no_intervals,
     tangent_bounds,
     top_neurons,
 )
@@ -168,7 +169,7 @@ def score_intervals(
     if not isinstance(tolerance, (int, float)) or not tolerance >= 0:
         raise InputError(f"the tolerance must be a number of nats, 0 or more; got {tolerance!r}")
     if not out.affine:
-        raise InputError("a recomputed norm has no intervals; use exact or published")
+        raise InputError(no_intervals(out))
     before = _baseline(blocks, out, target) if before is None else before
     if before.aims.against is not None:
         return _linear(blocks, out, before, tolerance)
@@ -227,8 +228,8 @@ def suppressing_neurons(
     """The ``top`` neurons that lower log p(target) most, lowest score first, with a certificate.
 
     Exactly those a dense evaluation of every neuron would list last: their intervals' lower ends
-    bound scores from below. Where no bound holds (a recomputed norm) every neuron is scored; the
-    scores of a contrast are linear. ``index`` may be ``None`` in both cases.
+    bound scores from below. Where no bound holds (a recomputed norm, a soft cap) every neuron is
+    scored; the scores of a contrast are linear. ``index`` may be ``None`` in both cases.
 
     Cost: as ``score_intervals``, stage 2 for the neurons that could be among them; then about one
     read-out per neuron listed.
@@ -308,7 +309,7 @@ def ends_of_blocks(
         InputError: If the norm is recomputed, or the index is not of a model of this shape.
     """
     if not out.affine:
-        raise InputError("a recomputed norm has no intervals; use exact or published")
+        raise InputError(no_intervals(out))
     if before.aims.against is not None or index is None:
         spreads: Sequence[_Spread] = _spreads_of_norms(blocks, out, before)
     else:
@@ -381,11 +382,14 @@ def _spreads(
         scale = before.norm_scale[base]
         direction = out.directions(before.aims.token[base : base + 1], scale)[0]
         expected_direction = direction - before.tangent.gradient[base]
-        expected = slopes(block.rows(), expected_direction[None])[0]
+        expected = slopes(block.rows(), block.outlet(expected_direction)[None])[0]
 
-        def stored(name: str, layer: int = block.layer, scale: Tensor = scale) -> Tensor:
-            values = getattr(projections, name)[layer]
-            return values.to(device=scale.device, dtype=out.dtype) / scale
+        def stored(
+            name: str, block: Decomposition = block, scale: Tensor = scale
+        ) -> Float[Tensor, " subvalue"]:
+            values = getattr(projections, name)[block.layer]
+            values = values.to(device=scale.device, dtype=out.dtype) / scale
+            return block.outlet.of_norms(values)
 
         rounding = stored("rounding")
         off = rounding + tangent.slack
@@ -501,7 +505,7 @@ def _likely(
     rest[likeliest.indices] = 0.0
     rest_mass = rest.sum()
     directions = out.directions(likeliest.indices, before.norm_scale[spread.base])
-    directions -= spread.expected_direction
+    directions = spread.block.outlet(directions - spread.expected_direction).T
     # beside the sums weighted by p the plain ones, to take from those of the whole vocabulary
     weights = torch.stack([likeliest.values.exp(), torch.ones_like(likeliest.values)], dim=1)
     rows = spread.block.rows()
@@ -512,7 +516,7 @@ def _likely(
     below, above = below / size, above / size
     sums = []
     for some, unit in zip(subvalue.split(n_rows), size.split(n_rows), strict=True):
-        Y = (rows[some].to(out.dtype) / unit[:, None]) @ directions.T
+        Y = (rows[some].to(out.dtype) / unit[:, None]) @ directions
         first = Y @ weights
         squares = Y.square()
         second = squares @ weights

@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.host import Host, weights_state
+from tl_neuron_attr.neurons import Kind
 
 _BLOCK = 1024  # rows or columns at a time: narrow weights are widened in blocks, never whole
 _SAMPLES = 8  # rows and columns of each matrix that are looked at for edits
@@ -31,7 +32,8 @@ class WeightNorms:
     columns: Mapping[Place, Float[Tensor, " d_vocab"]]
     """Of each column of the unembedding, weighted by the final norm's gain."""
     rows: Mapping[Place, Float[Tensor, " subvalue"]]
-    """Of each row of ``W_out``, or of ``W_O`` by head and index."""
+    """Of each row of ``W_out``, or of ``W_O`` by head and index, weighted by the gain of the norm
+    on the sub-layer's output where there is one."""
 
     def of_columns(self, W_U: Float[Tensor, "d_model d_vocab"]) -> Float[Tensor, " d_vocab"] | None:
         """Those of the unembedding, if it is this model's."""
@@ -55,10 +57,14 @@ def weight_norms(host: Host) -> WeightNorms:
     Cost: one pass over ``W_out``, ``W_O`` and the unembedding, once per model and state of its
     weights; they are kept as long as the model is.
     """
-    blocks = [host.W_out(layer) for layer in range(host.n_layers)]
-    blocks += [host.W_O(layer).flatten(0, 1) for layer in range(host.n_layers)]
-    gain = [] if host.final_gain is None else [host.final_gain[None]]
-    state = hash((weights_state(host), _sampled([host.W_U, *gain, *blocks])))
+    layers = range(host.n_layers)
+    blocks = [host.W_out(layer) for layer in layers]
+    blocks += [host.W_O(layer).flatten(0, 1) for layer in layers]
+    kinds: tuple[Kind, ...] = ("ffn", "attn")
+    posts = [host.post_norm(layer, kind) for kind in kinds for layer in layers]
+    gains = [None if post is None else post.gain for post in posts]
+    looked_at = [gain[None] for gain in (host.final_gain, *gains) if gain is not None]
+    state = hash((weights_state(host), _sampled([host.W_U, *looked_at, *blocks])))
     known = _measured.get(host.model)
     if known is not None and known[0] == state:
         return known[1]
@@ -72,8 +78,8 @@ def weight_norms(host: Host) -> WeightNorms:
                 if W_U.untyped_storage().data_ptr() in stored
             },
             rows={
-                _place(rows): row_norms(rows)
-                for rows in blocks
+                _place(rows): row_norms(rows, gain)
+                for rows, gain in zip(blocks, gains, strict=True)
                 if rows.untyped_storage().data_ptr() in stored
             },
         )
@@ -81,9 +87,18 @@ def weight_norms(host: Host) -> WeightNorms:
     return norms
 
 
-def row_norms(rows: Float[Tensor, "row d_model"]) -> Float[Tensor, " row"]:
-    """The norm of each row, float32 or wider."""
-    return _joined(torch.linalg.vector_norm(_wide(some), dim=1) for some in rows.split(_BLOCK))
+def row_norms(
+    rows: Float[Tensor, "row d_model"], gain: Float[Tensor, " d_model"] | None = None
+) -> Float[Tensor, " row"]:
+    """The norm of each row, its entries weighted by ``gain`` if there is one; float32 or wider."""
+
+    def norms() -> Iterator[Tensor]:
+        for some in rows.split(_BLOCK):
+            wide = _wide(some)
+            weighted = wide if gain is None else wide * gain.to(wide.dtype)
+            yield torch.linalg.vector_norm(weighted, dim=1)
+
+    return _joined(norms())
 
 
 def column_norms(

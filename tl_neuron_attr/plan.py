@@ -46,7 +46,7 @@ _SPELLINGS = {
 }
 
 # Families whose FFN is gated, or whose blocks are parallel, though no setting of theirs says so.
-_GATED = frozenset({"gemma"})
+_GATED = frozenset({"gemma", "gemma2", "gemma3_text"})
 _PARALLEL = frozenset({"gptj", "phi", "codegen", "cohere"})
 
 # Families whose bridge keeps every layer's attention pattern until the next run.

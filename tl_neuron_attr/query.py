@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
-from tl_neuron_attr.decompose import slopes
+from tl_neuron_attr.decompose import outlet, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
@@ -164,11 +164,13 @@ def query_scores(
     attn_neurons = ffn.new_zeros(host.n_layers, host.n_heads, host.d_head)
     for layer in range(ffn_depth):
         live = to_ffn[layer].any(-1).nonzero()[:, 0]  # positions that some value neuron reads later
-        slope = slopes(host.W_out(layer), to_ffn[layer, live])
+        written = outlet(host, sources, "ffn", layer, live)
+        slope = slopes(host.W_out(layer), written(to_ffn[layer, live]))
         ffn[live, layer] = slope * sources.mlp_post[layer, live]
     for layer in range(attn_depth):
         live = to_attn[layer].any(-1).nonzero()[:, 0]
-        slope = slopes(host.W_O(layer).flatten(0, 1), to_attn[layer, live])
+        written = outlet(host, sources, "attn", layer, live)
+        slope = slopes(host.W_O(layer).flatten(0, 1), written(to_attn[layer, live]))
         attn_slopes[live, layer] = slope.unflatten(1, (host.n_heads, host.d_head))
         z = sources.pattern[layer] @ values_by_head(host, captured, layer)
         attn_neurons[layer] = (z * attn_slopes[:, layer].transpose(0, 1)).sum(1)

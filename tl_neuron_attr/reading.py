@@ -205,7 +205,9 @@ def through_norm(
     The norm's linear part: mean taken out (LayerNorm), scale and gain put in, no bias. What the
     sub-layer reads of ``x`` is this of ``x`` itself, and the norm's bias.
     """
-    if host.norm == "layer_norm":
+    if norm.kind == "none":
+        return vectors.expand(torch.broadcast_shapes(vectors.shape, x.shape))
+    if norm.kind == "layer_norm":
         x, vectors = (each - each.mean(-1, keepdim=True) for each in (x, vectors))
     read = vectors / (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
     return read if norm.gain is None else read * norm.gain.to(read.dtype)
@@ -223,9 +225,9 @@ def _through_norm(
     The norm is frozen at the scale it has for ``x``.
     """
     key = subkey if norm.gain is None else subkey * norm.gain.to(x.dtype)
-    if convention == "published":
+    if convention == "published" or norm.kind == "none":
         return key, torch.zeros_like(x[:, 0])
-    if host.norm == "layer_norm":
+    if norm.kind == "layer_norm":
         key = key - key.mean(-1, keepdim=True)
         x = x - x.mean(-1, keepdim=True)
     key = key / (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
@@ -293,6 +295,9 @@ def positions_needed(
         "mlp_post": captured.mlp_post[:, None],
         "pattern": captured.pattern[:, :, None],
     }
+    for name in ("attn_post_scale", "ffn_post_scale"):
+        if getattr(captured, name) is not None:
+            reads[name] = getattr(captured, name)[:, None]
     before = [place for place, position in enumerate(given) if position in needed - {read_pos}]
     positions = [*(given[place] for place in before), read_pos]
     tensors = {

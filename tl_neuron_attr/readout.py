@@ -11,10 +11,13 @@ it had in the full run, the logits are affine in the residual vector ``x``::
 model's own log-probability. ``published`` is what the notebooks of Yu & Ananiadou (2024) compute:
 LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` takes the norm's
 scale from each ``x`` itself (the logit lens); it is not affine.
+
+Where a model caps its logits (Gemma 2), ``c tanh(z / c)`` takes the place of z in every convention,
+and none is affine. log p is then not concave in x, but nearly: see ``Tangent``.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -57,6 +60,9 @@ _SHARED_BY, _LEAST = 8, math.exp(-30)
 _PUBLISHED_RMS_EPS = 1e-6
 
 
+_Moved = Callable[[Tensor, Tensor | slice], Tensor]
+
+
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Products in the dtype of their factors, whatever the caller chose for his own.
@@ -95,6 +101,8 @@ class ReadOut:
     dtype: torch.dtype
     budget: int = DEFAULT_BUDGET
     """Bytes for the working set; it changes speed, never the result beyond rounding."""
+    soft_cap: float | None = None
+    """Logits z become ``soft_cap * tanh(z / soft_cap)``; ``None``: they stay as they are."""
     norms: WeightNorms | None = None
     """Of the model's weights, where they are known already: for the allowance for rounding."""
 
@@ -102,7 +110,12 @@ class ReadOut:
 
     @property
     def affine(self) -> bool:
-        """Whether logits are affine in the residual vector, as bounds on scores require."""
+        """Whether logits are affine in the residual vector, as intervals of scores require."""
+        return self.norm_scale is not None and self.soft_cap is None
+
+    @property
+    def bounded(self) -> bool:
+        """Whether scores have a first-order bound: wherever the norm is frozen."""
         return self.norm_scale is not None
 
     @property
@@ -116,7 +129,15 @@ class ReadOut:
         return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
 
     def frozen_at(self, resid_final: Float[Tensor, " d_model"]) -> "ReadOut":
-        """The same read-out, its norm frozen at the scale that another run ended with."""
+        """The same read-out, its norm frozen at the scale that another run ended with.
+
+        One whose norm is recomputed stays as it is.
+        """
+        if self.norm_scale is None:
+            return self
+        return self._frozen_at(resid_final)
+
+    def _frozen_at(self, resid_final: Float[Tensor, " d_model"]) -> "ReadOut":
         centred = self._centred(resid_final)
         return replace(self, norm_scale=(centred.pow(2).mean() + self.eps).sqrt())
 
@@ -172,8 +193,7 @@ class ReadOut:
         """
         if self.norm_scale is not None:
             scale = (self._centred(final).pow(2).mean(-1, keepdim=True) + self.eps).sqrt()
-            # the norm is linear in the vector: this divides by the other scale instead
-            resid = resid.to(self.dtype) * (self.norm_scale / scale)
+            resid = self._at_scale(resid, scale)
         return self.log_prob(resid, target)
 
     @full_precision()
@@ -262,7 +282,8 @@ class ReadOut:
         With a frozen norm this is ``delta_w - log E_p[exp(delta)]``, where ``delta`` are the
         logits of the contribution alone and ``p`` the base's prediction: rounding errors stay in
         proportion to the contribution, however large the logits of the base are. The scale of
-        the norm, and the target, are those of the base.
+        the norm, and the target, are those of the base. With the norm recomputed it is the
+        difference of two log-probabilities, which rounds as they do.
         """
         parts = []
         size = self.rows_per_block
@@ -274,11 +295,18 @@ class ReadOut:
                 continue
             added = self._weighted(self._centred(rows) / baseline.norm_scale[bases, None])
             token_delta = (added * self._columns(aims.token)).sum(-1)
+            moved = self._cap_from(baseline, bases)
+            token_delta = moved(token_delta, aims.token)
             if aims.against is not None:
-                parts.append(token_delta - (added * self._columns(aims.against)).sum(-1))
+                against_delta = (added * self._columns(aims.against)).sum(-1)
+                against_delta = (
+                    against_delta if moved is None else moved(against_delta, aims.against)
+                )
+                parts.append(token_delta - against_delta)
                 continue
             assert baseline.log_probs is not None
-            expected = self._log_expected(added, baseline.log_probs, baseline.prediction[bases])
+            predictions = baseline.prediction[bases]
+            expected = self._log_expected(added, baseline.log_probs, predictions, moved)
             parts.append(token_delta - expected)
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
@@ -298,7 +326,7 @@ class ReadOut:
         """
         size = self.rows_per_block
         some = [slice(first, first + size) for first in range(0, len(which), size)]
-        alone = len(rows) > size or len(rows) * _SHARED_ROW_BY > len(which)
+        alone = len(rows) > size or len(rows) * _SHARED_ROW_BY > len(which) or not self.affine
         if alone or baseline.norm_scale is None or baseline.log_probs is None:
             parts = [rows.new_zeros(0, dtype=self.dtype)]
             for here in some:
@@ -337,9 +365,12 @@ class ReadOut:
         """
         centred = self._centred(resid)
         one = centred.new_ones(1)
+        slopes = None if self.soft_cap is None else self._cap_slopes(self.logits(resid))
         if target.against is not None:
             tokens = torch.tensor([target.id, target.against.id], device=resid.device)
-            directions = self._transposed(self._columns(tokens), one)
+            columns = self._columns(tokens)
+            columns = columns if slopes is None else columns * slopes[tokens, None]
+            directions = self._transposed(columns, one)
             prob = torch.tensor([0.0, 1.0], dtype=torch.float64, device=resid.device)
         else:
             # in float64: what the target leaves to others may be very little
@@ -352,10 +383,13 @@ class ReadOut:
             left[tokens] = 0.0
             total = left.sum()
             weights = (left / total.clamp(min=torch.finfo(left.dtype).tiny)).to(self.dtype)
+            weights = weights if slopes is None else weights * slopes
             mean = torch.zeros_like(centred)
-            for columns in self._vocabulary():
-                mean += self.W_U[:, columns].to(self.dtype) @ weights[columns]
-            directions = self._transposed(torch.cat([self._columns(tokens), mean[None]]), one)
+            for some in self._vocabulary():
+                mean += self.W_U[:, some].to(self.dtype) @ weights[some]
+            columns = self._columns(tokens)
+            columns = columns if slopes is None else columns * slopes[tokens, None]
+            directions = self._transposed(torch.cat([columns, mean[None]]), one)
             prob = torch.cat([prob, total[None]])
         return Rivals(
             directions=directions,
@@ -427,23 +461,46 @@ class ReadOut:
         added: Float[Tensor, "row d_model"],
         log_probs: Float[Tensor, "prediction d_vocab"],
         which: Int[Tensor, " row"],
+        moved: _Moved,
     ) -> Float[Tensor, " row"]:
         """``log E_p[exp(delta)]``: delta each row's logits, p the prediction ``which`` of its own.
 
         Takes the plain sum of exponentials where that neither overflows nor loses anything, which
         nearly always is so: a logsumexp goes over its block twice more, to find the largest first.
+        ``moved`` says what a soft cap makes of the changes.
         """
+
+        def joint(columns: slice) -> Float[Tensor, "row column"]:
+            delta = self._product(added, columns)
+            return _plus_log_probs(moved(delta, columns), log_probs[:, columns], which)
+
         total = added.new_zeros(len(added))
         for columns in self._vocabulary():
-            delta = self._product(added, columns)
-            total += _plus_log_probs(delta, log_probs[:, columns], which).exp_().sum(-1)
+            total += joint(columns).exp_().sum(-1)
         if bool(_sums_plainly(total).all()):
             return total.log()
-        partial = []
-        for columns in self._vocabulary():
-            delta = self._product(added, columns)
-            partial.append(_plus_log_probs(delta, log_probs[:, columns], which).logsumexp(-1))
+        partial = [joint(columns).logsumexp(-1) for columns in self._vocabulary()]
         return torch.stack(partial).logsumexp(0)
+
+    def _cap_from(self, baseline: "Baseline", bases: Int[Tensor, " row"]) -> _Moved:
+        """What a soft cap makes of changes of logits: it depends on where each base is on it.
+
+        Of a token of each row's own, or of all tokens of a block.
+        """
+        if self.soft_cap is None:
+            return lambda delta, tokens: delta
+        assert baseline.norm_scale is not None
+        here, place = bases.unique(return_inverse=True)
+        start = self.normalize(
+            self._at_scale(baseline.resid[here], baseline.norm_scale[here, None])
+        )
+
+        def moved(delta: Tensor, tokens: Tensor | slice) -> Tensor:
+            if isinstance(tokens, slice):
+                return self._moved(delta, self._uncapped_block(start, tokens)[place])
+            return self._moved(delta, self._uncapped(start[place], tokens))
+
+        return moved
 
     def _survey(
         self, normalized: Float[Tensor, "row d_model"], leaning: Bool[Tensor, " row"]
@@ -452,7 +509,8 @@ class ReadOut:
 
         The expectations are taken with weights that are rescaled whenever a larger logit turns
         up, so that the unembedding need not be read a second time for their normaliser. They are
-        of the ``leaning`` rows only (0 for the others).
+        of the ``leaning`` rows only (0 for the others). Under a soft cap each column counts by the
+        slope of the cap there.
         """
         n_rows, d_model = normalized.shape
         log_probs = normalized.new_empty(n_rows, self.W_U.shape[1])
@@ -460,6 +518,7 @@ class ReadOut:
         leans = len(some) > 0
         expected = normalized.new_zeros(len(some), d_model)
         expected_norm = normalized.new_zeros(len(some))
+        expected_square = normalized.new_zeros(len(some))
         total = normalized.new_zeros(n_rows)
         largest = normalized.new_full((n_rows,), torch.finfo(self.dtype).min)
         for columns in self._vocabulary(_SURVEY_COLUMNS):
@@ -467,24 +526,35 @@ class ReadOut:
             logits = normalized @ directions
             if self.b_U is not None:
                 logits += self.b_U[columns].to(self.dtype)
+            logits = self._capped(logits)
             log_probs[:, columns] = logits
+            slopes = self._cap_slopes(logits)
             seen, largest = largest, torch.maximum(largest, logits.amax(-1))
             shrink = (seen - largest).exp()
             weights = (logits - largest[:, None]).exp_()
             total = total * shrink + weights.sum(-1)
             if leans:
                 weights, shrink = weights[some], shrink[some]
+                norms = self._norms(columns)
+                expected_norm = expected_norm * shrink + weights @ norms
+                if slopes is not None:
+                    expected_square = expected_square * shrink + weights @ norms.square()
+                    weights = weights * slopes[some]
                 # rows first: the other way round the product took twice the time (24 rows, 2 cores)
                 expected = torch.addmm(expected * shrink[:, None], weights, directions.T)
-                expected_norm = expected_norm * shrink + weights @ self._norms(columns)
         # one after the other: their sum would round, by the same amount for all tokens
         log_probs -= largest[:, None]
         log_probs -= total.log()[:, None]
         found = _Survey(
-            log_probs, normalized.new_zeros(n_rows, d_model), normalized.new_zeros(n_rows)
+            log_probs,
+            largest + total.log(),
+            normalized.new_zeros(n_rows, d_model),
+            normalized.new_zeros(n_rows),
+            normalized.new_zeros(n_rows),
         )
         found.expected[some] = expected / total[some, None]
         found.expected_norm[some] = expected_norm / total[some]
+        found.expected_square[some] = expected_square / total[some]
         return found
 
     def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
@@ -502,6 +572,12 @@ class ReadOut:
         vectors = vectors.to(self.dtype)
         return vectors - vectors.mean(-1, keepdim=True) if self.centered else vectors
 
+    def _at_scale(self, resid: Tensor, scale: Tensor) -> Tensor:
+        """Vectors of which the frozen norm makes what it would, were it frozen at ``scale``."""
+        assert self.norm_scale is not None
+        # its linear part: this divides by the other scale instead
+        return resid.to(self.dtype) * (self.norm_scale / scale)
+
     def _weighted(self, vectors: Tensor) -> Tensor:
         return vectors if self.gain is None else vectors * self.gain.to(self.dtype)
 
@@ -509,6 +585,9 @@ class ReadOut:
         return self.W_U[:, tokens].T.to(self.dtype)
 
     def _token_logit(self, normalized: Tensor, tokens: Tensor) -> Tensor:
+        return self._capped(self._uncapped(normalized, tokens))
+
+    def _uncapped(self, normalized: Tensor, tokens: Tensor) -> Tensor:
         logit = (normalized * self._columns(tokens)).sum(-1)
         return logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype)
 
@@ -519,8 +598,32 @@ class ReadOut:
         return normalized @ self.W_U[:, columns].to(self.dtype)
 
     def _logit_block(self, normalized: Tensor, columns: slice) -> Tensor:
+        return self._capped(self._uncapped_block(normalized, columns))
+
+    def _uncapped_block(self, normalized: Tensor, columns: slice) -> Tensor:
         logits = self._product(normalized, columns)
         return logits if self.b_U is None else logits + self.b_U[columns].to(self.dtype)
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        if self.soft_cap is None:
+            return logits
+        return self.soft_cap * torch.tanh(logits / self.soft_cap)
+
+    def _cap_slopes(self, capped: Tensor) -> Tensor | None:
+        """By how much logits, which were capped, move of what they would without the cap."""
+        return None if self.soft_cap is None else 1 - (capped / self.soft_cap).square()
+
+    def _moved(self, delta: Tensor, before: Tensor) -> Tensor:
+        """By how much capped logits change that without the cap go from ``before`` by ``delta``.
+
+        tanh(a + b) - tanh(a) without a difference where b is small, so that it rounds in
+        proportion to ``delta``.
+        """
+        assert self.soft_cap is not None
+        start, step = before / self.soft_cap, delta / self.soft_cap
+        a, b = torch.tanh(start), torch.tanh(step)
+        small = b / torch.cosh(start).square() / (1 + a * b)
+        return self.soft_cap * torch.where(step.abs() < 1, small, torch.tanh(start + step) - a)
 
     def _vocabulary(self, size: int | None = None) -> Iterator[slice]:
         size = size or _COLUMNS
@@ -560,10 +663,14 @@ class Aims:
 @dataclass(frozen=True)
 class _Survey:
     log_probs: Float[Tensor, "row d_vocab"]
+    log_total: Float[Tensor, " row"]
+    """What was taken from the logits to make log-probabilities of them."""
     expected: Float[Tensor, "row d_model"]
-    """The expected column of the unembedding."""
+    """The expected column of the unembedding, times the slope of a soft cap."""
     expected_norm: Float[Tensor, " row"]
     """The expected norm of such a column, weighted by the final norm's gain."""
+    expected_square: Float[Tensor, " row"]
+    """The expected square of that norm; 0 without a soft cap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -613,6 +720,14 @@ class Tangent:
     As log p is concave in the residual vector, ``contribution . gradient`` is never below the
     exact ``increase``: an upper bound of a neuron's score for one dot product. For a contrast it
     *is* the increase.
+
+    Under a soft cap log p is not concave, but its logits bend by so little that the tangent need
+    only be raised: ``z -> c tanh(z / c)`` has a second derivative of at most ``4 / (3 sqrt(3) c)``,
+    so that a logit that moves by d without the cap moves by ``slope d`` with it, give or take half
+    of that times d^2. log p(w) is then never above ``contribution . gradient`` and the allowances
+    for w and, as expected under the base's prediction, for its rivals (Jensen's inequality)::
+
+        increase <= u . gradient + bend |u|^2,    bend = (|dir_w|^2 + E |dir|^2) 2 / (3 sqrt(3) c)
     """
 
     gradient: Float[Tensor, "base d_model"]
@@ -620,12 +735,18 @@ class Tangent:
     """Norm of the target's direction, and expected norm of a token's under the base's prediction,
     before centring: what the rounding of scores and bounds is in proportion to, where gradients
     cancel too."""
+    bend: Float[Tensor, " base"] | None
+    """Nats per squared norm of a contribution; ``None`` without a soft cap: 0."""
 
     __repr__ = brief
 
     def __getitem__(self, bases: slice | Tensor) -> "Tangent":
         """The same for some of the bases."""
-        return Tangent(gradient=self.gradient[bases], reach=self.reach[bases])
+        return Tangent(
+            gradient=self.gradient[bases],
+            reach=self.reach[bases],
+            bend=None if self.bend is None else self.bend[bases],
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -687,22 +808,28 @@ class Rivals:
         rows: Float[Tensor, "neuron d_model"],
         coefficients: Float[Tensor, " neuron"],
         first_order: Float[Tensor, " neuron"],
+        weights: Float[Tensor, " d_model"],
     ) -> Float[Tensor, " neuron"]:
         """What log p(target) loses without each neuron, in nats, from the loss at first order.
 
-        A neuron is ``coefficient * row`` in the residual stream here, and more that it does by way
-        of others. ``first_order`` is the loss of both, taken as linear. What it is here is taken
-        away as it is: each bin's logit moves, the norm is taken anew. The rest of ``first_order``
-        is laid upon the target's logit. Then the softmax is taken once, so that a neuron with
-        ``first_order`` alone loses what a logit that falls so far does.
+        A neuron is ``coefficient * row * weights`` in the residual stream here, and more that it
+        does by way of others. ``first_order`` is the loss of both, taken as linear. What it is
+        here is taken away as it is: each bin's logit moves, the norm is taken anew. The rest of
+        ``first_order`` is laid upon the target's logit. Then the softmax is taken once, so that a
+        neuron with ``first_order`` alone loses what a logit that falls so far does.
         """
         d_model = len(self.resid)
         probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
         # float64, where what is linear is taken from what is not
-        products = torch.cat([probes @ block.to(probes).T for block in rows.split(_ROWS)], 1)
+        weights = weights.to(probes)
+        products = torch.cat(
+            [probes * weights @ block.to(probes).T for block in rows.split(_ROWS)], 1
+        )
         products = (products * coefficients.to(products)).double()
         moves, along, total = products[:-2], products[-2], products[-1]
-        squares = torch.cat([block.to(probes).square().sum(1) for block in rows.split(_ROWS)])
+        squares = torch.cat(
+            [(block.to(probes) * weights).square().sum(1) for block in rows.split(_ROWS)]
+        )
         size = (squares * coefficients.to(squares).square()).double()
         if self.centered:
             size = size - total.square() / d_model
@@ -779,19 +906,36 @@ def baseline_of_runs(
     normalized = torch.cat([each.normalize(r) for each, r in zip(outs, resids, strict=True)])
     log_probs = picture = None
     if aims.against is None:
-        leaning = torch.full_like(normalized[:, 0], tangent and out.affine, dtype=torch.bool)
+        leaning = torch.full_like(normalized[:, 0], tangent and out.bounded, dtype=torch.bool)
         for start in starts:
             leaning[[start + place for place in plain]] = False
         survey = out._survey(normalized, leaning)
         log_probs = survey.log_probs
         log_prob = log_probs[source, aims.token]
+        token_logit = log_prob + survey.log_total[source]
         expected, expected_norm = survey.expected[source], survey.expected_norm[source]
+        expected_square = survey.expected_square[source]
     else:
-        log_prob = out._contrast(normalized[source], aims.token, aims.against)
-        expected = out._columns(aims.against)
+        token_logit = out._token_logit(normalized[source], aims.token)
+        against_logit = out._token_logit(normalized[source], aims.against)
+        log_prob = token_logit - against_logit
+        expected, slopes = out._columns(aims.against), out._cap_slopes(against_logit)
+        expected = expected if slopes is None else expected * slopes[:, None]
         expected_norm = out._norms(aims.against)
+        expected_square = expected_norm.square()
     if tangent and norm_scale is not None:
-        picture = _tangent(out, aims, norm_scale, expected, expected_norm)
+        column, slopes = out._columns(aims.token), out._cap_slopes(token_logit)
+        column = column if slopes is None else column * slopes[:, None]
+        own_norm = out._norms(aims.token)
+        bend = None
+        if out.soft_cap is not None:
+            squares = (own_norm.square() + expected_square) / norm_scale.square()
+            bend = squares * 2 / (3 * 3**0.5 * out.soft_cap)
+        picture = Tangent(
+            gradient=out._transposed(column - expected, norm_scale),
+            reach=(own_norm + expected_norm) / norm_scale,
+            bend=bend,
+        )
     return Baseline(
         resid=torch.cat(list(resids))[source],
         aims=aims,
@@ -800,21 +944,6 @@ def baseline_of_runs(
         log_probs=log_probs,
         prediction=source,
         tangent=picture,
-    )
-
-
-def _tangent(
-    out: ReadOut,
-    aims: Aims,
-    norm_scale: Float[Tensor, " base"],
-    expected: Float[Tensor, "base d_model"],
-    expected_norm: Float[Tensor, " base"],
-) -> Tangent:
-    """From the column of the unembedding that is expected in the target's place, and its norm."""
-    column = out._columns(aims.token)
-    return Tangent(
-        gradient=out._transposed(column - expected, norm_scale),
-        reach=(out._norms(aims.token) + expected_norm) / norm_scale,
     )
 
 
@@ -851,10 +980,11 @@ def read_out(
         eps=_PUBLISHED_RMS_EPS if published and rms else host.eps,
         dtype=dtype,
         budget=budget,
+        soft_cap=host.soft_cap,
     )
     if convention == "recomputed":
         return out
-    return replace(out, norms=weight_norms(host)).frozen_at(resid_final)
+    return replace(out, norms=weight_norms(host))._frozen_at(resid_final)
 
 
 def check_read_out(
@@ -932,7 +1062,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
     Source: Yu & Ananiadou (2024), section 3; sign rule: their section 4.
     """
     scale = torch.ones((), dtype=out.dtype) if out.norm_scale is None else out.norm_scale
-    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device))
+    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device), soft_cap=None)
     rows = vectors.reshape(-1, vectors.shape[-1])
     k = min(k, out.W_U.shape[1])
     top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []

@@ -3,7 +3,8 @@
 With a frozen norm the logits are affine in the residual vector, so log p(w | x) is concave in x,
 and the first-order score ``u . g`` (g the gradient of log p at the base) is never below the exact
 score of u. One matrix-vector product per layer bounds every neuron's score; the exact scores are
-then computed in order of the bound, until the k-th best is no smaller than every bound left.
+then computed in order of the bound, until the k-th best is no smaller than every bound left. Where
+logits pass through a soft cap log p is nearly concave: bounds are raised by what the cap can bend.
 
 Rounding: both numbers are computed in finite precision, so each bound is raised by a slack. A dot
 product of d terms rounds by about ``sqrt(d) eps`` of the product of the norms (the probabilistic
@@ -26,6 +27,7 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
 from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
+from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
@@ -49,7 +51,8 @@ class Certificate:
     """Why the neurons listed are the best: no neuron left out can score above the last of them."""
 
     applies: bool
-    """False where no bound holds (a recomputed norm): every neuron was scored instead."""
+    """False where no bound holds: every neuron was scored. (With a recomputed norm; and, where a
+    soft cap is on logits, for the lowest scores and for differences, which need intervals.)"""
     linear: bool
     """True for a contrast under a frozen norm: scores are linear, so that one product gives all
     of them exactly, and there is nothing to bound."""
@@ -93,7 +96,10 @@ class Certificate:
     def __str__(self) -> str:
         """Why, in a sentence without its subject."""
         if not self.applies:
-            return f"all {self.total:,} scored, as no bound holds under a recomputed norm"
+            return (
+                f"all {self.total:,} scored, as no bound holds that would exclude any: the norm is "
+                "recomputed, or a soft cap is on logits"
+            )
         if self.linear:
             return f"of {self.total:,}; a contrast is linear, so all are scored exactly"
         verb = "exclude" if self.holds else "do not exclude"
@@ -198,7 +204,7 @@ def top_neurons(
     """The ``top`` best neurons among blocks of one kind (all of them, if there are fewer).
 
     Exactly those a dense evaluation of every neuron would list first, with a certificate. Where
-    no bound holds (``out.affine`` is false) every neuron is scored.
+    no bound holds (a recomputed norm) every neuron is scored.
 
     Cost: a gradient and a matrix-vector product per layer, then about one read-out per neuron
     listed; dense, one read-out per neuron there is. For a contrast, the product alone.
@@ -228,7 +234,7 @@ def top_neurons_of_runs(
     tangents = tangent_bounds(runs, out, before)
     found: dict[int, RankedNeurons] = {}
     for run, blocks in enumerate(runs):
-        if tangents is not None and before.aims.against is not None:
+        if tangents is not None and out.affine and before.aims.against is not None:
             found[run] = _best_linear(blocks, tangents[run], top)
         elif tangents is None or 2 * top >= sum(block.n_neurons for block in blocks):
             found[run] = _best_of_all(blocks, out, before[bases[run]], top, progress)
@@ -263,6 +269,8 @@ class TangentBound:
     """Allowance for rounding per unit of coefficient."""
     constant: float
     """Allowance for the rounding of a logsumexp."""
+    bend: Float[Tensor, " subvalue"] | None
+    """Allowance for a soft cap, per squared coefficient."""
 
     def above(self) -> tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]:
         """A number that no neuron's score exceeds (-inf for those that are off), and the slack."""
@@ -283,6 +291,9 @@ def bounds_above(
     slack = block.of_each(torch.stack([each.slack for each in tangents])) * coefficients.abs()
     slopes = block.of_each(torch.stack([each.slope for each in tangents]))
     bounds = coefficients * slopes + slack + constant
+    if tangents[0].bend is not None:
+        bends = torch.stack([each.bend for each in tangents if each.bend is not None])
+        bounds = bounds + block.of_each(bends) * coefficients.square()
     return bounds.where(coefficients != 0, -torch.inf), slack.amax(1) + constant
 
 
@@ -310,7 +321,8 @@ def tangent_bounds(
     """The bounds of every block of every run; ``None`` if the norm is recomputed: none hold then.
 
     ``before`` has one base a block: a run's blocks in order, run after run.
-    Source: log p is concave in the residual vector, so its tangent lies above it.
+    Source: log p is concave in the residual vector, so its tangent lies above it; under a soft cap
+    nearly so (see ``Tangent``).
     Cost: one matrix product a layer, which reads its weights once for all runs.
     """
     tangent = before.tangent
@@ -318,22 +330,34 @@ def tangent_bounds(
         return None
     eps = torch.finfo(out.dtype).eps
     relative = 8 * math.sqrt(tangent.gradient.shape[1]) * eps
+    bends = [None] * len(before) if tangent.bend is None else tangent.bend
     n_layers = len(runs[0])
     columns = []
     for layer, block in enumerate(runs[0]):
-        products = slopes(block.rows(), tangent.gradient[layer::n_layers])
+        gradients = tangent.gradient[layer::n_layers]
+        outlets = [run[layer].outlet for run in runs]
+        gradients = torch.stack([go(g) for go, g in zip(outlets, gradients, strict=True)])
+        products = slopes(block.rows(), gradients)
         known = None if out.norms is None else out.norms.of_rows(block.rows())
-        norms = (block.norms() if known is None else known).to(out.dtype)
+        known = row_norms(block.rows(), block.outlet.gain) if known is None else known
         columns.append(
             [
                 TangentBound(
                     block=run[layer],
                     slope=slope,
-                    slack=relative * reach * norms,
+                    slack=relative * reach * go.of_norms(known).to(out.dtype),
                     constant=32 * eps,
+                    bend=None
+                    if bend is None
+                    else bend * (1 + relative) * go.of_norms(known).to(out.dtype).square(),
                 )
-                for run, slope, reach in zip(
-                    runs, products, tangent.reach[layer::n_layers], strict=True
+                for run, go, slope, reach, bend in zip(
+                    runs,
+                    outlets,
+                    products,
+                    tangent.reach[layer::n_layers],
+                    bends[layer::n_layers],
+                    strict=True,
                 )
             ]
         )
@@ -573,7 +597,7 @@ def _best_of_all(
     )
     best = largest(scores, top)
     certificate = Certificate(
-        applies=out.affine,
+        applies=out.bounded,
         linear=False,
         evaluated=_active(blocks),
         total=len(scores),
@@ -582,6 +606,16 @@ def _best_of_all(
         slack=0.0,
     )
     return _ranked(blocks, best, scores[best], certificate)
+
+
+def no_intervals(out: ReadOut) -> str:
+    """Why a read-out that is not affine has no intervals."""
+    if out.soft_cap is None or not out.bounded:
+        return "a recomputed norm has no intervals; use exact or published"
+    return (
+        "there are no intervals where logits pass through a soft cap: scores are bounded from "
+        "above only; neuron_scores gives all of them"
+    )
 
 
 def _active(blocks: Sequence[Decomposition]) -> int:
@@ -647,7 +681,7 @@ def _exact(
         multiples, row_of = [], []
         for each, numbers in _consecutive(run[here], number[here]):
             block = runs[each][place]
-            multiples.append(block.coefficients_of(numbers))
+            multiples.append(block.outlet.scaled(block.coefficients_of(numbers)))
             row_of.append(block.row_of(numbers))
         rows, row_of = torch.cat(row_of).unique(return_inverse=True)
         bases = run[here] * len(runs[0]) + place
@@ -669,12 +703,13 @@ def _increases(
     """Of multiples of some rows of one block, as many rows at a time as are read out at a time."""
     size = out.rows_per_block
     if len(rows) <= size:
-        vectors = block.rows()[rows].to(block.base.dtype)
+        vectors = block.outlet.weighted(block.rows()[rows].to(block.base.dtype))
         return out.increase_of_multiples(before, bases, multiples, vectors, row_of)
     found = torch.empty_like(multiples)
     for first in range(0, len(rows), size):
         (here,) = ((row_of >= first) & (row_of < first + size)).nonzero(as_tuple=True)
-        vectors = block.rows()[rows[first : first + size]].to(block.base.dtype)
+        some = block.rows()[rows[first : first + size]].to(block.base.dtype)
+        vectors = block.outlet.weighted(some)
         found[here] = out.increase_of_multiples(
             before, bases[here], multiples[here], vectors, row_of[here] - first
         )

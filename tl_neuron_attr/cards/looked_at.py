@@ -18,7 +18,7 @@ from tl_neuron_attr.cards.card import (
     SOURCE_COLUMNS,
 )
 from tl_neuron_attr.chosen import value_neurons
-from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
+from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition, outlet
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.query import query_scores, top_query_neurons
@@ -94,7 +94,7 @@ def input_table(host: Host, one: LookedAt) -> pd.DataFrame:
     for name, subkey, bias in subkeys(host, one.each, first, layer, "exact"):
         subkey = subkey[0].to(captured.v.dtype)
         gained = subkey if norm.gain is None else subkey * norm.gain.to(subkey.dtype)
-        if host.norm == "layer_norm":
+        if norm.kind == "layer_norm":
             gained = gained - gained.mean()
         if one.each.kind == "ffn":
             read = read_by(host, norm, stream(captured, "ffn")[layer])
@@ -140,6 +140,8 @@ def end_table(result: Attribution, one: LookedAt, k: int) -> tuple[pd.DataFrame,
             row += one.neuron.head * result.host.d_head
         layer, row = torch.tensor([one.neuron.layer]), torch.tensor([row])
         scale = 1.0 if out.norm_scale is None else float(out.norm_scale)
+        through = outlet(result.host, one.captured, one.each.kind, one.neuron.layer)
+        scale *= 1.0 if through.divisor is None else float(through.divisor)
         found = index.tokens(one.each.kind, layer, row, norm_scale=scale, k=k)
     else:
         found = project(out, one.subvalue[None], k)

@@ -13,7 +13,7 @@ from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.cards.card import CARRIED_COLUMNS, DOWNSTREAM_COLUMNS
 from tl_neuron_attr.cards.looked_at import LookedAt, plain, read_by, stream
-from tl_neuron_attr.decompose import slopes
+from tl_neuron_attr.decompose import outlet, slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, Head
 from tl_neuron_attr.reading import through_norm
@@ -155,4 +155,5 @@ def carried_by_heads(
     read = through_norm(host, host.attn_norm(layer), captured.resid_pre[layer], vector)
     v = torch.einsum("m,gmk->gk", read, W_V.to(read.dtype))
     v = v.repeat_interleave(host.n_heads // len(W_V), dim=0)
-    return torch.einsum("hk,hkm->hm", v, W_O.to(read.dtype))
+    through = outlet(host, captured, "attn", layer)
+    return through(torch.einsum("hk,hkm->hm", v, W_O.to(read.dtype)))

@@ -292,7 +292,9 @@ def _in_prompt(
     block = result.attns[neuron.layer]
     by_source = block.coefficients(slice(neuron.head, neuron.head + 1))[0, :, neuron.index]
     coefficients = torch.cat([by_source, by_source.sum()[None]])
-    return block, coefficients, block.W_O[neuron.head, neuron.index].to(block.base.dtype)
+    # of a neuron at its first source position: the row is that of all
+    number = torch.tensor([neuron.head * block.shape[1] * block.shape[2] + neuron.index])
+    return block, coefficients, block.subvalues(number.to(block.base.device))[0]
 
 
 # --- requests ---------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from tl_neuron_attr.host import (
     hooks_in_force,
     open_host,
     pattern_is_late,
+    sliding_window,
 )
 from tl_neuron_attr.interventions.values import (
     Clamped,
@@ -214,6 +215,14 @@ class _Layer:
 
     def keep_pattern(self, activation: Tensor, hook: Any) -> None:
         self.before = activation.shape[-1] - activation.shape[-2]
+        window = sliding_window(self.host, self.layer)
+        if window is not None and self.before and activation.shape[-1] >= window:
+            raise InputError(
+                f"{self.host.architecture} forgets positions: its cache of keys and values holds "
+                f"the last {window} at most in layer {self.layer}, so it cannot be told at which "
+                "one a call goes on; run without the cache (use_past_kv_cache=False), or intervene "
+                "at all positions"
+            )
         if self.took_as_first and self.before:
             raise InputError(
                 f"{self.host.architecture} on a {self.host.class_name} does not tell in time at "

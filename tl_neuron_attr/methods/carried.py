@@ -82,11 +82,11 @@ def _carried(case: Case, kind: Kind, *, once: bool) -> Float[Tensor, "..."]:
         run = _layer_of(case, sources, layer)
         # one after the other; side by side both are read off what comes after the block
         after = worth
-        scores = {"ffn": _ffn_scores(run, worth)}
-        worth = worth + _through_ffn(run, direct if once else after)
+        scores = {"ffn": _ffn_scores(run, _before_stream(run, "ffn", worth))}
+        worth = worth + _through_ffn(run, _before_stream(run, "ffn", direct if once else after))
         here = after if host.parallel else worth
-        scores["attn"] = _attn_scores(run, here)
-        worth = worth + _through_attn(run, direct if once else here)
+        scores["attn"] = _attn_scores(run, _before_stream(run, "attn", here))
+        worth = worth + _through_attn(run, _before_stream(run, "attn", direct if once else here))
         layers.append(scores[kind])
     return bent(case, kind, torch.stack(layers[::-1]).view(shape), rivals)
 
@@ -116,6 +116,28 @@ def _layer_of(case: Case, sources: Sources, layer: int) -> _Layer:
         pattern=sources.pattern[layer],
         z=sources.pattern[layer] @ values_by_head(host, case.result.captured, layer),
     )
+
+
+def _before_stream(
+    run: _Layer, kind: Kind, worth: Float[Tensor, "pos d_model"]
+) -> Float[Tensor, "pos d_model"]:
+    """What a unit of a sub-layer's output is worth, before any norm or multiplier on it."""
+    host, layer = run.host, run.layer
+    worth = worth * host.residual_scale
+    post = host.post_norm(layer, kind)
+    if post is None:
+        return worth
+    if kind == "ffn":
+        out = _plus(run.coefficients @ host.W_out(layer).to(worth), host.b_out(layer))
+    else:
+        W_O = host.W_O(layer).to(worth)
+        out = einsum(run.z, W_O, "head pos d_head, head d_head d_model -> pos d_model")
+        out = _plus(out, host.b_O(layer))
+    return _back_through_norm(host, post, out, worth)
+
+
+def _plus(vectors: Tensor, bias: Tensor | None) -> Tensor:
+    return vectors if bias is None else vectors + bias.to(vectors)
 
 
 def _ffn_scores(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tensor, " d_mlp"]:
@@ -182,8 +204,10 @@ def _back_through_norm(
     back: Float[Tensor, "pos d_model"],
 ) -> Float[Tensor, "pos d_model"]:
     """The transposed derivative of a norm at ``x``, its scale answering."""
+    if norm.kind == "none":
+        return back
     back = back if norm.gain is None else back * norm.gain.to(back)
-    if host.norm == "layer_norm":
+    if norm.kind == "layer_norm":
         x, back = (each - each.mean(-1, keepdim=True) for each in (x, back))
     scale = (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
     unit = x / scale

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_neuron_attr.decompose import outlet
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.gradients import gradient_activation
 from tl_neuron_attr.prompts import at_least_one
@@ -63,7 +64,7 @@ def bent(
     """First-order losses of log p(w) bent as the final norm and softmax bend, neuron by neuron.
 
     They must hold what the neuron does at the read position without anything in between, at first
-    order and with the final norm's scale answering.
+    order and with the final norm's scale answering. A soft cap on logits is taken by its slope.
     """
     host, captured = case.result.host, case.result.captured
     shape = neuron_shape(host, kind)
@@ -73,5 +74,8 @@ def bent(
             rows, coefficients = host.W_out(layer), captured.mlp_post[layer]
         else:
             rows, coefficients = host.W_O(layer).flatten(0, 1), captured.z[layer].flatten()
-        layers.append(rivals.loss(rows, coefficients, first_order[layer].flatten()))
+        through = outlet(host, captured, kind, layer)
+        weights = through(torch.ones_like(captured.resid_final))
+        losses = rivals.loss(rows, coefficients, first_order[layer].flatten(), weights)
+        layers.append(losses)
     return torch.stack(layers).view(shape)

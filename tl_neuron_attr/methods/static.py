@@ -163,7 +163,11 @@ def _before(case: Case, blocks: Sequence[Decomposition]) -> Baseline:
 
 @torch.no_grad()
 def norm(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]:
-    """d. The Euclidean norm of the subvalue, a property of the weights alone."""
+    """d. The Euclidean norm of the subvalue, a property of the weights alone.
+
+    Of the subvalue as it is written: where a norm is on the sub-layer's output, behind that norm,
+    frozen at its scale in the run.
+    """
     norms = torch.cat([block.norms() for block in blocks_of(case, kind)])
     return in_layers(case, kind, norms.to(case.result.out.dtype))
 
@@ -195,7 +199,7 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
         rows = block.rows()
         for start in range(0, len(rows), out.rows_per_block):
             some = slice(start, start + out.rows_per_block)
-            signed = signs[some, None] * rows[some].to(out.dtype)
+            signed = signs[some, None] * block.outlet(rows[some].to(out.dtype))
             places.append(out.ranks(signed, case.result.target))
     found = in_layers(case, kind, torch.cat(places).to(out.dtype).reciprocal())
     case.known_ranks[kind] = found
@@ -222,6 +226,7 @@ def coefficient_rank(case: Case, kind: Kind, top: int | None = None) -> Float[Te
 def direct_logit(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]:
     """What u adds to the logit of w, the final norm frozen: direct logit attribution.
 
+    To the logit before a soft cap, where there is one.
     Of a contrast, to the difference of the two logits. Where the result is read out by
     ``recomputed``, which has no frozen norm, the norm is that of the final residual. Cost: one
     matrix-vector product a layer.
@@ -234,7 +239,7 @@ def direct_logit(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     directions = out.directions(torch.tensor(tokens, device=_device(case)), out.norm_scale)
     direction = directions[0] - directions[1] if len(tokens) > 1 else directions[0]
     scores = [
-        block.all_coefficients() * slopes(block.rows(), direction[None])[0]
+        block.all_coefficients() * slopes(block.rows(), block.outlet(direction)[None])[0]
         for block in blocks_of(case, kind)
     ]
     return in_layers(case, kind, torch.cat(scores))

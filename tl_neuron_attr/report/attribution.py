@@ -335,7 +335,7 @@ def _certificate(name: str, found: Mapping[str, Any]) -> str:
     which = f"{kind} neurons that {'lower' if lowest else 'raise'} the answer most"
     start = f"The {which}, of {found['total']:,}: "
     if not found["applies"]:
-        return start + "every neuron was scored, because no bound holds for a recomputed norm."
+        return start + "every neuron was scored, because no such bound holds here."
     if found["linear"]:
         return start + "every neuron was scored exactly; a contrast is linear, which is cheap."
     end = f"the last one listed scores {number(found['kth_score'])} nats"
