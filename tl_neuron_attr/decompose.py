@@ -50,7 +50,7 @@ class FFNDecomposition:
 
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_out``."""
-        return self.W_out[number].to(self.base.dtype)
+        return rows_at(self.W_out, number).to(self.base)
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
@@ -62,7 +62,7 @@ class FFNDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return row_norms(self.rows()).to(self.base.device)
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -76,7 +76,7 @@ class FFNDecomposition:
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``mlp_out`` less the bias."""
-        return self.coefficients @ self.W_out.to(self.base.dtype)
+        return times(self.coefficients, self.W_out)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +132,7 @@ class AttnDecomposition:
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_O``."""
         head, _, index = self.place(number)
-        return self.W_O[head, index].to(self.base.dtype)
+        return rows_at(self.W_O, head, index).to(self.base)
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
@@ -144,7 +144,7 @@ class AttnDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return row_norms(self.rows())
+        return row_norms(self.rows()).to(self.base.device)
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -160,12 +160,13 @@ class AttnDecomposition:
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
-        return self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype)
+        return times(self.coefficients(heads), self.W_O[heads])
 
     @full_precision()
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        return torch.einsum("hd,hdm->hm", self._z(), self.W_O.to(self.base.dtype))
+        z = self._z().to(self.W_O.device)
+        return torch.einsum("hd,hdm->hm", z, self.W_O.to(z.dtype)).to(self.base.device)
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
@@ -241,7 +242,32 @@ def slopes(
 ) -> Float[Tensor, "base subvalue"]:
     """``subvalue . gradient`` of every row and gradient.
 
-    In the dtype of the gradients; narrow weights are widened in blocks, never copied whole.
+    In the dtype of the gradients; narrow weights are widened in blocks, never copied whole. It is
+    computed where the rows are, and brought to where the gradients are.
     """
+    there = gradients.to(rows.device)
     blocks = rows.split(_WIDENED_ROWS)
-    return torch.cat([gradients @ block.to(gradients.dtype).T for block in blocks], dim=1)
+    products = torch.cat([there @ block.to(there.dtype).T for block in blocks], dim=1)
+    return products.to(gradients.device)
+
+
+def times(
+    vectors: Float[Tensor, "*batch row"], weights: Float[Tensor, "*_ row column"]
+) -> Float[Tensor, "*batch column"]:
+    """``vectors @ weights`` in the dtype of the vectors, computed where the weights are.
+
+    A layer's weights may be on another device than what was captured; they never move.
+    """
+    there = vectors.to(weights.device)
+    return (there @ weights.to(there.dtype)).to(vectors.device)
+
+
+def rows_at(
+    weights: Float[Tensor, "row *_"], *places: Int[Tensor, " some"]
+) -> Float[Tensor, "some *_"]:
+    """Rows of a weight, or of what is stacked in it, by number; brought to where the numbers are.
+
+    As ``weights[places]``, which wants both on one device.
+    """
+    rows = weights[tuple(each.to(weights.device) for each in places)]
+    return rows.to(places[0].device)

@@ -86,8 +86,22 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
-        return next(self.model.parameters()).device
+        """Where the unembedding is, and with it every capture, every score and every result.
+
+        The layers of a model may be spread over several devices. What is multiplied with a layer's
+        weights is multiplied where they are, and what comes of it is brought here.
+        """
+        return self.W_U.device
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go in: where the embedding is."""
+        return next(self.model.embed.parameters()).device
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that weights are on, in the order of the model's parts."""
+        return tuple(dict.fromkeys(weight.device for weight in self.parameters))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -97,17 +111,23 @@ class Host:
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"] | None:
         """The unembedding's bias, if the model has one."""
-        return _parameter(self.model, "b_U")
+        return self._beside_unembedding(_parameter(self.model, "b_U"))
 
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's gain; ``None`` where it was folded into the unembedding."""
-        return _gain(self.model.ln_final, self.model.cfg, self.class_name)
+        return self._beside_unembedding(
+            _gain(self.model.ln_final, self.model.cfg, self.class_name)
+        )
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's bias (LayerNorm only); ``None`` where absent or folded."""
-        return _parameter(self.model.ln_final, "bias", "b")
+        return self._beside_unembedding(_parameter(self.model.ln_final, "bias", "b"))
+
+    def _beside_unembedding(self, vector: Tensor | None) -> Tensor | None:
+        # the final norm may be on another device, with the last block
+        return None if vector is None else vector.to(self.device)
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Row k is the subvalue of FFN neuron k."""
@@ -493,7 +513,7 @@ def cache_is_of(
         embedded = embedded[None] if embedded.ndim == 2 else embedded
         with torch.no_grad():
             # not W_E: the embedding of Bloom ends in a norm
-            wanted = host.model.embed(ids[None].to(host.device))[0]
+            wanted = host.model.embed(ids[None].to(host.input_device))[0]
         return torch.allclose(embedded[row, here], wanted.to(embedded.device))
     return True
 

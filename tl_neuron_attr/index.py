@@ -315,7 +315,7 @@ def _computed(host: Host, survey: _Survey, layer: int, k: int, bar: tqdm) -> dic
     for kind, rows in (("ffn", host.W_out(layer)), ("attn", host.W_O(layer).flatten(0, 1))):
         parts = []
         for some in rows.split(survey.out.rows_per_block):
-            parts.append(_projected(survey, some, k))
+            parts.append(_projected(survey, some.to(survey.out.W_U.device), k))
             bar.update(len(some))
         for name in parts[0]:
             tensors[f"{kind}.{name}"] = torch.cat([part[name] for part in parts]).cpu()

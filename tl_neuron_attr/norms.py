@@ -72,7 +72,7 @@ def weight_norms(host: Host) -> WeightNorms:
                 if W_U.untyped_storage().data_ptr() in stored
             },
             rows={
-                _place(rows): row_norms(rows)
+                _place(rows): row_norms(rows).to(host.device)
                 for rows in blocks
                 if rows.untyped_storage().data_ptr() in stored
             },
