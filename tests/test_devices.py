@@ -1,16 +1,13 @@
 """Models that are spread over several devices: the same numbers, and no weight that moves."""
 
-import dataclasses
-import hashlib
-import math
+import functools
+import re
 import warnings
-from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
-from accelerate import dispatch_model
+from accelerate import cpu_offload, dispatch_model
 from conftest import (
     FAMILIES,
     HookedTransformer,
@@ -19,31 +16,30 @@ from conftest import (
     leaving_the_random_state,
     needs_hooked_transformer,
 )
-from fake_devices import device_of, fake_devices, put
+from fake_devices import fake_devices, put
 from safetensors.torch import load_file
+from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
 from tl_neuron_attr import (
     METHODS,
-    Capture,
     Case,
+    InputError,
     Prompt,
     attribute,
     attribute_all,
-    best_neurons,
     capture,
-    capture_sources,
     capture_zeroed,
     compare,
     edit_weights,
     head_inputs,
     in_context_heads,
     intervened,
+    load_model,
     mean_coefficients,
     neuron_card,
     neuron_scores,
     open_host,
-    parse_part,
     project,
     projection_index,
     replace_mean,
@@ -123,7 +119,11 @@ def interventions(model, folder):
     captures = capture_zeroed(host, [asked], [zero([*parts, "L2.H1.D3@2"])])
     means = mean_coefficients(model, [PROMPT, RAGGED[2]])
     at_source = zero("L2.H1.D3@2", position=5)
-    for several in (zero(parts), [scale("L2.H1", 2.0, position=3), at_source], replace_mean(parts, means)):
+    for several in (
+        zero(parts),
+        [scale("L2.H1", 2.0, position=3), at_source],
+        replace_mean(parts, means),
+    ):
         with intervened(model, several):
             captures.append(capture(host, asked))
     with edit_weights(model, zero(parts)):
@@ -159,10 +159,7 @@ def an_index(model, folder):
         card.heads,
         card.downstream,
         on_attention.downstream,
-        [
-            {name: tensor.tolist() for name, tensor in load_file(file).items()}
-            for file in files
-        ],
+        [{name: tensor.tolist() for name, tensor in load_file(file).items()} for file in files],
     )
 
 
@@ -186,8 +183,7 @@ def saved(model, folder):
     result = attribute(model, PROMPT, top=TOP)
     result.save(folder / "saved")
     return [
-        (file.name, pd.read_parquet(file))
-        for file in sorted((folder / "saved").rglob("*.parquet"))
+        (file.name, pd.read_parquet(file)) for file in sorted((folder / "saved").rglob("*.parquet"))
     ]
 
 
@@ -203,6 +199,7 @@ def a_run(model, folder):
 USES = [certified, dense, a_contrast, a_ragged_batch, left_padding, a_cache, queries, published]
 USES += [a_graph, interventions, scans, comparisons, an_index, what_is_said, all_methods]
 USES += [saved, a_run]
+FEW = [certified, dense, a_ragged_batch, queries, interventions]
 READS_ALL_ROWS = {an_index, all_methods}
 
 
@@ -261,24 +258,30 @@ def hooked(family, places=None):
     return model
 
 
-BUILDS = [(bridge, name) for name in SPREADS]
+# everything on one bridge and one HookedTransformer, which differ in where activations are
+BUILDS = {"bridge-llama": USES, "bridge-gpt2": FEW, "bridge-llama, uneven": FEW}
 if HookedTransformer is not None:
-    BUILDS += [(hooked, "gpt2"), (hooked, "llama")]
+    BUILDS |= {"hooked-gpt2": [use for use in USES if use is not all_methods], "hooked-llama": FEW}
 
 
-@pytest.fixture(scope="module", params=BUILDS, ids=lambda each: f"{each[0].__name__}-{each[1]}")
-def models(request):
+@functools.cache
+def built(name):
     """The same model on one device, and spread."""
-    build, name = request.param
-    family = name.split(",")[0]
+    kind, case = name.split("-")
+    build = {"bridge": bridge, "hooked": hooked}[kind]
+    family = case.split(",")[0]
     with fake_devices():
-        spread = build(family, SPREADS[name])
+        spread = build(family, SPREADS[case])
     return build(family), spread
 
 
-@pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
-def test_a_spread_model_gives_the_same_numbers_and_no_weight_moves(models, use, tmp_path):
-    whole, spread = models
+@pytest.mark.parametrize(
+    ("name", "use"),
+    [(name, use) for name, uses in BUILDS.items() for use in uses],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_spread_model_gives_the_same_numbers_and_no_weight_moves(name, use, tmp_path):
+    whole, spread = built(name)
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     expected = use(whole, tmp_path / "one")
@@ -309,3 +312,104 @@ def same(found, expected):
             same(ours, theirs)
     else:
         assert found == expected
+
+
+def test_results_are_where_the_unembedding_is_and_tokens_go_to_the_embedding():
+    _, spread = built("bridge-llama")
+    with fake_devices():
+        result = attribute(spread, PROMPT, top=TOP)
+        host = result.host
+        assert (str(host.input_device), str(host.device)) == ("cuda:0", "cuda:1")
+        assert [*map(str, host.devices)] == ["cuda:0", "cuda:1"]
+        where = {
+            tensor.device
+            for holder in (result.captured, result.ffn_neurons, result.attn_neurons, result.out)
+            for tensor in vars(holder).values()
+            if isinstance(tensor, torch.Tensor)
+        }
+        assert where == {host.device}
+        assert result.ffns[0].W_out.device == host.input_device
+
+
+def test_a_capture_from_another_device_is_brought_to_the_model():
+    whole, spread = built("bridge-llama")
+    captured = capture(open_host(whole), tokenize(open_host(whole), Prompt(tokens=PROMPT)))
+    expected = attribute_all(whole, captured, target=[4, 9], top=TOP)
+    with fake_devices():
+        found = attribute_all(spread, captured, target=[4, 9], top=TOP)
+        assert found[0].captured.resid_pre is found[1].captured.resid_pre  # brought once
+        same([each.neurons() for each in found], [each.neurons() for each in expected])
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+def test_a_model_with_offloaded_weights_is_refused_before_the_forward_pass():
+    class_name, config, *_ = FAMILIES["llama"]
+    with torch.random.fork_rng():
+        hf = hugging_face_model(class_name, config())
+    cpu_offload(hf, execution_device=torch.device("cpu"))
+    model = build_bridge_from_module(
+        hf, class_name, hf_config=hf.config, dtype=torch.float32
+    ).eval()
+    with pytest.raises(InputError, match=r"weights are not in memory, e\.g\. .*device='auto'"):
+        attribute(model, PROMPT)
+
+
+def test_a_part_on_meta_is_refused_by_name():
+    with fake_devices():
+        model = bridge("gpt2", FIRST_TO_LAST)
+    weight = model.blocks[2].mlp.W_in
+    owner = next(
+        (part, name)
+        for part in model.modules()
+        for name, own in part._parameters.items()
+        if own is not None and own.data_ptr() == weight.data_ptr()
+    )
+    setattr(owner[0], owner[1], torch.nn.Parameter(weight.detach().to("meta")))
+    with pytest.raises(InputError, match=r"1 of the model's weights are not in memory, e\.g\. .*\.2\..*c_fc"):
+        open_host(model)
+
+
+@needs_hooked_transformer
+@pytest.mark.parametrize(
+    ("part", "device", "right"),
+    [
+        ("blocks[2]", "cuda:0", "cuda:1"),
+        ("embed", "cuda:1", "cuda:0"),
+        ("unembed", "cuda:0", "cuda:1"),
+    ],
+)
+def test_a_hooked_transformer_with_a_part_elsewhere_is_refused_with_where_it_belongs(
+    part, device, right
+):
+    with fake_devices():
+        model = hooked("gpt2", FIRST_TO_LAST)
+        open_host(model)
+        put(eval(f"model.{part}"), device)
+        with pytest.raises(InputError, match=re.escape(f"model.{part}.to('{right}')")):
+            open_host(model)
+        with pytest.raises(RuntimeError, match="same device"):
+            model(torch.tensor([PROMPT]))
+
+
+def test_auto_spreads_over_all_gpus_and_leaves_one_device_alone(monkeypatch):
+    asked = []
+
+    def boot(name, **given):
+        asked.append((given["device"], given["n_devices"]))
+        raise ValueError("enough")
+
+    monkeypatch.setattr(TransformerBridge, "boot_transformers", boot)
+    for count, device in ((4, "auto"), (1, "auto"), (0, "auto"), (4, None), (4, "cuda:1")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        with pytest.raises(InputError, match="enough"):
+            load_model("tiny-facts", device=device)
+    assert asked == [(None, 4), (None, None), (None, None), (None, None), ("cuda:1", None)]
+
+
+def test_workers_cannot_share_a_model_that_is_spread_over_all_gpus(monkeypatch, tmp_path):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(InputError, match="leaves none to a second worker"):
+        run_prompts("tiny-facts", ["a"], tmp_path / "run", workers=2, device="auto")
+    assert not (tmp_path / "run").exists()

@@ -73,10 +73,10 @@ class Capture:
 
     __repr__ = brief
 
-    def to(self, dtype: torch.dtype) -> "Capture":
-        """The same capture with its activations in ``dtype`` (e.g. to score in float64)."""
+    def to(self, where: torch.dtype | torch.device) -> "Capture":
+        """The same capture with its activations in a dtype (to score in float64), or elsewhere."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
+        return replace(self, **{name: t.to(where) for name, t in tensors.items() if t is not None})
 
     def top_predictions(self, k: int = 5) -> list[tuple[int, float]]:
         """The model's ``k`` likeliest next tokens as (id, log-probability in nats)."""

@@ -165,8 +165,7 @@ class AttnDecomposition:
     @full_precision()
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
-        z = self._z().to(self.W_O.device)
-        return torch.einsum("hd,hdm->hm", z, self.W_O.to(z.dtype)).to(self.base.device)
+        return times(self._z()[:, None], self.W_O)[:, 0]
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``attn_out`` less the bias."""
@@ -263,8 +262,8 @@ def times(
 
 
 def rows_at(
-    weights: Float[Tensor, "row *_"], *places: Int[Tensor, " some"]
-) -> Float[Tensor, "some *_"]:
+    weights: Float[Tensor, "row ..."], *places: Int[Tensor, " some"]
+) -> Float[Tensor, "some ..."]:
     """Rows of a weight, or of what is stacked in it, by number; brought to where the numbers are.
 
     As ``weights[places]``, which wants both on one device.

@@ -8,7 +8,7 @@ against the model's own activations in ``identities.py``.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -116,9 +116,7 @@ class Host:
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's gain; ``None`` where it was folded into the unembedding."""
-        return self._beside_unembedding(
-            _gain(self.model.ln_final, self.model.cfg, self.class_name)
-        )
+        return self._beside_unembedding(_gain(self.model.ln_final, self.model.cfg, self.class_name))
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
@@ -212,16 +210,22 @@ def open_host(model: Any) -> Host:
     """The adapter for ``model``, after checking that its neurons can be attributed correctly.
 
     Raises:
-        InputError: If ``model`` is not a TransformerLens model, or drops activations at random
-            because it is in training mode.
+        InputError: If ``model`` is not a TransformerLens model; drops activations at random
+            because it is in training mode; has weights that are not in memory; or is spread over
+            devices otherwise than its forward pass takes it to be.
         UnsupportedModelError: If its architecture is not supported, naming the reason.
     """
     class_name = _class_name(model)
     cfg = model.cfg
+    parts = tuple(model.modules())
     # HookedTransformer has no dropout: its training flag, set by default, changes nothing
-    if class_name != "HookedTransformer" and any(part.training for part in model.modules()):
+    if class_name != "HookedTransformer" and any(part.training for part in parts):
         raise InputError("the model is in training mode, where dropout acts; call model.eval()")
+    if any(weight is not None and weight.is_meta for part in parts for weight in _own(part)):
+        raise _offloaded(model)
     _refuse_unsupported(model)
+    if class_name == "HookedTransformer":
+        _refuse_misplaced(model)
     block = model.blocks[0]
     W_O = block.attn.W_O
     folded_norm, folded_values = _folding(model, class_name)
@@ -756,6 +760,51 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
         bias is not None and bool(bias.any()) for bias in output_biases
     )
     return norms, values
+
+
+def _own(part: torch.nn.Module) -> Iterable[torch.nn.Parameter | None]:
+    # not .parameters(recurse=False), which takes as long for a module without any
+    return part._parameters.values()
+
+
+def _offloaded(model: Any) -> InputError:
+    """Why a model is refused whose weights are in memory during its forward pass alone."""
+    absent = [name for name, weight in model.named_parameters() if weight.is_meta]
+    return InputError(
+        f"{len(absent)} of the model's weights are not in memory, e.g. {absent[0]!r}: they are "
+        "offloaded to the CPU or to disk, or were never loaded, and scores are read off the "
+        "weights; load it over enough GPUs (load_model(name, device='auto')), all of it on the "
+        "CPU (device='cpu'), or in bfloat16"
+    )
+
+
+def _refuse_misplaced(model: Any) -> None:
+    """Stop where a HookedTransformer's parts are not where its forward pass looks for them.
+
+    It brings the residual stream to a device that it derives from a layer's number. But with
+    ``n_devices`` TransformerLens 3.9 places each part on the GPU that has most memory left.
+    """
+    cfg, n_layers = model.cfg, len(model.blocks)
+    parts = {"embed": (0, model.embed), "pos_embed": (0, getattr(model, "pos_embed", None))}
+    parts |= {f"blocks[{layer}]": (layer, block) for layer, block in enumerate(model.blocks)}
+    parts |= {name: (n_layers - 1, getattr(model, name)) for name in ("ln_final", "unembed")}
+    found = {
+        name: (layer, next(part.parameters()).device)
+        for name, (layer, part) in parts.items()
+        if part is not None and any(True for _ in part.parameters())  # a folded norm has none
+    }
+    if len({device for _, device in found.values()}) == 1:
+        return
+    first, n_devices = torch.device(cfg.device), int(getattr(cfg, "n_devices", None) or 1)
+    for name, (layer, device) in found.items():
+        index = (first.index or 0) + layer * n_devices // n_layers
+        expected = first if first.type == "cpu" else torch.device(first.type, index)
+        if device != expected:
+            raise InputError(
+                f"model.{name} is on {device}, but the forward pass of a HookedTransformer with "
+                f"n_devices={n_devices} takes it to be on {expected}; move it: "
+                f"model.{name}.to({str(expected)!r})"
+            )
 
 
 def _scorable(weight: Tensor) -> bool:
