@@ -61,7 +61,8 @@ def load_model(
 
     try:
         # loading draws initial weights, on the CPU, only to overwrite them
-        with torch.random.fork_rng(devices=[]), _load_reports() as reports, no_bar(name == "tiny-facts"):
+        drawing = torch.random.fork_rng(devices=[])
+        with drawing, _load_reports() as reports, no_bar(name == "tiny-facts"):
             model = TransformerBridge.boot_transformers(
                 source,
                 device=None if device == "auto" else device,
