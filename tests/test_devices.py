@@ -136,7 +136,7 @@ def scans(model, folder):
     result = attribute(model, PROMPT, top=TOP)
     few_shot = attribute(model, (5, 11, 6, 12, 5), target=11, top=TOP)
     found = in_context_heads(few_shot, (11, 12), top=3)
-    return result.head_scan(), found.heads, head_inputs(result, "L2.H1", [1, 5], tokens=2)
+    return result.head_scan(), found.heads, head_inputs(result, "L1.H1", [1, 5], tokens=2)
 
 
 def comparisons(model, folder):
@@ -209,8 +209,8 @@ FIRST_TO_LAST = {"embed": 0, "layers": (0, 0, 1), "norm": 1, "unembed": 1}
 SPREADS = {
     "gpt2": FIRST_TO_LAST,
     "llama": FIRST_TO_LAST,
-    # the first device has the least, and ends have one each
-    "llama, uneven": {"embed": 1, "layers": (0, 1, 1), "norm": 0, "unembed": 0},
+    # nothing is beside what comes before it
+    "llama, uneven": {"embed": 1, "layers": (0, 1, 0), "norm": 1, "unembed": 0},
 }
 
 
