@@ -258,10 +258,11 @@ def hooked(family, places=None):
     return model
 
 
-# everything on one bridge and one HookedTransformer, which differ in where activations are
+# everything on one bridge, or where there is one on a HookedTransformer, which has activations
+# elsewhere; the bridge is then tested on the newer TransformerLens
 BUILDS = {"bridge-llama": USES, "bridge-gpt2": FEW, "bridge-llama, uneven": FEW}
 if HookedTransformer is not None:
-    BUILDS |= {"hooked-gpt2": [use for use in USES if use is not all_methods], "hooked-llama": FEW}
+    BUILDS |= {"bridge-llama": FEW, "hooked-gpt2": USES, "hooked-llama": FEW}
 
 
 @functools.cache
