@@ -289,13 +289,13 @@ def _alike(captures: Sequence[Capture]) -> list[list[int]]:
     return [*alike.values()]
 
 
-def _in_dtype(captures: Sequence[Capture], dtype: torch.dtype) -> list[Capture]:
-    """The captures in ``dtype``; those that shared their activations still do."""
+def _converted(captures: Sequence[Capture], where: torch.dtype | torch.device) -> list[Capture]:
+    """The captures in a dtype, or on a device; those that shared their activations still do."""
     converted: dict[int, Capture] = {}
     results = []
     for captured in captures:
         if id(captured.resid_pre) not in converted:
-            converted[id(captured.resid_pre)] = captured.to(dtype)
+            converted[id(captured.resid_pre)] = captured.to(where)
         results.append(replace(converted[id(captured.resid_pre)], prompt=captured.prompt))
     return results
 
@@ -307,10 +307,11 @@ def _captured(host: Host, asked: Sequence[TokenizedPrompt | Capture]) -> list[Ca
     # scores do not depend on where padding is; on the right it needs no care
     ran = capture_all(host, tokens) if tokens else []
     _verify_all(host, ran[:1] if own_run else ran, own_run=own_run)
-    given = [prompt for prompt in asked if isinstance(prompt, Capture)]
+    # they may have been taken, or read from disk, on another device
+    given = _converted([each for each in asked if isinstance(each, Capture)], host.device)
     _verify_all(host, given, own_run=False)
-    runs = iter(ran)
-    return [prompt if isinstance(prompt, Capture) else next(runs) for prompt in asked]
+    runs, theirs = iter(ran), iter(given)
+    return [next(theirs) if isinstance(prompt, Capture) else next(runs) for prompt in asked]
 
 
 def _cached(
@@ -349,7 +350,7 @@ def _scored(
     """Scores of layers, heads and the best neurons for each capture and its target."""
     targets = [each.prompt.target or _own_top_prediction(host, each) for each in captures]
     if dtype is not None:
-        captures = _in_dtype(captures, dtype)
+        captures = _converted(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
     outs = [out.frozen_at(run.resid_final) for run in captures]
     ffns, attns = ffn_decompositions(host, captures), attn_decompositions(host, captures)

@@ -78,10 +78,10 @@ class Capture:
 
     __repr__ = brief
 
-    def to(self, dtype: torch.dtype) -> "Capture":
-        """The same capture with its activations in ``dtype`` (e.g. to score in float64)."""
+    def to(self, where: torch.dtype | torch.device) -> "Capture":
+        """The same capture with its activations in a dtype (to score in float64), or elsewhere."""
         tensors = {name: getattr(self, name) for name in _TENSORS}
-        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if t is not None})
+        return replace(self, **{name: t.to(where) for name, t in tensors.items() if t is not None})
 
     def top_predictions(self, k: int = 5) -> list[tuple[int, float]]:
         """The model's ``k`` likeliest next tokens as (id, log-probability in nats)."""
@@ -262,7 +262,9 @@ def final_residuals(
     def keep(activation: Tensor, hook: Any) -> None:
         resid = activation[rows, reads]
         wide = torch.promote_types(resid.dtype, torch.float32)
-        seen.append(resid.to(wide) if differentiable else _scoring_copy(resid))
+        seen.append(
+            resid.to(host.device, wide) if differentiable else _scoring_copy(resid, host.device)
+        )
 
     sparing = [] if differentiable else _last_ffn_hooks(host, prompts)
     every = [*hooks, *sparing, (final_resid_name(host), keep)]
@@ -290,7 +292,7 @@ def coefficients_everywhere(
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, name: str) -> None:
-        seen[name] = _scoring_copy(activation[0].flatten(1))
+        seen[name] = _scoring_copy(activation[0].flatten(1), host.device)
 
     names = [coefficient_name(host, layer, kind) for layer in range(host.n_layers)]
     _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
@@ -330,7 +332,8 @@ def capture_sources(
             f"source position {places[-1] if places[0] >= 0 else places[0]} is out of range: the "
             f"read position is {prompt.read_pos}, so source positions are 0 to {prompt.read_pos}"
         )
-    rows = torch.tensor(places, dtype=torch.long, device=captured.v.device)
+    # on the CPU: layers may be on several devices, and each of them can be indexed from there
+    rows = torch.tensor(places, dtype=torch.long)
     wanted = {key: name for key, name in _wanted(host).items() if _kind(key) in (*_SOURCED, "v")}
     seen: dict[str, Tensor] = {}
 
@@ -354,14 +357,14 @@ def capture_sources(
             keep(_with_batch_axis(key, cache[name]), None, key=key)
     like = captured.v  # in its dtype, and where it is
     tensors = {
-        kind: torch.stack([seen[f"{kind}.{layer}"] for layer in range(host.n_layers)]).to(like)
+        kind: torch.stack([seen[f"{kind}.{layer}"].to(like) for layer in range(host.n_layers)])
         for kind in (*_SOURCED, "v")
         if f"{kind}.0" in wanted
     }
     error = _relative(tensors.pop("v"), captured.v)
     if not error <= _SAME_RUN[host.dtype]:
         raise _other_run(prompt, "value vectors", error)
-    return Sources(positions=rows, **tensors)
+    return Sources(positions=rows.to(like.device), **tensors)
 
 
 def residuals_at(
@@ -383,7 +386,8 @@ def residuals_at(
 
     def keep(activation: Tensor, hook: Any, *, name: str) -> None:
         # the read position's last: it tells whether this is the same run
-        seen[name] = _scoring_copy(activation[0, [*places, prompt.read_pos]]).to(captured.v)
+        at = activation[0, [*places, prompt.read_pos]]
+        seen[name] = _scoring_copy(at, host.device).to(captured.v)
 
     names = [hook_names(host, layer)["resid_pre"] for layer in range(host.n_layers)]
     names.append(final_resid_name(host))
@@ -410,7 +414,8 @@ def capture_pre_activations(
     seen: dict[str, list[Tensor]] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
-        seen.setdefault(key, []).append(_scoring_copy(activation[0, captured.prompt.read_pos]))
+        at = activation[0, captured.prompt.read_pos]
+        seen.setdefault(key, []).append(_scoring_copy(at, host.device))
 
     hooks = [
         (name, partial(keep, key=key))
@@ -480,7 +485,7 @@ def _pass(
     seen: dict[str, list[Tensor]] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
-        seen[key] = _copies(key, activation, places)
+        seen[key] = _copies(key, activation, places, host.device)
 
     # last, so that what the others edit is seen as edited
     keeping = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
@@ -490,7 +495,7 @@ def _pass(
     ]
     logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
     at = [_Place(place.row, 0, reads[place.row].index(place.read)) for place in places]
-    seen["logits"] = _copies("logits", logits, at)
+    seen["logits"] = _copies("logits", logits, at, host.device)
     return _captures(host, prompts, places, seen)
 
 
@@ -526,7 +531,7 @@ def _forward(
     padded = any(len(row) < length for row in rows)
     if padded and padding_side == "left":
         check_left_padding(host)
-    tokens, attention_mask = (t.to(host.device) for t in _padded(rows, length, padding_side))
+    tokens, attention_mask = (t.to(host.input_device) for t in _padded(rows, length, padding_side))
     # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
     # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
     masked = padded or host.class_name == "HookedTransformer"
@@ -591,7 +596,7 @@ def _read_cache(
                 f"the cache is of several runs: {name!r} is of {list(activation.shape)}, which are "
                 f"not {n_rows} prompts of {length} tokens; pass the cache of one run"
             )
-        seen[key] = _copies(key, activation, places)
+        seen[key] = _copies(key, activation, places, host.device)
     if "logits" not in seen:
         seen["logits"] = _logits(host, seen["resid_final"])
     elif host.logit_scale != 1 or host.soft_cap is not None:  # the cache has them before that
@@ -678,7 +683,7 @@ def _logits(
     with torch.no_grad():
         resid = torch.stack([*resid_final]).to(host.device, host.dtype)[None]
         logits = final_logits(host, host.model.unembed(host.model.ln_final(resid))[0])
-        return [_scoring_copy(row.to(resid_final[0].device)) for row in logits]
+        return [_scoring_copy(row, host.device) for row in logits]
 
 
 def _wanted(host: Host) -> dict[str, str]:
@@ -696,7 +701,9 @@ def _kind(key: str) -> str:
     return key.split(".")[0]
 
 
-def _copies(key: str, activation: Tensor, places: Sequence[_Place]) -> list[Tensor]:
+def _copies(
+    key: str, activation: Tensor, places: Sequence[_Place], device: torch.device
+) -> list[Tensor]:
     """What ``key`` keeps of each prompt: views of one copy, which was made for all of them."""
     rows = torch.tensor([place.row for place in places], device=activation.device)
     reads = torch.tensor([place.read for place in places], device=activation.device)
@@ -708,7 +715,7 @@ def _copies(key: str, activation: Tensor, places: Sequence[_Place]) -> list[Tens
     else:
         kept = activation[rows, reads]
     wide = torch.promote_types(kept.dtype, torch.float32)
-    of_prompts = kept.to(wide).unbind()
+    of_prompts = kept.to(device, wide).unbind()
     if _kind(key) not in ("pattern", "v"):
         return list(of_prompts)
     return [_trimmed(key, place, row) for place, row in zip(places, of_prompts, strict=True)]
@@ -720,10 +727,10 @@ def _trimmed(key: str, place: _Place, row: Tensor) -> Tensor:
     return row[place.start : place.read + 1]
 
 
-def _scoring_copy(activation: Tensor) -> Tensor:
-    """A copy (the original may be overwritten) in at least float32."""
+def _scoring_copy(activation: Tensor, device: torch.device) -> Tensor:
+    """A copy (the original may be overwritten) in at least float32, on ``device``."""
     dtype = torch.promote_types(activation.dtype, torch.float32)
-    return activation.detach().to(dtype, copy=True)
+    return activation.detach().to(device, dtype, copy=True)
 
 
 def _captures(

@@ -51,11 +51,11 @@ class Outlet:
 
     def weighted(self, vectors: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_model"]:
         """The part that is one for all runs: the gain."""
-        return vectors if self.gain is None else vectors * self.gain.to(vectors.dtype)
+        return vectors if self.gain is None else vectors * self.gain.to(vectors)
 
     def scaled(self, values: Float[Tensor, "*batch n"]) -> Float[Tensor, "*_ n"]:
         """The part that is this run's: the scale, of vectors or of their coefficients."""
-        return values if self.divisor is None else values / self.divisor.to(values.dtype)
+        return values if self.divisor is None else values / self.divisor.to(values)
 
     def as_in(self, other: "Outlet") -> bool:
         """Whether it is the same in another run of the model, to the last bit."""
@@ -130,7 +130,7 @@ class FFNDecomposition:
 
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_out``."""
-        return self.outlet(self.W_out[number].to(self.base.dtype))
+        return self.outlet(rows_at(self.W_out, number).to(self.base))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
@@ -146,7 +146,8 @@ class FFNDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
+        norms = row_norms(self.rows(), self.outlet.gain).to(self.base.device)
+        return self.outlet.of_norms(norms)
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -160,7 +161,7 @@ class FFNDecomposition:
 
     def sum(self) -> Float[Tensor, " d_model"]:
         """What all neurons add together: ``mlp_out`` less the bias."""
-        return self.outlet(self.coefficients @ self.W_out.to(self.base.dtype))
+        return self.outlet(times(self.coefficients, self.W_out))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +221,7 @@ class AttnDecomposition:
     def subvalues(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons writes per unit of coefficient: its row of ``W_O``."""
         head, _, index = self.place(number)
-        return self.outlet(self.W_O[head, index].to(self.base.dtype))
+        return self.outlet(rows_at(self.W_O, head, index).to(self.base))
 
     def vectors(self, number: Int[Tensor, " neuron"]) -> Float[Tensor, "neuron d_model"]:
         """What each of these neurons adds to the residual stream."""
@@ -237,7 +238,8 @@ class AttnDecomposition:
 
     def norms(self) -> Float[Tensor, " subvalue"]:
         """The norm of every subvalue, in the order of ``rows``."""
-        return self.outlet.of_norms(row_norms(self.rows(), self.outlet.gain))
+        norms = row_norms(self.rows(), self.outlet.gain).to(self.base.device)
+        return self.outlet.of_norms(norms)
 
     def all_coefficients(self) -> Float[Tensor, " neuron"]:
         """The coefficient of every neuron, in the order neurons are numbered."""
@@ -253,7 +255,7 @@ class AttnDecomposition:
 
     def position_vectors(self, heads: slice = slice(None)) -> Float[Tensor, "head pos d_model"]:
         """What these heads bring from each source position."""
-        return self.outlet(self.coefficients(heads) @ self.W_O[heads].to(self.base.dtype))
+        return self.outlet(times(self.coefficients(heads), self.W_O[heads]))
 
     def head_vectors(self) -> Float[Tensor, "head d_model"]:
         """What each head adds to the residual stream."""
@@ -329,7 +331,7 @@ def head_vectors_of_runs(
 ) -> Float[Tensor, "run head d_model"]:
     """What each head of one layer adds to the residual stream, in each of several runs."""
     z = torch.stack([block.z() for block in blocks], dim=1)
-    written = (z @ blocks[0].W_O.to(z.dtype)).transpose(0, 1)
+    written = times(z, blocks[0].W_O).transpose(0, 1)
     return torch.stack([block.outlet(each) for block, each in zip(blocks, written, strict=True)])
 
 
@@ -342,7 +344,7 @@ def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[
             base=(run.resid_pre if run.resid_mid is None else run.resid_mid)[layer],
             coefficients=run.mlp_post[layer],
             W_out=W_out,
-            b_out=None if b_out is None else through(b_out.to(run.v.dtype)),
+            b_out=None if b_out is None else through(b_out.to(run.v)),
             outlet=through,
         )
         for run, through in zip(captures, _outlets(host, captures, "ffn", layer), strict=True)
@@ -358,7 +360,7 @@ def _attns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list
             pattern=run.pattern[layer],
             v=run.v[layer],
             W_O=W_O,
-            b_O=None if b_O is None else through(b_O.to(run.v.dtype)),
+            b_O=None if b_O is None else through(b_O.to(run.v)),
             outlet=through,
         )
         for run, through in zip(captures, _outlets(host, captures, "attn", layer), strict=True)
@@ -375,7 +377,32 @@ def slopes(
 ) -> Float[Tensor, "base subvalue"]:
     """``subvalue . gradient`` of every row and gradient.
 
-    In the dtype of the gradients; narrow weights are widened in blocks, never copied whole.
+    In the dtype of the gradients; narrow weights are widened in blocks, never copied whole. It is
+    computed where the rows are, and brought to where the gradients are.
     """
+    there = gradients.to(rows.device)
     blocks = rows.split(_WIDENED_ROWS)
-    return torch.cat([gradients @ block.to(gradients.dtype).T for block in blocks], dim=1)
+    products = torch.cat([there @ block.to(there.dtype).T for block in blocks], dim=1)
+    return products.to(gradients.device)
+
+
+def times(
+    vectors: Float[Tensor, "*batch row"], weights: Float[Tensor, "*_ row column"]
+) -> Float[Tensor, "*batch column"]:
+    """``vectors @ weights`` in the dtype of the vectors, computed where the weights are.
+
+    A layer's weights may be on another device than what was captured; they never move.
+    """
+    there = vectors.to(weights.device)
+    return (there @ weights.to(there.dtype)).to(vectors.device)
+
+
+def rows_at(
+    weights: Float[Tensor, "row ..."], *places: Int[Tensor, " some"]
+) -> Float[Tensor, "some ..."]:
+    """Rows of a weight, or of what is stacked in it, by number; brought to where the numbers are.
+
+    As ``weights[places]``, which wants both on one device.
+    """
+    rows = weights[tuple(each.to(weights.device) for each in places)]
+    return rows.to(places[0].device)

@@ -8,7 +8,7 @@ against the model's own activations in ``identities.py``.
 
 import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -95,8 +95,22 @@ class Host:
 
     @property
     def device(self) -> torch.device:
-        """Where token ids go in."""
-        return next(self.model.parameters()).device
+        """Where the unembedding is, and with it every capture, every score and every result.
+
+        The layers of a model may be spread over several devices. What is multiplied with a layer's
+        weights is multiplied where they are, and what comes of it is brought here.
+        """
+        return self.W_U.device
+
+    @property
+    def input_device(self) -> torch.device:
+        """Where token ids go in: where the embedding is."""
+        return next(self.model.embed.parameters()).device
+
+    @cached_property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All devices that weights are on, in the order of the model's parts."""
+        return tuple(dict.fromkeys(weight.device for weight in self.parameters))
 
     @property
     def W_U(self) -> Float[Tensor, "d_model d_vocab"]:
@@ -106,7 +120,7 @@ class Host:
     @property
     def b_U(self) -> Float[Tensor, " d_vocab"] | None:
         """The unembedding's bias, if the model has one; ``logit_scale`` is in it."""
-        return self._scaled(_parameter(self.model, "b_U"))
+        return self._beside_unembedding(_parameter(self.model, "b_U"))
 
     @property
     def final_gain(self) -> Float[Tensor, " d_model"] | None:
@@ -117,15 +131,19 @@ class Host:
         gain = _gain(self.model.ln_final, self.model.cfg, self.class_name)
         if gain is None and self.logit_scale != 1:
             gain = self.W_U.new_ones(self.d_model)
-        return self._scaled(gain)
+        return self._beside_unembedding(gain)
 
     @property
     def final_bias(self) -> Float[Tensor, " d_model"] | None:
         """The final norm's bias (LayerNorm only); ``None`` where absent or folded; likewise."""
-        return self._scaled(_parameter(self.model.ln_final, "bias", "b"))
+        return self._beside_unembedding(_parameter(self.model.ln_final, "bias", "b"))
 
-    def _scaled(self, vector: Float[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
-        return vector if vector is None or self.logit_scale == 1 else vector * self.logit_scale
+    def _beside_unembedding(self, vector: Float[Tensor, " n"] | None) -> Float[Tensor, " n"] | None:
+        # the final norm may be on another device, with the last block
+        if vector is None:
+            return None
+        vector = vector.to(self.device)
+        return vector if self.logit_scale == 1 else vector * self.logit_scale
 
     def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
         """Row k is the subvalue of FFN neuron k."""
@@ -221,16 +239,22 @@ def open_host(model: Any) -> Host:
     """The adapter for ``model``, after checking that its neurons can be attributed correctly.
 
     Raises:
-        InputError: If ``model`` is not a TransformerLens model, or drops activations at random
-            because it is in training mode.
+        InputError: If ``model`` is not a TransformerLens model; drops activations at random
+            because it is in training mode; has weights that are not in memory; or is spread over
+            devices otherwise than its forward pass takes it to be.
         UnsupportedModelError: If its architecture is not supported, naming the reason.
     """
     class_name = _class_name(model)
     cfg = model.cfg
+    parts = tuple(model.modules())
     # HookedTransformer has no dropout: its training flag, set by default, changes nothing
-    if class_name != "HookedTransformer" and any(part.training for part in model.modules()):
+    if class_name != "HookedTransformer" and any(part.training for part in parts):
         raise InputError("the model is in training mode, where dropout acts; call model.eval()")
+    if any(weight is not None and weight.is_meta for part in parts for weight in _own(part)):
+        raise _offloaded(model)
     _refuse_unsupported(model)
+    if class_name == "HookedTransformer":
+        _refuse_misplaced(model)
     block = model.blocks[0]
     W_O = block.attn.W_O
     folded_norm, folded_values = _folding(model, class_name)
@@ -548,7 +572,7 @@ def cache_is_of(
         embedded = embedded[None] if embedded.ndim == 2 else embedded
         with torch.no_grad():
             # not W_E: the embedding of Bloom ends in a norm
-            wanted = host.model.embed(ids[None].to(host.device))[0]
+            wanted = host.model.embed(ids[None].to(host.input_device))[0]
         return torch.allclose(embedded[row, here], wanted.to(embedded.device))
     return True
 
@@ -805,6 +829,51 @@ def _folding(model: Any, class_name: str) -> tuple[bool, bool]:
         bias is not None and bool(bias.any()) for bias in output_biases
     )
     return norms, values
+
+
+def _own(part: torch.nn.Module) -> Iterable[torch.nn.Parameter | None]:
+    # not .parameters(recurse=False), which takes as long for a module without any
+    return part._parameters.values()
+
+
+def _offloaded(model: Any) -> InputError:
+    """Why a model is refused whose weights are in memory during its forward pass alone."""
+    absent = [name for name, weight in model.named_parameters() if weight.is_meta]
+    return InputError(
+        f"{len(absent)} of the model's weights are not in memory, e.g. {absent[0]!r}: they are "
+        "offloaded to the CPU or to disk, or were never loaded, and scores are read off the "
+        "weights; load it over enough GPUs (load_model(name, device='auto')), all of it on the "
+        "CPU (device='cpu'), or in bfloat16"
+    )
+
+
+def _refuse_misplaced(model: Any) -> None:
+    """Stop where a HookedTransformer's parts are not where its forward pass looks for them.
+
+    It brings the residual stream to a device that it derives from a layer's number. But with
+    ``n_devices`` TransformerLens 3.9 places each part on the GPU that has most memory left.
+    """
+    cfg, n_layers = model.cfg, len(model.blocks)
+    parts = {"embed": (0, model.embed), "pos_embed": (0, getattr(model, "pos_embed", None))}
+    parts |= {f"blocks[{layer}]": (layer, block) for layer, block in enumerate(model.blocks)}
+    parts |= {name: (n_layers - 1, getattr(model, name)) for name in ("ln_final", "unembed")}
+    found = {
+        name: (layer, next(part.parameters()).device)
+        for name, (layer, part) in parts.items()
+        if part is not None and any(True for _ in part.parameters())  # a folded norm has none
+    }
+    if len({device for _, device in found.values()}) == 1:
+        return
+    first, n_devices = torch.device(cfg.device), int(getattr(cfg, "n_devices", None) or 1)
+    for name, (layer, device) in found.items():
+        index = (first.index or 0) + layer * n_devices // n_layers
+        expected = first if first.type == "cpu" else torch.device(first.type, index)
+        if device != expected:
+            raise InputError(
+                f"model.{name} is on {device}, but the forward pass of a HookedTransformer with "
+                f"n_devices={n_devices} takes it to be on {expected}; move it: "
+                f"model.{name}.to({str(expected)!r})"
+            )
 
 
 def _scorable(weight: Tensor) -> bool:

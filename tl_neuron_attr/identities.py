@@ -147,12 +147,12 @@ def _normalized(host: Host, norm: Norm, resid: Float[Tensor, " d_model"]) -> Ten
         return resid
     resid = resid - resid.mean() if norm.kind == "layer_norm" else resid
     scaled = resid / (resid.square().mean() + host.eps).sqrt()
-    return _plus(scaled if norm.gain is None else scaled * norm.gain.to(resid.dtype), norm.bias)
+    return _plus(scaled if norm.gain is None else scaled * norm.gain.to(resid), norm.bias)
 
 
 def _times(vector: Float[Tensor, " d_model"], weight: Float[Tensor, "*_ d_model neuron"]) -> Tensor:
     # in the dtype of the weight, which may be narrow: widening it all would double its memory
-    return (vector.to(weight.dtype) @ weight).to(vector.dtype)
+    return (vector.to(weight) @ weight).to(vector)
 
 
 def _residual_stream(host: Host, captured: Capture) -> Identity:
@@ -236,4 +236,4 @@ def _identity(
 
 
 def _plus(vector: Tensor, bias: Tensor | None) -> Tensor:
-    return vector if bias is None else vector + bias.to(vector.dtype)
+    return vector if bias is None else vector + bias.to(vector)

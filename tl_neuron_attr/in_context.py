@@ -30,6 +30,7 @@ from torch import Tensor
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import capture_sources
 from tl_neuron_attr.cards import as_head, check_head
+from tl_neuron_attr.decompose import times
 from tl_neuron_attr.display import box, brief, facts, grid, line, token
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, one_token
@@ -355,12 +356,12 @@ def _input_table(
     norm, W_V, b_V = host.attn_norm(layer), host.W_V(layer), host.b_V(layer)
     group = head.head // (host.n_heads // len(W_V))
     x = parts.sum(0)
-    bias = torch.zeros_like(x) if norm.bias is None else norm.bias.to(x.dtype)
+    bias = torch.zeros_like(x) if norm.bias is None else norm.bias.to(x)
     # [part and bias, d_model], [part and bias, d_head]
     read = torch.cat([through_norm(host, norm, x.expand_as(parts), parts), bias[None]])
-    value = read @ W_V[group].to(x.dtype)
+    value = times(read, W_V[group])
     if b_V is not None:
-        value[-1] += b_V[group].to(x.dtype)
+        value[-1] += b_V[group].to(x)
     ends = project(result.out, parts, k)
     text_of = host.token_text
     norms = parts.norm(dim=-1).tolist()

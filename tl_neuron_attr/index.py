@@ -324,7 +324,8 @@ def _computed(host: Host, survey: _Survey, layer: int, k: int, bar: tqdm) -> dic
         through = Outlet(gain=None if norm is None else norm.gain)  # without its scale
         parts = []
         for some in rows.split(survey.out.rows_per_block):
-            parts.append(_projected(survey, through(some.to(survey.out.dtype)), k))
+            some = some.to(survey.out.W_U.device, survey.out.dtype)
+            parts.append(_projected(survey, through(some), k))
             bar.update(len(some))
         for name in parts[0]:
             tensors[f"{kind}.{name}"] = torch.cat([part[name] for part in parts]).cpu()

@@ -39,7 +39,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, rows_at, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.index import ProjectionIndex, rounding_unit
@@ -516,7 +516,7 @@ def _likely(
     below, above = below / size, above / size
     sums = []
     for some, unit in zip(subvalue.split(n_rows), size.split(n_rows), strict=True):
-        Y = (rows[some].to(out.dtype) / unit[:, None]) @ directions
+        Y = (rows_at(rows, some).to(out.dtype) / unit[:, None]) @ directions
         first = Y @ weights
         squares = Y.square()
         second = squares @ weights

@@ -34,7 +34,9 @@ def load_model(
 
     ``name`` is ``tiny-facts`` (bundled), a local Hugging Face directory, or any name that
     TransformerLens can load (which asks the hub unless the model is already on disk).
-    ``device`` is by default what TransformerLens chooses; ``dtype`` is that of the weights.
+    ``device`` is by default what TransformerLens chooses. ``"auto"`` is for a model larger than
+    one GPU: its layers are spread over all that are visible (``CUDA_VISIBLE_DEVICES`` says which);
+    where there is but one, or none, it is as if left out. ``dtype`` is that of the weights.
     A directory without a tokenizer gives a model whose ``tokenizer`` is None: it can be asked
     by token ids.
 
@@ -49,6 +51,7 @@ def load_model(
     path = Path(source) if Path(source).is_dir() else None
     if path is not None:
         _check_files(path)
+    several = torch.cuda.device_count() if device == "auto" else 1
     wordless = path is not None and not _has(path, _TOKENIZER_FILES)
     with warnings.catch_warnings():
         # of a notebook without ipywidgets, where a bar is then drawn as text
@@ -57,11 +60,13 @@ def load_model(
         from transformer_lens.model_bridge import TransformerBridge
 
     try:
-        # loading draws initial weights only to overwrite them
-        with torch.random.fork_rng(), _load_reports() as reports, no_bar(name == "tiny-facts"):
+        # loading draws initial weights, on the CPU, only to overwrite them
+        drawing = torch.random.fork_rng(devices=[])
+        with drawing, _load_reports() as reports, no_bar(name == "tiny-facts"):
             model = TransformerBridge.boot_transformers(
                 source,
-                device=device,
+                device=None if device == "auto" else device,
+                n_devices=several if several > 1 else None,
                 dtype=dtype,
                 tokenizer=_no_tokenizer() if wordless else None,
             )

@@ -78,7 +78,7 @@ def weight_norms(host: Host) -> WeightNorms:
                 if W_U.untyped_storage().data_ptr() in stored
             },
             rows={
-                _place(rows): row_norms(rows, gain)
+                _place(rows): row_norms(rows, gain).to(host.device)
                 for rows, gain in zip(blocks, gains, strict=True)
                 if rows.untyped_storage().data_ptr() in stored
             },

@@ -296,7 +296,8 @@ def plan(
     )
     if operations_per_second is None:
         try:
-            where = where if device is None else torch.device(device)
+            # spread over several GPUs, one layer's work is done by one of them
+            where = where if device in (None, "auto") else torch.device(device)
             rates = _measured(work, held_in, scored_in, where)
         except (RuntimeError, AssertionError) as error:  # no such device, or none at hand
             reason = (str(error).splitlines() or [type(error).__name__])[0]

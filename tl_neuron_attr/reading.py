@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
+from tl_neuron_attr.decompose import rows_at
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, Norm
@@ -177,20 +178,21 @@ def subkeys(
     if ranked.head is not None:
         W_V, b_V = host.W_V(layer), host.b_V(layer)
         group = ranked.head[here] // (host.n_heads // W_V.shape[0])
-        yield "v", W_V[group, :, index], None if b_V is None else b_V[group, index]
+        subkey = rows_at(W_V.transpose(1, 2), group, index)
+        yield "v", subkey, None if b_V is None else rows_at(b_V, group, index)
         return
     W_gate = host.W_gate(layer)
     if W_gate is not None and convention == "published":
-        yield "subvalue", host.W_out(layer)[index], None
+        yield "subvalue", rows_at(host.W_out(layer), index), None
         return
     if W_gate is not None:
         b_gate = host.b_gate(layer)
-        yield "gate", W_gate[:, index].T, None if b_gate is None else b_gate[index]
+        yield "gate", rows_at(W_gate.T, index), None if b_gate is None else rows_at(b_gate, index)
     b_in = host.b_in(layer)
     yield (
         "pre" if W_gate is None else "up",
-        host.W_in(layer)[:, index].T,
-        None if b_in is None else b_in[index],
+        rows_at(host.W_in(layer).T, index),
+        None if b_in is None else rows_at(b_in, index),
     )
 
 
@@ -210,7 +212,7 @@ def through_norm(
     if norm.kind == "layer_norm":
         x, vectors = (each - each.mean(-1, keepdim=True) for each in (x, vectors))
     read = vectors / (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
-    return read if norm.gain is None else read * norm.gain.to(read.dtype)
+    return read if norm.gain is None else read * norm.gain.to(read)
 
 
 def _through_norm(
@@ -224,14 +226,14 @@ def _through_norm(
 
     The norm is frozen at the scale it has for ``x``.
     """
-    key = subkey if norm.gain is None else subkey * norm.gain.to(x.dtype)
+    key = subkey if norm.gain is None else subkey * norm.gain.to(x)
     if convention == "published" or norm.kind == "none":
         return key, torch.zeros_like(x[:, 0])
     if norm.kind == "layer_norm":
         key = key - key.mean(-1, keepdim=True)
         x = x - x.mean(-1, keepdim=True)
     key = key / (x.square().mean(-1, keepdim=True) + host.eps).sqrt()
-    bias = torch.zeros_like(x[:, 0]) if norm.bias is None else subkey @ norm.bias.to(x.dtype)
+    bias = torch.zeros_like(x[:, 0]) if norm.bias is None else subkey @ norm.bias.to(x)
     return key, bias
 
 

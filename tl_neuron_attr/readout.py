@@ -821,16 +821,17 @@ class Rivals:
         d_model = len(self.resid)
         probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
         # float64, where what is linear is taken from what is not
-        weights = weights.to(probes)
+        # where the rows are, which may be another device
+        there, weights = probes.to(rows.device), weights.to(rows.device, probes.dtype)
         products = torch.cat(
-            [probes * weights @ block.to(probes).T for block in rows.split(_ROWS)], 1
+            [there * weights @ block.to(there).T for block in rows.split(_ROWS)], 1
         )
-        products = (products * coefficients.to(products)).double()
+        products = (products.to(probes) * coefficients.to(probes)).double()
         moves, along, total = products[:-2], products[-2], products[-1]
         squares = torch.cat(
-            [(block.to(probes) * weights).square().sum(1) for block in rows.split(_ROWS)]
+            [(block.to(there) * weights).square().sum(1) for block in rows.split(_ROWS)]
         )
-        size = (squares * coefficients.to(squares).square()).double()
+        size = (squares.to(probes) * coefficients.to(probes).square()).double()
         if self.centered:
             size = size - total.square() / d_model
         scale = self.norm_scale.double()
@@ -1061,6 +1062,7 @@ def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10)
 
     Source: Yu & Ananiadou (2024), section 3; sign rule: their section 4.
     """
+    vectors = vectors.to(out.W_U.device)
     scale = torch.ones((), dtype=out.dtype) if out.norm_scale is None else out.norm_scale
     linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device), soft_cap=None)
     rows = vectors.reshape(-1, vectors.shape[-1])

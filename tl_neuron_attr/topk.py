@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, slopes
+from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, rows_at, slopes
 from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
@@ -339,7 +339,8 @@ def tangent_bounds(
         gradients = torch.stack([go(g) for go, g in zip(outlets, gradients, strict=True)])
         products = slopes(block.rows(), gradients)
         known = None if out.norms is None else out.norms.of_rows(block.rows())
-        known = row_norms(block.rows(), block.outlet.gain) if known is None else known
+        if known is None:
+            known = row_norms(block.rows(), block.outlet.gain).to(block.base.device)
         columns.append(
             [
                 TangentBound(
@@ -703,12 +704,12 @@ def _increases(
     """Of multiples of some rows of one block, as many rows at a time as are read out at a time."""
     size = out.rows_per_block
     if len(rows) <= size:
-        vectors = block.outlet.weighted(block.rows()[rows].to(block.base.dtype))
+        vectors = block.outlet.weighted(rows_at(block.rows(), rows).to(block.base))
         return out.increase_of_multiples(before, bases, multiples, vectors, row_of)
     found = torch.empty_like(multiples)
     for first in range(0, len(rows), size):
         (here,) = ((row_of >= first) & (row_of < first + size)).nonzero(as_tuple=True)
-        some = block.rows()[rows[first : first + size]].to(block.base.dtype)
+        some = rows_at(block.rows(), rows[first : first + size]).to(block.base)
         vectors = block.outlet.weighted(some)
         found[here] = out.increase_of_multiples(
             before, bases[here], multiples[here], vectors, row_of[here] - first

@@ -93,7 +93,7 @@ def input_table(host: Host, one: LookedAt) -> pd.DataFrame:
     rows = []
     for name, subkey, bias in subkeys(host, one.each, first, layer, "exact"):
         subkey = subkey[0].to(captured.v.dtype)
-        gained = subkey if norm.gain is None else subkey * norm.gain.to(subkey.dtype)
+        gained = subkey if norm.gain is None else subkey * norm.gain.to(subkey)
         if norm.kind == "layer_norm":
             gained = gained - gained.mean()
         if one.each.kind == "ffn":
@@ -160,7 +160,7 @@ def end_table(result: Attribution, one: LookedAt, k: int) -> tuple[pd.DataFrame,
 def read_by(host: Host, norm: Norm, x: Float[Tensor, " d_model"]) -> Float[Tensor, " d_model"]:
     """What a sub-layer reads of the residual stream ``x``."""
     read = through_norm(host, norm, x, x)
-    return read if norm.bias is None else read + norm.bias.to(x.dtype)
+    return read if norm.bias is None else read + norm.bias.to(x)
 
 
 def stream(captured: Capture, kind: Kind) -> Float[Tensor, "layer d_model"]:

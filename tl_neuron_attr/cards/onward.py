@@ -102,7 +102,7 @@ def _reach(
     vectors = torch.stack([through_norm(host, norm, x, one.subvalue), read_by(host, norm, x)])
     product, total = slopes(rows, vectors)
     if bias is not None:
-        total = total + bias.to(total.dtype)
+        total = total + bias.to(total)
     return _Reach(kind=kind, layer=layer, input=name, product=product, total=total)
 
 
@@ -153,7 +153,7 @@ def carried_by_heads(
     """What each head of a layer makes of a part of what it reads, per unit of attention."""
     W_V, W_O = host.W_V(layer), host.W_O(layer)
     read = through_norm(host, host.attn_norm(layer), captured.resid_pre[layer], vector)
-    v = torch.einsum("m,gmk->gk", read, W_V.to(read.dtype))
+    v = torch.einsum("m,gmk->gk", read.to(W_V.device), W_V.to(read.dtype))
     v = v.repeat_interleave(host.n_heads // len(W_V), dim=0)
     through = outlet(host, captured, "attn", layer)
-    return through(torch.einsum("hk,hkm->hm", v, W_O.to(read.dtype)))
+    return through(torch.einsum("hk,hkm->hm", v, W_O.to(read.dtype)).to(read.device))

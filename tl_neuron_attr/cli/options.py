@@ -24,7 +24,11 @@ ModelName = Annotated[
     typer.Option("--model", help="tiny-facts (bundled), a Hugging Face directory, or a hub name."),
 ]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda, mps. Default: what TransformerLens chooses.")
+    str | None,
+    typer.Option(
+        help="cpu, cuda, cuda:1, mps, or auto: spread over all GPUs. Default: what "
+        "TransformerLens chooses."
+    ),
 ]
 WeightDtype = Annotated[
     str,

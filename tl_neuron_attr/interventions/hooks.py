@@ -265,6 +265,8 @@ class _Layer:
         if self.v is None or self.pattern is None or self.before is None:
             raise _unseen(self.host)
         n_pos, before = z.shape[1], self.before
+        # HookedTransformer has it where the first layer is
+        attention = self.pattern.to(z)
         by_read: dict[int, list[_OfSources]] = {}
         for step in self.sources:
             local = _local(step.position, before, n_pos)
@@ -286,8 +288,7 @@ class _Layer:
                 raise InputError(
                     f"source position {int(source.max())} comes after the read position {read}"
                 )
-            pattern = self.pattern[:, head, read, source].to(z.dtype)
-            carried = pattern * self.v[:, source, head // group, index]
+            carried = attention[:, head, read, source] * self.v[:, source, head // group, index]
             changed = carried.clone()
             for step, which in zip(
                 steps, numbers.split([len(step.where) for step in steps]), strict=True

@@ -59,7 +59,10 @@ def mean_coefficients(
     n_positions = sum(prompt.read_pos + 1 if positions == "all" else 1 for prompt in asked)
     dtype = torch.promote_types(host.dtype, torch.float32)
     ffn, z = (
-        (torch.stack([sums[name, layer] for layer in range(host.n_layers)]) / n_positions).to(dtype)
+        (
+            torch.stack([sums[name, layer].to(host.device) for layer in range(host.n_layers)])
+            / n_positions
+        ).to(dtype)
         for name in ("ffn", "z")
     )
     if not (ffn.isfinite().all() and z.isfinite().all()):

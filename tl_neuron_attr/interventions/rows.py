@@ -99,7 +99,7 @@ def head_scan(host: Host, captured: Capture, target: Target) -> Float[Tensor, "l
     with torch.no_grad():
         outputs = capture_blocks(host, prompt)
         final = residual_of(outputs[-1])[0, prompt.read_pos]
-        final = final.to(torch.promote_types(final.dtype, torch.float32))
+        final = final.to(host.device, torch.promote_types(final.dtype, torch.float32))
         check_same_run(host, captured, final)
         rows = [final[None]]
         for layer in range(host.n_layers):
@@ -282,7 +282,7 @@ def _taking_hooks(
             is_late()
             return activation
         carried = einsum(
-            seen["pattern"].to(activation.dtype),
+            seen["pattern"].to(activation),  # HookedTransformer has it where the first layer is
             seen["v"],
             taken.to(activation),
             "row head pos, row pos head d_head, row head pos d_head -> row head d_head",

@@ -35,7 +35,7 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
     per_layer = torch.Size(rest).numel()
     outputs = capture_blocks(host, prompt)
     final = residual_of(outputs[-1])[0, prompt.read_pos]
-    final = final.to(torch.promote_types(final.dtype, torch.float32))
+    final = final.to(host.device, torch.promote_types(final.dtype, torch.float32))
     check_same_run(host, result.captured, final)
     # With its norm recomputed, the read-out is what the model itself does. In float64: what most
     # neurons do to a confident answer is less than the rounding of a float32 log-probability.

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.capture import Sources, capture_sources
+from tl_neuron_attr.decompose import slopes, times
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.curved import answer_and_rivals, bent
@@ -141,7 +142,7 @@ def _plus(vectors: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _ffn_scores(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tensor, " d_mlp"]:
-    return (worth @ run.host.W_out(run.layer).to(worth).T * run.coefficients).sum(0)
+    return (slopes(run.host.W_out(run.layer), worth) * run.coefficients).sum(0)
 
 
 def _attn_scores(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tensor, " neuron"]:
@@ -152,7 +153,7 @@ def _through_ffn(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tens
     """What a unit of the FFN's input is worth, each neuron's activation by its chord."""
     host, layer, norm = run.host, run.layer, run.host.ffn_norm(run.layer)
     read = _normalized(host, norm, run.before_ffn)
-    paid = worth @ host.W_out(layer).to(worth).T * run.coefficients
+    paid = slopes(host.W_out(layer), worth) * run.coefficients
     back = torch.zeros_like(worth)
     for weight, bias in (
         (host.W_in(layer), host.b_in(layer)),
@@ -160,17 +161,17 @@ def _through_ffn(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tens
     ):
         if weight is None:
             continue
-        pre = read @ weight.to(read)
+        pre = times(read, weight)
         pre = pre if bias is None else pre + bias.to(read)
         # a neuron that reads nothing has nothing to hand on
-        back += torch.where(pre == 0, 0.0, paid / pre) @ weight.to(read).T
+        back += slopes(weight, torch.where(pre == 0, 0.0, paid / pre))
     return _back_through_norm(host, norm, run.before_ffn, back)
 
 
 def _through_attn(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tensor, "pos d_model"]:
     """What a unit of attention's input is worth, its patterns frozen."""
     host = run.host
-    W_V = host.W_V(run.layer).to(worth)
+    W_V = host.W_V(run.layer)
     of_values = einsum(
         run.pattern,
         _worth_of_z(run, worth),
@@ -179,15 +180,19 @@ def _through_attn(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Ten
     grouped = rearrange(
         of_values, "(group share) source d_head -> group share source d_head", group=len(W_V)
     ).sum(1)
-    back = einsum(grouped, W_V, "group source d_head, group d_model d_head -> source d_model")
-    return _back_through_norm(host, host.attn_norm(run.layer), run.before_attn, back)
+    equation = "group source d_head, group d_model d_head -> source d_model"
+    back = einsum(grouped.to(W_V.device), W_V.to(grouped.dtype), equation)
+    return _back_through_norm(
+        host, host.attn_norm(run.layer), run.before_attn, back.to(worth.device)
+    )
 
 
 def _worth_of_z(
     run: _Layer, worth: Float[Tensor, "pos d_model"]
 ) -> Float[Tensor, "head pos d_head"]:
-    W_O = run.host.W_O(run.layer).to(worth)
-    return einsum(worth, W_O, "pos d_model, head d_head d_model -> head pos d_head")
+    W_O = run.host.W_O(run.layer)
+    equation = "pos d_model, head d_head d_model -> head pos d_head"
+    return einsum(worth.to(W_O.device), W_O.to(worth.dtype), equation).to(worth.device)
 
 
 def _normalized(

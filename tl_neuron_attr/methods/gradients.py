@@ -95,8 +95,8 @@ def coefficients_and_gradients(
         gradients = torch.autograd.grad(quantity, nudges)
     wide = torch.promote_types(host.dtype, torch.float32)
     return (
-        torch.stack(coefficients).to(wide),
-        torch.stack([gradient[0].flatten(1) for gradient in gradients]).to(wide),
+        torch.stack([layer.to(host.device, wide) for layer in coefficients]),
+        torch.stack([layer[0].flatten(1).to(host.device, wide) for layer in gradients]),
     )
 
 
@@ -146,7 +146,7 @@ def integrated_gradients(
         activation = activation.detach()
         clean.append(activation[0, scaled])
         # products in the weights' own dtype, so that k / steps = 1 is the run itself
-        scale = by.to(activation.dtype).view(-1, *[1] * (activation.ndim - 1))
+        scale = by.to(activation).view(-1, *[1] * (activation.ndim - 1))
         grown.append((scale * activation[:, scaled]).requires_grad_())
         edited = activation.clone()
         edited[:, scaled] = grown[-1]
@@ -175,7 +175,7 @@ def integrated_gradients(
                 here = (gradient.to(wide) * clean.pop()).sum((0, 1)).flatten() / steps
                 total = here if total is None else total + here
             assert total is not None
-            layers.append(total)
+            layers.append(total.to(host.device))
     return _scores(case, kind, torch.stack(layers))
 
 

@@ -199,7 +199,7 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
         rows = block.rows()
         for start in range(0, len(rows), out.rows_per_block):
             some = slice(start, start + out.rows_per_block)
-            signed = signs[some, None] * block.outlet(rows[some].to(out.dtype))
+            signed = signs[some, None] * block.outlet(rows[some].to(signs))
             places.append(out.ranks(signed, case.result.target))
     found = in_layers(case, kind, torch.cat(places).to(out.dtype).reciprocal())
     case.known_ranks[kind] = found

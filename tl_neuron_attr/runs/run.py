@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import torch
+
 from tl_neuron_attr.errors import InputError, TooManyFailuresError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, open_host
@@ -83,7 +85,8 @@ def run_prompts(
         workers: Processes, each with its own copy of the model; with several GPUs, one on each.
         share: Which shards are this process's; see ``share_of_environment``.
         max_failures: Stop once more prompts than this have failed.
-        device: Where a model given by name is loaded.
+        device: Where a model given by name is loaded; ``"auto"``, with one worker, spreads it over
+            all GPUs.
         dtype: What its weights are held in.
         progress: True for a bar, or a function that takes a ``Progress`` after every batch.
         announce: Called with lines for people: what is done already, what is made again.
@@ -115,6 +118,11 @@ def run_prompts(
     if source is None and count > 1:
         raise InputError(
             "several workers each load the model: give its name or directory in place of a model"
+        )
+    if count > 1 and device == "auto" and torch.cuda.device_count() > 1:
+        raise InputError(
+            "device='auto' spreads one model over all GPUs, which leaves none to a second worker: "
+            "use one worker, or several processes, each with its own CUDA_VISIBLE_DEVICES and share"
         )
     path = check_writable(directory)
     asked = source_of(prompts)
