@@ -60,9 +60,21 @@ def run(
     ],
     model: ModelName = "tiny-facts",
     what: Annotated[
-        str, typer.Option(help="Tables, of: neurons, query_neurons, layers, heads.")
+        str,
+        typer.Option(
+            help="Tables, of: neurons, query_neurons, layers, heads, methods, interventions."
+        ),
     ] = "neurons,layers",
     top: Annotated[int, typer.Option(help="Neurons of each kind listed for a prompt.")] = 300,
+    methods: Annotated[
+        str,
+        typer.Option(help="Whose neurons the table methods lists: names, or letters a to h."),
+    ] = "",
+    zero: Annotated[
+        str | None,
+        typer.Option(help="Neurons interventions zeroes together, as 10,30. Default: 10."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random neurons zeroed beside them.")] = 0,
     convention: ConventionName = "exact",
     workers: Annotated[
         int, typer.Option(help="Processes, each with the model; one on each GPU if there are.")
@@ -119,6 +131,9 @@ def run(
             batch_size=batch_size,
             shard_size=shard_size,
             threads=threads,
+            methods=methods,
+            zero=zero,
+            seed=seed,
             workers=workers,
             share=share,
             max_failures=max_failures,

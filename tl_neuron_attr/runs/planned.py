@@ -21,6 +21,7 @@ from tl_neuron_attr.parts import plain
 from tl_neuron_attr.plan import plan
 from tl_neuron_attr.prompts import TokenizedPrompt
 from tl_neuron_attr.runs.asked import Asked
+from tl_neuron_attr.runs.measured import check_measurable, why_not
 from tl_neuron_attr.runs.schema import FORMAT, NEURON_BASIS, PROMPTS, with_metadata
 from tl_neuron_attr.runs.settings import LARGEST_BATCH, RunSettings
 
@@ -43,10 +44,12 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     """Each prompt tokenised, checked, and put into its batch; the same for the same inputs.
 
     Raises:
-        InputError: If there are no prompts, or two have one id.
+        InputError: If there are no prompts, or two have one id; if the model cannot be measured as
+            asked.
 
     Cost: tokenises every prompt, and one pass over the weights for their hash.
     """
+    check_measurable(host, settings)
     size_for = batch_sizes(host, settings)
     digest = hashlib.sha256()
     taken: set[int] = set()
@@ -152,7 +155,7 @@ def _row(host: Host, asked: Asked, settings: RunSettings) -> dict[str, Any]:
         found = tokenize(host, _with_bos(asked, settings.prepend_bos))
     except InputError as error:
         return row | {"error": str(error)}
-    return row | _tokens(found)
+    return row | _tokens(found) | {"error": why_not(settings, found.target)}
 
 
 def _with_bos(asked: Asked, prepend_bos: bool | None) -> Any:

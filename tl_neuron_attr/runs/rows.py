@@ -10,14 +10,21 @@ import torch
 from torch import Tensor
 
 from tl_neuron_attr.attribution import TOP_VALUES, Attribution
-from tl_neuron_attr.query import top_query_neurons
+from tl_neuron_attr.query import QueryScores, top_query_neurons
+from tl_neuron_attr.runs.measured import (
+    KINDS,
+    QUERY,
+    ROLES,
+    SETS,
+    VALUE,
+    ZEROED_KINDS,
+    Columns,
+    intervention_columns,
+    method_columns,
+)
 from tl_neuron_attr.runs.schema import SCHEMAS, with_metadata
 from tl_neuron_attr.runs.settings import RunSettings
-from tl_neuron_attr.topk import Kind, RankedNeurons
-
-Columns = Mapping[str, np.ndarray]
-
-_KINDS: tuple[Kind, Kind] = ("ffn", "attn")
+from tl_neuron_attr.topk import RankedNeurons
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,20 +35,47 @@ class Found:
     tables: Mapping[str, Columns] = field(repr=False)
 
 
-def found_of(result: Attribution, settings: RunSettings) -> Found:
-    """What ``settings`` asks of one result.
+def found_of_batch(results: Sequence[Attribution], settings: RunSettings) -> list[Found]:
+    """What ``settings`` asks of the results of one batch.
 
-    Cost: with query neurons, a forward pass.
+    Raises:
+        InputError: If a method cannot be used on a prompt.
+
+    Cost: with query neurons a forward pass for each; with methods and interventions as
+    ``measured.py`` says.
     """
+    wanted = "query_neurons" in settings.what
+    queries = [_query_scores(result) if wanted else None for result in results]
+    zeroed: Sequence[Columns | None] = [None] * len(results)
+    if "interventions" in settings.what:
+        zeroed = intervention_columns(results, queries, settings)
+    return [
+        Found(answer=_answer(result), tables=_tables(result, scores, columns, settings))
+        for result, scores, columns in zip(results, queries, zeroed, strict=True)
+    ]
+
+
+def _tables(
+    result: Attribution,
+    queries: QueryScores | None,
+    zeroed: Columns | None,
+    settings: RunSettings,
+) -> dict[str, Columns]:
     makers = {
         "neurons": lambda: _neurons([result.ffn_neurons, result.attn_neurons]),
-        "query_neurons": lambda: _query_neurons(result, settings.top),
+        "query_neurons": lambda: _query_neurons(result, queries, settings.top),
         "layers": lambda: _layers(result),
         "heads": lambda: _heads(result),
+        "methods": lambda: method_columns(result, settings),
+        "interventions": lambda: zeroed,
     }
+    return {name: makers[name]() for name in settings.what}
+
+
+def _answer(result: Attribution) -> dict[str, Any]:
     certificates = (result.ffn_neurons.certificate, result.attn_neurons.certificate)
     prompt = result.captured.prompt
-    answer = {
+    return {
         "n_tokens": len(prompt.tokens),
         "read_pos": prompt.read_pos,
         "target": result.target.id,
@@ -52,7 +86,6 @@ def found_of(result: Attribution, settings: RunSettings) -> Found:
         "attn_scored": certificates[1].evaluated,
         "proven": all(each.holds for each in certificates),
     }
-    return Found(answer=answer, tables={name: makers[name]() for name in settings.what})
 
 
 def tables_of(
@@ -71,7 +104,7 @@ def tables_of(
     tables = {"answers": _answer_table(prompts, found, places)}
     for name in settings.what:
         pieces = [found[place].tables[name] for place in places]
-        tables[name] = _table(name, prompts, places, pieces)
+        tables[name] = _table(name, prompts, places, pieces, _names_in(name, settings))
     if errors:
         tables["errors"] = _error_table(prompts, errors)
     return {name: with_metadata(table, name, identity) for name, table in tables.items()}
@@ -81,7 +114,7 @@ def _neurons(lists: Sequence[RankedNeurons]) -> Columns:
     """FFN neurons and attention neurons, each ranked for itself; -1 where a place is empty."""
     return {
         "kind": np.repeat(
-            [_KINDS.index(each.kind) for each in lists], [len(each) for each in lists]
+            [KINDS.index(each.kind) for each in lists], [len(each) for each in lists]
         ),
         "rank": np.concatenate([np.arange(1, len(each) + 1) for each in lists]),
         **{
@@ -91,9 +124,13 @@ def _neurons(lists: Sequence[RankedNeurons]) -> Columns:
     }
 
 
-def _query_neurons(result: Attribution, top: int) -> Columns:
+def _query_scores(result: Attribution) -> QueryScores:
+    return result.query_scores("attn", top_values=TOP_VALUES)
+
+
+def _query_neurons(result: Attribution, scores: QueryScores | None, top: int) -> Columns:
     """FFN neurons that feed the best attention neurons; none where every one is left out."""
-    scores = result.query_scores("attn", top_values=TOP_VALUES)
+    assert scores is not None
     with torch.no_grad():
         best = top_query_neurons(result.host, result.captured, scores, top, "ffn").neurons
     return _neurons([best.first(0) if bool(scores.left_out.all()) else best])
@@ -103,7 +140,7 @@ def _layers(result: Attribution) -> Columns:
     attn, ffn = result.layer_scores.attn, result.layer_scores.ffn
     return {
         "layer": np.repeat(np.arange(len(attn)), 2),
-        "kind": np.tile([_KINDS.index("attn"), _KINDS.index("ffn")], len(attn)),
+        "kind": np.tile([KINDS.index("attn"), KINDS.index("ffn")], len(attn)),
         "score": _numbers(torch.stack([attn, ffn], 1).flatten(), 2 * len(attn)),
     }
 
@@ -124,14 +161,23 @@ def _numbers(values: Tensor | None, length: int) -> np.ndarray:
 # --- as Arrow ---------------------------------------------------------------------------------
 
 
+def _names_in(table: str, settings: RunSettings) -> dict[str, tuple[str, ...]]:
+    """What the numbers stand for in columns of names."""
+    if table == "interventions":
+        return {"role": ROLES, "set": SETS, "kind": ZEROED_KINDS}
+    role = QUERY if table == "query_neurons" else VALUE
+    return {"role": (role,), "kind": KINDS, "method": settings.methods}
+
+
 def _table(
     name: str,
     prompts: Sequence[Mapping[str, Any]],
     places: Sequence[int],
     pieces: Sequence[Columns],
+    names: Mapping[str, Sequence[str]],
 ) -> pa.Table:
     schema = SCHEMAS[name]
-    counts = [len(piece["score"]) for piece in pieces]
+    counts = [len(next(iter(piece.values()))) for piece in pieces]
     repeated = np.repeat(np.arange(len(places)), counts)
     whole = {
         column: np.concatenate([piece[column] for piece in pieces])
@@ -142,11 +188,10 @@ def _table(
     for column in schema:
         if column.name in named:
             array = named[column.name]
-        elif column.name == "role":
-            role = "query" if name == "query_neurons" else "value"
-            array = _named([role], np.zeros(len(repeated)))
-        elif column.name == "kind":
-            array = _named(_KINDS, whole.get("kind", np.zeros(0)))
+        elif column.name in names:
+            # one role, which goes without saying, in tables of neurons
+            numbers = whole.get(column.name, np.zeros(len(repeated)))
+            array = _named(names[column.name], numbers)
         else:
             array = _array(whole.get(column.name, np.zeros(0)), column)
         arrays.append(array)
@@ -174,7 +219,7 @@ def _named(names: Sequence[str], numbers: np.ndarray) -> pa.Array:
 
 def _array(values: np.ndarray, column: pa.Field) -> pa.Array:
     if pa.types.is_floating(column.type):
-        return pa.array(values.astype(np.float32))
+        return pa.array(values.astype(column.type.to_pandas_dtype()))
     empty = values < 0 if column.name in ("head", "source_pos") else None
     return pa.array(values.astype(column.type.to_pandas_dtype()), mask=empty)
 

@@ -50,6 +50,9 @@ def run_prompts(
     batch_size: SupportsIndex | None = None,
     shard_size: SupportsIndex = 256,
     threads: SupportsIndex = 1,
+    methods: str | Iterable[str] = (),
+    zero: str | SupportsIndex | Iterable[SupportsIndex] | None = None,
+    seed: SupportsIndex = 0,
     workers: SupportsIndex = 1,
     share: Share | None = None,
     max_failures: SupportsIndex | None = None,
@@ -71,7 +74,8 @@ def run_prompts(
             ``load_prompts`` takes, or prompts in any form that ``attribute`` takes.
         directory: New, empty, or of this very run, which then goes on.
         what: Tables to write: ``neurons`` (value neurons), ``query_neurons``, ``layers``,
-            ``heads``. Each adds its own cost; ``answers`` is always written.
+            ``heads``, ``methods``, ``interventions``. Each adds its own cost; ``answers`` is
+            always written.
         top: Neurons of each kind listed for a prompt.
         convention: As in ``attribute``.
         prepend_bos: For texts that do not say; as in ``attribute``.
@@ -80,6 +84,12 @@ def run_prompts(
             64 at most. It changes speed, and scores by no more than rounding.
         shard_size: Prompts in a shard: what is lost at most when a process is killed.
         threads: CPU threads of each worker. Another number changes the last bits of scores.
+        methods: Whose best neurons the table ``methods`` lists: names of ``METHODS``, or the
+            paper's letters (also in one text, ``"a,c,norm"``).
+        zero: How many of the best neurons of a kind ``interventions`` zeroes together; several for
+            a curve. 10 by default.
+        seed: Of the random neurons that are zeroed beside them; a prompt's depend on this and its
+            ``prompt_id`` alone.
         workers: Processes, each with its own copy of the model; with several GPUs, one on each.
         share: Which shards are this process's; see ``share_of_environment``.
         max_failures: Stop once more prompts than this have failed.
@@ -96,7 +106,9 @@ def run_prompts(
         OutputError: If the disk is full; the shards before are whole.
         WorkerError: If workers keep ending over one shard.
 
-    Cost: that of ``attribute_all``; with query neurons a forward pass more for each prompt. Memory:
+    Cost: that of ``attribute_all``; with query neurons a forward pass more for each prompt; with
+    methods each one's own; with interventions a row of a forward pass for each set, number and
+    control, and a search for attention neurons summed over source positions. Memory:
     the model and ``budget`` for each worker, one shard's rows, and the prompts.
     """
     settings = RunSettings.of(
@@ -108,6 +120,9 @@ def run_prompts(
         batch_size=batch_size,
         shard_size=shard_size,
         threads=threads,
+        methods=methods,
+        zero=zero,
+        seed=seed,
     )
     count = at_least_one(workers, "workers")
     allowed = None if max_failures is None else at_least_zero(max_failures, "max_failures")

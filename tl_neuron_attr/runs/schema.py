@@ -85,6 +85,23 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "heads": pa.schema(
         [*_OF_PROMPT, ("layer", pa.int16()), ("head", pa.int16()), ("score", pa.float32())]
     ),
+    "methods": pa.schema(
+        [("method", _NAME) if field.name == "role" else field for field in _NEURONS]
+    ),
+    "interventions": pa.schema(
+        [
+            *_OF_PROMPT,
+            ("role", _NAME),
+            ("set", _NAME),
+            ("kind", _NAME),
+            ("count", pa.int32()),
+            ("zeroed", pa.int32()),
+            ("log_prob_before", pa.float64()),
+            ("rank_before", pa.int32()),
+            ("log_prob", pa.float64()),
+            ("rank", pa.int32()),
+        ]
+    ),
     "errors": pa.schema(
         [
             ("row", pa.int32()),
@@ -96,7 +113,7 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ]
     ),
 }
-"""The tables of a shard. Scores are in nats."""
+"""The tables of a shard. Scores are in nats; of ``methods``, in each method's own unit."""
 
 WRITTEN_AS = {"compression": "zstd", "version": "2.6", "row_group_size": 131_072}
 """How shards are written."""
@@ -144,6 +161,6 @@ def _facts(name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
         "model": identity["model"],
         "neuron_basis": identity["neuron_basis"],
         "convention": identity["settings"]["convention"],
-        "score_unit": "nats",
+        "score_unit": "the method's own" if name == "methods" else "nats",
         "versions": identity["versions"],
     }

@@ -16,7 +16,7 @@ from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.parts import Parts, Record
 from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.runs.rows import Found, found_of, tables_of
+from tl_neuron_attr.runs.rows import Found, found_of_batch, tables_of
 from tl_neuron_attr.runs.schema import WRITTEN_AS
 from tl_neuron_attr.runs.settings import RunSettings
 
@@ -136,7 +136,7 @@ def _batch_found(host: Host, rows: Sequence[Row], settings: RunSettings) -> list
     One prompt that fails takes its batch along; then each is run by itself.
     """
     try:
-        return [found_of(result, settings) for result in _attributed(host, rows, settings)]
+        return [*found_of_batch(_attributed(host, rows, settings), settings)]
     except (InputError, NonFiniteError) as error:
         if len(rows) == 1:
             return [str(error)]
