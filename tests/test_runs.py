@@ -155,7 +155,7 @@ def test_files_have_the_documented_columns_and_say_what_they_are_of(whole):
             assert schema.remove_metadata().equals(SCHEMAS[name]), name
             facts = json.loads(schema.metadata[KEY])
             assert facts["plan"] == whole.parts.plan and facts["table"] == name
-            assert facts["format"] == 1 and facts["score_unit"] == "nats"
+            assert facts["format"] == 2 and facts["score_unit"] == "nats"
             assert facts["model"]["sha256"] == whole.facts["model"]["sha256"]
             assert "act(pre)" in facts["neuron_basis"]["ffn"]
             assert facts["versions"]["torch"] == torch.__version__
@@ -351,7 +351,7 @@ EDITED = {
         "was changed after",
     ),
     "no plan": ("plan.json", lambda f: f.pop("identity"), "cannot be read as a plan"),
-    "an older version": ("plan.json", older, "format is 0, this one's 1"),
+    "an older version": ("plan.json", older, "is of schema version 0, which no release wrote"),
     "a record": (
         "records/shard-00001.json",
         lambda f: f["files"]["neurons"].update(rows=1),

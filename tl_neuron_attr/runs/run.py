@@ -22,15 +22,15 @@ from tl_neuron_attr.errors import InputError, TooManyFailuresError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.models import load_model
-from tl_neuron_attr.parts import Parts, start_run
+from tl_neuron_attr.parts import PLAN, Parts, open_parts, start_run
 from tl_neuron_attr.prompts import at_least_one, at_least_zero
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out
 from tl_neuron_attr.runs.asked import source_of
 from tl_neuron_attr.runs.planned import RunPlan, plan_run
 from tl_neuron_attr.runs.progress import Progress, Report, bar_report
 from tl_neuron_attr.runs.ranks import Share
-from tl_neuron_attr.runs.saved import Run, finish, load_run
-from tl_neuron_attr.runs.schema import SCHEMAS
+from tl_neuron_attr.runs.saved import Run, finish
+from tl_neuron_attr.runs.schema import SCHEMAS, check_current
 from tl_neuron_attr.runs.settings import DEFAULT_WHAT, RunSettings
 from tl_neuron_attr.runs.shard import Worker, read_prompts, shard_name
 from tl_neuron_attr.runs.stopping import Stop, Stopped, finishing_first
@@ -100,7 +100,8 @@ def run_prompts(
 
     Raises:
         InputError: For anything wrong with the request; if the directory holds another run
-            (saying in what it differs) or anything else. Before the first forward pass.
+            (saying in what it differs), one of an earlier schema (see ``upgrade_run``) or anything
+            else; if a method cannot be used on the model. Before the first forward pass.
         TooManyFailuresError: Beyond ``max_failures``; what is done is kept.
         Stopped: On Ctrl-C or SIGTERM, after the shards in hand. (A ``KeyboardInterrupt``.)
         OutputError: If the disk is full; the shards before are whole.
@@ -132,6 +133,8 @@ def run_prompts(
             "several workers each load the model: give its name or directory in place of a model"
         )
     path = check_writable(directory)
+    if (path / PLAN).is_file():
+        check_current(open_parts(path).identity, str(path))
     asked = source_of(prompts)
     for _ in asked():  # what is wrong with a file comes before the model is loaded
         pass
@@ -157,8 +160,7 @@ def run_prompts(
             run.here(host, stop)
     if stop.signal is not None and run.shards_done < len(todo):
         raise _stopped(stop.signal, path)
-    finish(parts)
-    return load_run(path)
+    return finish(parts)
 
 
 @dataclass(kw_only=True)

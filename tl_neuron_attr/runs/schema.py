@@ -6,6 +6,7 @@ and the plan it belongs to. Nothing in a file depends on when, where or by whom 
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ import pyarrow as pa
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import fingerprint
 
-FORMAT = 1
-"""Version of the schema. A run of another version is not gone on with, and not read."""
+FORMAT = 2
+"""Version of the schema. Runs of an earlier one are read, and gone on with once upgraded."""
+
+_FIRST = 1
 
 KEY = b"tl_neuron_attr"
 
@@ -132,24 +135,47 @@ def facts_of(schema: pa.Schema, where: str) -> dict[str, Any]:
     """
     try:
         facts = json.loads((schema.metadata or {})[KEY])
-        found = facts["format"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where} is no file of a run: it does not say what it is of") from None
-    check_format(found, where)
+        sound = {"format", "plan"} <= facts.keys()
+    except (KeyError, AttributeError, ValueError):
+        facts, sound = {}, False
+    if not sound:
+        raise InputError(f"{where} is no file of a run: it does not say what it is of")
+    check_format(facts, where)
     return facts
 
 
-def check_format(found: Any, where: str) -> None:
-    """Stop at another version of the schema.
+def check_format(facts: Mapping[str, Any], where: str) -> None:
+    """Stop at a version of the schema that this release cannot read.
+
+    Raises:
+        InputError: Saying which release can.
+    """
+    found = facts.get("format")
+    if type(found) is int and _FIRST <= found <= FORMAT:
+        return
+    if type(found) is int and found > FORMAT:
+        wrote = (facts.get("versions") or {}).get("tl_neuron_attr", "a later one")
+        raise InputError(
+            f"{where} is of schema version {found}, and this release reads none after {FORMAT}; "
+            f"read it with the release that wrote it, tl_neuron_attr {wrote}, or a later one"
+        )
+    raise InputError(
+        f"{where} is of schema version {found!r}, which no release wrote; give another directory"
+    )
+
+
+def check_current(identity: Mapping[str, Any], directory: str) -> None:
+    """Stop where a run cannot be gone on with, for it is of another version of the schema.
 
     Raises:
         InputError: Saying how to come by this one.
     """
-    if found != FORMAT:
+    check_format(identity, repr(directory))
+    if identity["format"] < FORMAT:
         raise InputError(
-            f"{where} is of schema version {found!r}, and this release reads {FORMAT}; make it "
-            "anew in another directory with tl-neuron-attr run, or read it with the release that "
-            "wrote it"
+            f"{directory!r} is a run of schema version {identity['format']}, and this release "
+            f"writes {FORMAT}; copy what is done with tl-neuron-attr upgrade "
+            f"{shlex.quote(directory)} --out NEW, and go on there"
         )
 
 

@@ -108,7 +108,8 @@ def _methods(given: Any, wanted: bool) -> tuple[str, ...]:
     Raises:
         InputError: If one is unknown, given twice, or cannot be used in a run.
     """
-    names = [] if given is None or given == "" else _names([given] if callable(given) else given)
+    several: Any = [given] if callable(given) else given
+    names = _names(several) if several else []
     if bool(names) != wanted:
         raise InputError(
             f"the table methods needs methods: give some of {', '.join(METHODS)}"
