@@ -118,7 +118,20 @@ SCHEMAS: Mapping[str, pa.Schema] = {
 }
 """The tables of a shard. Scores are in nats; of ``methods``, in each method's own unit."""
 
-WRITTEN_AS = {"compression": "zstd", "version": "2.6", "row_group_size": 131_072}
+WRITTEN_AS = {
+    "compression": "zstd",
+    "version": "2.6",
+    "row_group_size": 131_072,
+    # a dictionary of scores, which all differ, costs time and space
+    "use_dictionary": sorted(
+        {
+            field.name
+            for schema in SCHEMAS.values()
+            for field in schema
+            if not pa.types.is_floating(field.type)
+        }
+    ),
+}
 """How shards are written."""
 
 
