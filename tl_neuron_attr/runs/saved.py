@@ -63,15 +63,17 @@ class Run:
         Raises:
             InputError: If there is no such table, or a file is damaged.
         """
+        return self._dataset(table, None)
+
+    def _dataset(self, table: str, shards: Sequence[int] | None) -> ds.Dataset:
+        """Of some shards, or of all."""
         if table not in self.tables:
             raise InputError(
                 f"there is no table {table!r} in {str(self.directory)!r}; it has "
                 f"{', '.join(self.tables)}"
             )
-        return self._dataset(table, self.shards)
-
-    def _dataset(self, table: str, shards: Sequence[int]) -> ds.Dataset:
-        paths = [self.parts.path(shard_name(shard), table) for shard in shards]
+        some = self.shards if shards is None else shards
+        paths = [self.parts.path(shard_name(shard), table) for shard in some]
         if table == "errors":  # a shard without any has no such file
             paths = [path for path in paths if path.exists()]
         if not paths:
@@ -110,9 +112,7 @@ class Run:
             if value is not None:
                 same = pc.field(name) == value
                 wanted = same if wanted is None else wanted & same
-        found = self.dataset(table)
-        if prompt_id is not None:
-            found = self._dataset(table, self._shards_of(prompt_id))
+        found = self._dataset(table, None if prompt_id is None else self._shards_of(prompt_id))
         unknown = sorted(set(columns or ()) - set(found.schema.names))
         if unknown:
             raise InputError(

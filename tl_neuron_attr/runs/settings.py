@@ -96,7 +96,7 @@ class RunSettings:
         return {name: list(v) if isinstance(v, tuple) else v for name, v in facts.items()}
 
 
-def _names(given: str | Iterable[str]) -> list[str]:
+def _names(given: Any) -> list[Any]:
     """Of one text with commas, or of several."""
     names = given.split(",") if isinstance(given, str) else list(given)
     return [name.strip() if isinstance(name, str) else name for name in names]
