@@ -136,7 +136,9 @@ def _filled(values: Tensor | None, ranked: RankedNeurons) -> Tensor:
 
 def _joined(values: Sequence[Tensor]) -> np.ndarray:
     device = values[0].device
-    return torch.cat([each.detach().to(device) for each in values]).cpu().numpy()
+    with torch.no_grad():  # and no call for each of the hundreds that are where they should be
+        here = [each if each.device == device else each.to(device) for each in values]
+        return torch.cat(here).detach().cpu().numpy()
 
 
 def _query_scores(result: Attribution) -> QueryScores:
