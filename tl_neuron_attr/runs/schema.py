@@ -149,7 +149,7 @@ def facts_of(schema: pa.Schema, where: str) -> dict[str, Any]:
     try:
         facts = json.loads((schema.metadata or {})[KEY])
         sound = {"format", "plan"} <= facts.keys()
-    except (KeyError, AttributeError, ValueError):
+    except (KeyError, AttributeError, ValueError, RecursionError):
         facts, sound = {}, False
     if not sound:
         raise InputError(f"{where} is no file of a run: it does not say what it is of")
