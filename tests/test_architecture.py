@@ -126,6 +126,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "evaluate",
             "runs/saved",
             "runs/summary",
+            "runs/summed",
             "runs/differences",
             "views",
             "report",

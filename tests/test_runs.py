@@ -1,5 +1,6 @@
 """Many prompts: what one call a prompt gives, whatever the batches; killed, the same bytes."""
 
+import ctypes
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -155,7 +157,7 @@ def test_files_have_the_documented_columns_and_say_what_they_are_of(whole):
             assert schema.remove_metadata().equals(SCHEMAS[name]), name
             facts = json.loads(schema.metadata[KEY])
             assert facts["plan"] == whole.parts.plan and facts["table"] == name
-            assert facts["format"] == 1 and facts["score_unit"] == "nats"
+            assert facts["format"] == 2 and facts["score_unit"] == "nats"
             assert facts["model"]["sha256"] == whole.facts["model"]["sha256"]
             assert "act(pre)" in facts["neuron_basis"]["ffn"]
             assert facts["versions"]["torch"] == torch.__version__
@@ -333,6 +335,52 @@ def test_a_full_disk_is_said_and_what_was_before_is_whole(model, prompts, plain,
     assert bytes_of(tmp_path / "run") == bytes_of(plain.directory)
 
 
+def small_file_system(place, size):
+    """Mounted for this process alone, which is single-threaded; False where that is not allowed."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, namespace = os.getuid(), 0x00020000  # CLONE_NEWNS
+    if user and libc.unshare(namespace | 0x10000000) == 0:  # CLONE_NEWUSER
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    elif user or libc.unshare(namespace):
+        return False
+    libc.mount(None, b"/", None, 0x44000, None)  # MS_REC | MS_PRIVATE: seen nowhere else
+    return libc.mount(b"tmpfs", bytes(place), b"tmpfs", 0, f"size={size}".encode()) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="takes a file system of its own")
+def test_a_disk_that_is_full_in_mid_shard_is_said_and_the_run_goes_on_once_there_is_room(
+    prompts, model, plain, tmp_path
+):
+    """A real file system of 60 KiB, in a process of its own (by fork)."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            place = tmp_path / "disk"
+            place.mkdir()
+            if not small_file_system(place, 60 * 1024):
+                os._exit(77)
+            with pytest.raises(OutputError, match="No space left on device") as raised:
+                run(model, prompts, place / "run")
+            assert "\n" not in str(raised.value)
+            whole = load_run(place / "run", verify=True)
+            assert whole.shards and not whole.complete
+            assert not [path for path in (place / "run").rglob("*.tmp")]
+            shutil.copytree(place / "run", tmp_path / "roomy")
+            assert run(model, prompts, tmp_path / "roomy").complete
+            assert bytes_of(tmp_path / "roomy") == bytes_of(plain.directory)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code == 77:
+        pytest.skip("no file system may be mounted here")
+    assert code == 0
+
+
 def edit(path, change):
     facts = json.loads(path.read_text())
     change(facts)
@@ -351,7 +399,7 @@ EDITED = {
         "was changed after",
     ),
     "no plan": ("plan.json", lambda f: f.pop("identity"), "cannot be read as a plan"),
-    "an older version": ("plan.json", older, "format is 0, this one's 1"),
+    "an older version": ("plan.json", older, "is of schema version 0, which no release wrote"),
     "a record": (
         "records/shard-00001.json",
         lambda f: f["files"]["neurons"].update(rows=1),

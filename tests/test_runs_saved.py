@@ -220,11 +220,38 @@ def test_the_command_runs_summarises_and_compares(asked, tmp_path):
     assert json.loads(call("diff", out, out, "--json").stdout)["plans"] == []
 
 
+def test_the_command_measures_methods_and_zeroing(asked, tmp_path):
+    out, other = tmp_path / "out", tmp_path / "other"
+    given = ("--what", "methods,interventions", "--methods", "a,norm", "--top", 3, "--quiet")
+    assert call("run", asked, "--out", out, *given, "--zero", "2,5").output == ""
+    assert call("run", asked, "--out", other, *given, "--zero", "5", "--seed", 1).output == ""
+    shown = call("summary", out, "--verify", COLUMNS="80")
+    assert shown.exit_code == 0 and max(map(len, shown.stdout.splitlines())) <= 80
+    for text in ("What each method lists", "What methods list alike", "5 value both", "MRR"):
+        assert text in shown.stdout
+    facts = json.loads(call("summary", out, "--json").stdout)
+    assert len(facts["summary_interventions"]) == 2 * 3 * 2 * 2
+    assert {row["method"] for row in facts["summary_methods"]} == {"log_prob_increase", "norm"}
+    diff = call("diff", out, other)
+    assert "By method" in diff.stdout and "5 random, beside value ffn" in diff.stdout
+    tables = json.loads(call("diff", out, other, "--json").stdout)
+    assert {row["overlap"] for row in tables["methods"]} == {1.0}
+    assert {row["count"] for row in tables["interventions"]} == {5}
+
+
 def test_the_command_says_what_is_wrong_in_a_sentence(asked, tmp_path):
     for arguments, message in (
         (("run", asked, "--out", tmp_path), "is not empty and holds no run"),
         (("run", tmp_path / "no.jsonl", "--out", tmp_path / "out"), "there is no such file"),
         (("run", asked, "--out", tmp_path / "out", "--what", "all"), "what must be some of"),
+        (
+            ("run", asked, "--out", tmp_path / "out", "--what", "methods"),
+            "the table methods needs methods",
+        ),
+        (
+            ("run", asked, "--out", tmp_path / "out", "--zero", "3"),
+            "zero is given, but what does not ask for the table interventions",
+        ),
         (("run", asked, "--out", tmp_path / "out", "--max-failures", 0), "1 prompts failed, more"),
         (("summary", tmp_path), "there is no run in"),
     ):

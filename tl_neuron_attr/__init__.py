@@ -96,6 +96,7 @@ from tl_neuron_attr.runs import (
     load_run,
     run_prompts,
     share_of_environment,
+    upgrade_run,
 )
 from tl_neuron_attr.scores import (
     Baselines,
@@ -232,6 +233,7 @@ __all__ = [
     "top_differences",
     "top_neurons",
     "top_query_neurons",
+    "upgrade_run",
     "value_neurons",
     "value_query_graph",
     "verify",

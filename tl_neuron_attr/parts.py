@@ -92,7 +92,7 @@ class Parts:
             checksum = found.pop("checksum")
             files = {table: PartFile(**facts) for table, facts in found["files"].items()}
             record = Record(name=found["name"], plan=found["plan"], files=files)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             found, checksum, record = {}, None, None
         if record is None or checksum != fingerprint([found]) or record.name != name:
             raise InputError(
@@ -117,16 +117,20 @@ class Parts:
         record = self.record(name)
         if record is None:
             return "absent"
+        return "whole" if self.unlike(record, hashed=hashed) is None else "damaged"
+
+    def unlike(self, record: Record, *, hashed: bool = True) -> Path | None:
+        """The first file of a part that is missing, or not as large or of the hash recorded."""
         for table, facts in record.files.items():
-            path = self.path(name, table)
+            path = self.path(record.name, table)
             try:
                 if path.stat().st_size != facts.bytes:
-                    return "damaged"
+                    return path
                 if hashed and _file_hash(path) != facts.sha256:
-                    return "damaged"
+                    return path
             except OSError:
-                return "damaged"
-        return "whole"
+                return path
+        return None
 
     def write(self, name: str, tables: Mapping[str, pa.Table], **options: Any) -> Record:
         """Keep a part: all of its tables, then the record that vouches for them.
@@ -244,7 +248,7 @@ def open_parts(directory: str | Path, what: str = "run") -> Parts:
         found = json.loads(path.read_text(encoding="utf-8"))
         identity, about, checksum = found["identity"], found["about"], found["checksum"]
         sound = isinstance(identity, dict) and checksum == fingerprint([identity])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise InputError(
             f"{str(path)!r} cannot be read as a plan; give another directory"
         ) from None

@@ -17,7 +17,7 @@ import torch
 
 from tl_neuron_attr.display import Grid, box, grid, line
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
-from tl_neuron_attr.host import open_host
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.models import load_config, weight_dtype
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import (
@@ -271,29 +271,18 @@ def plan(
         raise InputError(
             f"{length} tokens are longer than the model's context of {shapes.n_ctx}; shorten"
         )
-    scored_in = torch.promote_types(held_in, torch.float32)
-    # a tensor without memory is enough to ask the engine how it would divide the real one
-    W_U = torch.empty(shapes.d_model, shapes.d_vocab, dtype=held_in, device="meta")
-    work = _Work(
-        shapes=shapes,
+    work = _work_of(
+        shapes,
+        held_in,
         length=length,
         many=many,
-        together=max(
-            1,
-            min(
-                together,
-                many,
-                within // (4 * shapes.n_layers * shapes.d_vocab * scored_in.itemsize),
-            ),
-        ),
+        together=together,
         top=listed,
-        affine=convention != "recomputed",
-        rows=_read_out(W_U, scored_in, within).rows_per_block,
-        columns=min(_COLUMNS, shapes.d_vocab),
-        weight=held_in.itemsize,
-        score=scored_in.itemsize,
+        convention=convention,
+        budget=within,
         hooked=type(loaded).__name__ == "HookedTransformer",
     )
+    scored_in = torch.promote_types(held_in, torch.float32)
     if operations_per_second is None:
         try:
             # spread over several GPUs, one layer's work is done by one of them
@@ -320,6 +309,65 @@ def plan(
         rows_per_block=work.rows,
         columns_per_block=work.columns,
         **costs,
+    )
+
+
+def peaks_of(
+    host: Host, *, top: int, convention: Convention, budget: int
+) -> Callable[[int, int], int]:
+    """Bytes of a certified batch beyond the model, by its tokens a prompt and its prompts.
+
+    What ``plan`` says of each, without asking the model anew; more than ``budget`` where the engine
+    would divide the batch.
+    """
+    shapes = _shapes_of_model(host.model)
+
+    def peak(n_tokens: int, n_prompts: int) -> int:
+        work = _work_of(
+            shapes,
+            host.dtype,
+            length=n_tokens,
+            many=n_prompts,
+            together=n_prompts,
+            top=top,
+            convention=convention,
+            budget=budget,
+            hooked=host.class_name == "HookedTransformer",
+        )
+        return _peaks(work)["certified"] if work.together == n_prompts else budget + 1
+
+    return peak
+
+
+def _work_of(
+    shapes: Shapes,
+    held_in: torch.dtype,
+    *,
+    length: int,
+    many: int,
+    together: int,
+    top: int,
+    convention: Convention,
+    budget: int,
+    hooked: bool,
+) -> "_Work":
+    """What a request comes to, as the engine would divide it."""
+    scored_in = torch.promote_types(held_in, torch.float32)
+    # a tensor without memory is enough to ask the engine how it would divide the real one
+    W_U = torch.empty(shapes.d_model, shapes.d_vocab, dtype=held_in, device="meta")
+    per_prompt = 4 * shapes.n_layers * shapes.d_vocab * scored_in.itemsize
+    return _Work(
+        shapes=shapes,
+        length=length,
+        many=many,
+        together=max(1, min(together, many, budget // per_prompt)),
+        top=top,
+        affine=convention != "recomputed",
+        rows=_read_out(W_U, scored_in, budget).rows_per_block,
+        columns=min(_COLUMNS, shapes.d_vocab),
+        weight=held_in.itemsize,
+        score=scored_in.itemsize,
+        hooked=hooked,
     )
 
 

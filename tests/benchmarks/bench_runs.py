@@ -5,6 +5,8 @@
     python tests/benchmarks/bench_runs.py workers 2000   # prompts a second, 1 and 2 workers
     python tests/benchmarks/bench_runs.py layer 1000     # the run layer beside the engine alone
     python tests/benchmarks/bench_runs.py batches 512    # prompts a second by batch size
+    python tests/benchmarks/bench_runs.py tables 128     # what each table adds, in time and bytes
+    python tests/benchmarks/bench_runs.py plan 512       # planning, and the summary at the end
 
 All on the bundled model, one thread a process. Linux.
 """
@@ -23,9 +25,12 @@ from pathlib import Path
 
 import torch
 
-from tl_neuron_attr import Prompt, attribute, load_model, load_prompts, run_prompts
+from tl_neuron_attr import Prompt, attribute, load_model, load_prompts, open_host, run_prompts
 from tl_neuron_attr.attribute import attribute_all
+from tl_neuron_attr.runs import planned
 from tl_neuron_attr.runs import shard as shard_module
+from tl_neuron_attr.runs.asked import source_of
+from tl_neuron_attr.runs.saved import finish
 
 SHARD = 64
 
@@ -208,7 +213,54 @@ def batches(count):
             print(f"batch {size}: {rate:.1f} prompts/s of CPU time, {rate / single:.2f} x")
 
 
+def tables(count):
+    """CPU time a prompt of each table beyond the answers', and its bytes."""
+    static = "log_prob_increase,log_prob,prob_increase,norm,coefficient,coefficient_norm"
+    asked = {
+        "layers": {"what": "layers"},
+        "neurons": {"what": "neurons"},
+        "query_neurons": {"what": "query_neurons"},
+        "methods a to e, and g": {"what": "methods", "methods": static},
+        "methods f": {"what": "methods", "methods": "f"},
+        "interventions, 10": {"what": "interventions"},
+        "interventions, 10 and 30": {"what": "interventions", "zero": (10, 30)},
+    }
+    model, prompts = load_model("tiny-facts"), some_prompts(count)
+    with tempfile.TemporaryDirectory() as scratch:
+        run_prompts(model, prompts[:16], Path(scratch) / "warm", what="layers,interventions")
+        for turn in range(2):
+            for number, (name, given) in enumerate(asked.items()):
+                out = Path(scratch) / f"{turn}-{number}"
+                started = time.process_time()
+                run_prompts(model, prompts, out, **given)
+                spent = time.process_time() - started
+                size = sum(path.stat().st_size for path in (out / given["what"]).iterdir())
+                print(f"{name}: {1e3 * spent / count:.1f} ms, {size / count:.0f} bytes a prompt")
+
+
+def plan(count):
+    """CPU time of what is done once: planning, then summary and manifest."""
+    model, prompts = load_model("tiny-facts"), some_prompts(count)
+    host = open_host(model)
+    with tempfile.TemporaryDirectory() as scratch:
+        found = run_prompts(model, prompts, Path(scratch) / "run")
+        for _ in range(3):
+            started = time.process_time()
+            planned.plan_run(host, source_of(prompts)(), found.settings)
+            planning = time.process_time() - started
+            (found.directory / "manifest.json").unlink()
+            started = time.process_time()
+            finish(found.parts)
+            print(f"planning {planning:.3f} s, summary {time.process_time() - started:.3f} s")
+
+
 if __name__ == "__main__":
-    {"kills": kills, "memory": memory, "workers": workers, "layer": layer, "batches": batches}[
-        sys.argv[1]
-    ](int(sys.argv[2]))
+    {
+        "kills": kills,
+        "memory": memory,
+        "workers": workers,
+        "layer": layer,
+        "batches": batches,
+        "tables": tables,
+        "plan": plan,
+    }[sys.argv[1]](int(sys.argv[2]))

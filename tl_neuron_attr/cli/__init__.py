@@ -25,7 +25,7 @@ from tl_neuron_attr.cli.paper import write as write_paper
 from tl_neuron_attr.cli.prompts import prompts
 from tl_neuron_attr.cli.query import query
 from tl_neuron_attr.cli.report import report
-from tl_neuron_attr.cli.runs import diff, run, summary
+from tl_neuron_attr.cli.runs import diff, run, summary, upgrade
 from tl_neuron_attr.cli.terminal import WIDTH
 
 PANELS = {
@@ -33,7 +33,7 @@ PANELS = {
     "Is it so?": (heads, compare),
     "Many prompts": (prompts, evaluate, run, summary, diff),
     "The paper": (write_paper,),
-    "Files": (report,),
+    "Files": (report, upgrade),
     "A model": (index,),
 }
 """The commands, by what one wants of them."""

@@ -38,10 +38,12 @@ from tl_neuron_attr.runs import (
     load_run,
     run_prompts,
     share_of_environment,
+    upgrade_run,
 )
 from tl_neuron_attr.tables import records
 
 _NEURONS_SHOWN = 10
+_METHODS_SHOWN = 3
 
 _RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
 
@@ -60,9 +62,21 @@ def run(
     ],
     model: ModelName = "tiny-facts",
     what: Annotated[
-        str, typer.Option(help="Tables, of: neurons, query_neurons, layers, heads.")
+        str,
+        typer.Option(
+            help="Tables, of: neurons, query_neurons, layers, heads, methods, interventions."
+        ),
     ] = "neurons,layers",
     top: Annotated[int, typer.Option(help="Neurons of each kind listed for a prompt.")] = 300,
+    methods: Annotated[
+        str,
+        typer.Option(help="Whose neurons the table methods lists: names, or letters a to h."),
+    ] = "",
+    zero: Annotated[
+        str | None,
+        typer.Option(help="Neurons interventions zeroes together, as 10,30. Default: 10."),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the random neurons zeroed beside them.")] = 0,
     convention: ConventionName = "exact",
     workers: Annotated[
         int, typer.Option(help="Processes, each with the model; one on each GPU if there are.")
@@ -119,6 +133,9 @@ def run(
             batch_size=batch_size,
             shard_size=shard_size,
             threads=threads,
+            methods=methods,
+            zero=zero,
+            seed=seed,
             workers=workers,
             share=share,
             max_failures=max_failures,
@@ -130,13 +147,19 @@ def run(
         say(_done(found, share))
 
 
-def summary(directory: _RunDirectory, as_json: AsJson = False) -> None:
-    """What the prompts of a run have in common, finished or not: neurons by frequency, layers.
+def summary(
+    directory: _RunDirectory,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Compare every file with its hash first.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """What the prompts of a run have in common, finished or not: neurons, layers, methods, zeroing.
 
     Example: tl-neuron-attr summary capitals
     """
     with errors_in_one_sentence():
-        found = load_run(directory)
+        found = load_run(directory, verify=verify)
         whole = found.summary()
         if as_json:
             tables = {name: records(table) for name, table in whole.tables.items()}
@@ -154,6 +177,29 @@ def summary(directory: _RunDirectory, as_json: AsJson = False) -> None:
         if len(whole.layers):
             console.print("\n[bold]Layers of the highest mean rise[/], all prompts, nats")
             console.print(_layer_table(whole.layers))
+        if whole.methods is not None and len(whole.methods):
+            console.print("\n[bold]What each method lists[/], all prompts")
+            console.print(_frequency_table(whole.methods))
+        if whole.overlap is not None and len(whole.overlap):
+            console.print("\n[bold]What methods list alike[/], mean share of either's, all prompts")
+            console.print(_agreement_table(whole.overlap))
+        if whole.interventions is not None and len(whole.interventions):
+            console.print("\n[bold]The answer without them[/]: mean change of log p (nats), p, MRR")
+            console.print(_effect_table(whole.interventions))
+
+
+def upgrade(
+    directory: _RunDirectory,
+    out: Annotated[Path, typer.Option("--out", help="Directory of the copy: new.")],
+) -> None:
+    """Copy a run of an earlier schema into that of this release, to go on with it.
+
+    Example: tl-neuron-attr upgrade capitals --out capitals-2
+    """
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    with errors_in_one_sentence():
+        found = upgrade_run(directory, out, announce=lambda line: console.print(escape(line)))
+        console.print(escape(_done(found, Share())))
 
 
 def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -> None:
@@ -165,6 +211,7 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
         found = diff_runs(first, second)
         if as_json:
             tables = {"plans": found.plans, "prompts": found.prompts, "answers": found.answers}
+            tables |= {"methods": found.methods, "interventions": found.interventions}
             counts = {"only_first": found.only_first, "only_second": found.only_second}
             rows = {name: records(table) for name, table in tables.items()}
             print(json.dumps({**counts, **rows}, allow_nan=False))
@@ -183,7 +230,13 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
             f"{found.only_first:,} in the first alone, {found.only_second:,} in the second"
         )
         if len(found.prompts):
-            console.print(_overlap_table(found.prompts))
+            console.print(_overlap_table(found.prompts, ["knowledge_type", "kind"]))
+        if len(found.methods):
+            console.print("\n[bold]By method[/]")
+            console.print(_overlap_table(found.methods, ["knowledge_type", "method", "kind"]))
+        if len(found.interventions):
+            console.print("\n[bold]What zeroing does to log p[/], means over prompts, nats")
+            console.print(_change_table(found.interventions))
 
 
 # --- what is shown ----------------------------------------------------------------------------
@@ -270,21 +323,93 @@ def _layer_table(layers: pd.DataFrame) -> Table:
     return table
 
 
-def _overlap_table(prompts: pd.DataFrame) -> Table:
-    table = _table(
-        ["type", "kind", "prompts", "mean overlap", "lowest", "largest score difference"]
+def _agreement_table(overlap: pd.DataFrame) -> Table:
+    table = _table(["method", "other", "kind", "prompts", "overlap"], left=3)
+    everywhere = overlap.loc[overlap["knowledge_type"] == "all"]
+    for row in records(everywhere):
+        table.add_row(
+            row["method"],
+            row["other"],
+            row["kind"],
+            f"{row['prompts']:,}",
+            f"{row['overlap']:.3f}",
+        )
+    return table
+
+
+def _frequency_table(methods: pd.DataFrame) -> Table:
+    """Of each method the neurons listed for most prompts."""
+    table = _table(["method", "kind", "most frequent, of prompts"], left=3)
+    everywhere = methods.loc[methods["knowledge_type"] == "all"]
+    for (method, kind), rows in everywhere.groupby(["method", "kind"], sort=False):
+        best = [f"{_label(row)} {row['share']:.0%}" for row in records(rows.head(_METHODS_SHOWN))]
+        table.add_row(escape(str(method)), str(kind), "  ".join(best))
+    return table
+
+
+def _effect_table(effects: pd.DataFrame) -> Table:
+    """Each set beside its control, as many random neurons of the same layers."""
+    names = ["type", "zeroed", "prompts", "log p", "random", "p", "random", "MRR", "random"]
+    table = _table(names, left=2)
+    by = ["knowledge_type", "role", "kind", "count"]
+    top, random = (effects.loc[effects["set"] == name] for name in ("top", "random"))
+    for row in records(top.merge(random, on=by, suffixes=("", "_random"))):
+        table.add_row(
+            escape(row["knowledge_type"]),
+            f"{row['count']:,} {row['role']} {row['kind']}",
+            f"{row['prompts']:,}",
+            f"{row['change']:+.3f}",
+            f"{row['change_random']:+.3f}",
+            *(
+                f"{row[name]:{how}}"
+                for name, how in (
+                    ("prob", ".1%"),
+                    ("prob_random", ".1%"),
+                    ("mrr", ".3f"),
+                    ("mrr_random", ".3f"),
+                )
+            ),
+        )
+    return table
+
+
+def _change_table(interventions: pd.DataFrame) -> Table:
+    """Over prompts, of each set what zeroing it does in each run."""
+    table = _table(["zeroed", "prompts", "first", "second", "largest difference"])
+    by = ["role", "set", "kind", "count"]
+    rows = interventions.assign(apart=interventions["difference"].abs()).groupby(
+        by, sort=False, as_index=False
     )
-    grouped = prompts.groupby(["knowledge_type", "kind"], sort=False, as_index=False)
-    rows = grouped.agg(
+    found = rows.agg(
+        prompts=("change", "size"),
+        first=("change", "mean"),
+        second=("change_second", "mean"),
+        largest=("apart", "max"),
+    )
+    for row in records(pd.DataFrame(found)):
+        drawn = "random, beside " if row["set"] == "random" else ""
+        table.add_row(
+            f"{row['count']:,} {drawn}{row['role']} {row['kind']}",
+            f"{row['prompts']:,}",
+            f"{row['first']:+.3f}",
+            f"{row['second']:+.3f}",
+            f"{row['largest']:.2g}",
+        )
+    return table
+
+
+def _overlap_table(prompts: pd.DataFrame, by: list[str]) -> Table:
+    names = ["type", *by[1:], "prompts", "mean overlap", "lowest", "largest score difference"]
+    table = _table(names, left=len(by))
+    rows = prompts.groupby(by, sort=False, as_index=False).agg(
         prompts=("overlap", "size"),
         mean=("overlap", "mean"),
         lowest=("overlap", "min"),
         largest=("score_difference", "max"),
     )
-    for row in records(pd.DataFrame(rows)):
+    for row in records(pd.DataFrame(rows).sort_values(by, kind="stable")):
         table.add_row(
-            escape(row["knowledge_type"]),
-            row["kind"],
+            *(escape(row[name]) for name in by),
             f"{row['prompts']:,}",
             f"{row['mean']:.3f}",
             f"{row['lowest']:.3f}",

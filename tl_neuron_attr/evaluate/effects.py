@@ -64,9 +64,9 @@ class Effect:
 
     condition: Condition
     log_prob: float
-    """log p(answer), nats."""
+    """log p(answer), nats; of a contrast the difference of the two."""
     rank: int
-    """Its place among all tokens, from 1."""
+    """The answer's place among all tokens, from 1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,8 +170,15 @@ def effects(
     prompts = [case.result.captured.prompt for case, _ in cells]
     resid = masked_residuals(host, prompts, lambda row: zero_mask(host, cells[row][1].neurons))
     out = read_out(host, resid[0], "recomputed", budget=budget)
-    answers = out.answers(resid, [case.result.target for case, _ in cells])
-    runs = iter(zip(answers.log_prob.tolist(), answers.rank.tolist(), strict=True))
+    targets = [case.result.target for case, _ in cells]
+    answers = out.answers(resid, targets)
+    log_probs = answers.log_prob
+    contrasts = [row for row, target in enumerate(targets) if target.against is not None]
+    if contrasts:
+        log_probs[contrasts] = out.log_prob_of_each(
+            resid[contrasts], [targets[row] for row in contrasts]
+        )
+    runs = iter(zip(log_probs.tolist(), answers.rank.tolist(), strict=True))
     found = []
     for of_case in zeroed:
         before = next(runs)

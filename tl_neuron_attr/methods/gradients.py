@@ -76,7 +76,7 @@ def coefficients_and_gradients(
     """
     host, prompt = case.result.host, case.result.captured.prompt
     neuron_shape(host, kind)
-    _check_differentiable(host)
+    check_differentiable(host)
     coefficients: list[Tensor] = []
     nudges: list[Tensor] = []
 
@@ -135,7 +135,7 @@ def integrated_gradients(
             raise InputError(f"{what} must be one of {', '.join(known)}; got {value!r}")
     host, captured = case.result.host, case.result.captured
     neuron_shape(host, kind)
-    _check_differentiable(host)
+    check_differentiable(host)
     prompt = captured.prompt
     scaled = slice(None) if positions == "all" else slice(prompt.read_pos, prompt.read_pos + 1)
     at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
@@ -179,7 +179,7 @@ def integrated_gradients(
     return _scores(case, kind, torch.stack(layers))
 
 
-def _check_differentiable(host: Host) -> None:
+def check_differentiable(host: Host) -> None:
     """Stop before the forward pass where torch could not go back through it."""
     if any(weight.is_inference() for weight in host.parameters):
         raise InputError(

@@ -8,6 +8,7 @@ from tl_neuron_attr.runs.saved import Run, load_run
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.runs.stopping import Stopped
 from tl_neuron_attr.runs.summary import Summary
+from tl_neuron_attr.runs.upgrade import upgrade_run
 
 __all__ = [
     "Progress",
@@ -22,4 +23,5 @@ __all__ = [
     "load_run",
     "run_prompts",
     "share_of_environment",
+    "upgrade_run",
 ]

@@ -254,6 +254,11 @@ def _of_parquet(path: Path) -> _Rows:
                 yield str(number), f"row {number} of {str(path)!r}", fields
     except InputError:
         raise
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"a text between rows {number + 1} and {number + _ROWS} of {str(path)!r} is not UTF-8 "
+            f"({error.reason}); write the file with sound texts"
+        ) from None
     except (OSError, ValueError, pa.ArrowException) as error:
         raise InputError(
             f"cannot read prompts from {str(path)!r}: it is no whole Parquet file "

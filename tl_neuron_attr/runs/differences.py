@@ -12,6 +12,7 @@ from tl_neuron_attr.parts import differences
 from tl_neuron_attr.runs.saved import Run, load_run
 
 _KEY = ["prompt_id", "kind", "layer", "head", "index", "source_pos"]
+_ZEROED = ["prompt_id", "role", "set", "kind", "count"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +27,12 @@ class RunDifference:
     absolute difference of a score (nats) among those."""
     answers: pd.DataFrame = field(repr=False)
     """``prompt_id, knowledge_type, same_target, log_prob_difference``: second less first, nats."""
+    methods: pd.DataFrame = field(repr=False)
+    """As ``prompts``, with ``method``, of the methods in both; empty where there are none."""
+    interventions: pd.DataFrame = field(repr=False)
+    """``prompt_id, knowledge_type, role, set, kind, count, change, change_second, difference``:
+    what zeroing does to log p (nats) in each run, and second less first; empty where not both were
+    asked."""
     only_first: int
     """Prompts answered in the first run alone."""
     only_second: int
@@ -48,20 +55,36 @@ def diff_runs(
         for name, value, theirs in differences(one.parts.identity, other.parts.identity)
     ]
     types = [str(name) for name in answers["knowledge_type"].unique()]
-    tables = [
-        _overlap(one, other, name, answers["prompt_id"].tolist())
+    common = answers["prompt_id"].tolist()
+    neurons = [
+        _overlap(one, other, "neurons", name, common, [])
         for name in types
-        if "neurons" in one.settings.what and "neurons" in other.settings.what
+        if _both_have(one, other, "neurons")
+    ]
+    methods = [
+        _overlap(one, other, "methods", name, common, ["method"])
+        for name in types
+        if _both_have(one, other, "methods")
     ]
     columns = ["knowledge_type", "prompt_id", "kind", "neurons", "common"]
     columns += ["score_difference", "overlap"]
     return RunDifference(
         plans=pd.DataFrame(plans, columns=["name", "first", "second"]),
-        prompts=pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns),
+        prompts=_stacked(neurons, columns),
         answers=answers,
+        methods=_stacked(methods, [*columns[:2], "method", *columns[2:]]),
+        interventions=_effects(one, other),
         only_first=only_first,
         only_second=only_second,
     )
+
+
+def _both_have(one: Run, other: Run, table: str) -> bool:
+    return table in one.settings.what and table in other.settings.what
+
+
+def _stacked(tables: Sequence[pd.DataFrame], columns: list[str]) -> pd.DataFrame:
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
 def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
@@ -85,14 +108,27 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
     return answers, len(found) - len(both), len(theirs) - len(both)
 
 
-def _overlap(one: Run, other: Run, knowledge_type: str, common: Sequence[str]) -> pd.DataFrame:
-    """One row a prompt and kind."""
-    tables = [table[table["prompt_id"].isin(common)] for table in _both(one, other, knowledge_type)]
-    joined = tables[0].merge(tables[1], on=_KEY, how="outer", suffixes=("", "_second"))
+def _overlap(
+    one: Run,
+    other: Run,
+    table: str,
+    knowledge_type: str,
+    common: Sequence[str],
+    also: list[str],
+) -> pd.DataFrame:
+    """One row a prompt and kind, and whatever ``also`` tells lists of one prompt apart."""
+    key = [*_KEY, *also]
+    tables = [*_both(one, other, table, key, knowledge_type)]
+    tables = [pd.DataFrame(found[found["prompt_id"].isin(common)]) for found in tables]
+    for name in also:  # of lists that only one run has, there is nothing to compare
+        shared = [*set(tables[0][name]) & set(tables[1][name])]
+        tables = [pd.DataFrame(found[found[name].isin(shared)]) for found in tables]
+    joined = tables[0].merge(tables[1], on=key, how="outer", suffixes=("", "_second"))
     both = joined["score"].notna() & joined["score_second"].notna()
     apart = (joined["score"] - joined["score_second"]).abs().where(both)
     joined = joined.assign(common=both.astype("int64"), neurons=1, score_difference=apart)
-    rows = joined.groupby(["prompt_id", "kind"], sort=False, as_index=False).agg(
+    by = ["prompt_id", *also, "kind"]
+    rows = joined.groupby(by, sort=False, as_index=False).agg(
         {"neurons": "sum", "common": "sum", "score_difference": "max"}
     )
     rows = rows.assign(overlap=rows["common"] / rows["neurons"])
@@ -100,11 +136,29 @@ def _overlap(one: Run, other: Run, knowledge_type: str, common: Sequence[str]) -
     return rows
 
 
-def _both(one: Run, other: Run, knowledge_type: str) -> Iterator[pd.DataFrame]:
+def _both(
+    one: Run, other: Run, table: str, key: list[str], knowledge_type: str
+) -> Iterator[pd.DataFrame]:
     for run in (one, other):
-        table = run.table("neurons", columns=[*_KEY, "score"], knowledge_type=knowledge_type)
+        found = run.table(table, columns=[*key, "score"], knowledge_type=knowledge_type)
         # places that are empty match each other
-        yield table.assign(**{name: table[name].fillna(-1) for name in ("head", "source_pos")})
+        yield found.assign(**{name: found[name].fillna(-1) for name in ("head", "source_pos")})
+
+
+def _effects(one: Run, other: Run) -> pd.DataFrame:
+    """One row a prompt and set of neurons."""
+    columns = ["prompt_id", "knowledge_type", *_ZEROED[1:], "change", "change_second", "difference"]
+    if not _both_have(one, other, "interventions"):
+        return pd.DataFrame(columns=columns)
+    tables = []
+    for run in (one, other):
+        read = [*_ZEROED, "knowledge_type", "log_prob_before", "log_prob"]
+        found = run.table("interventions", columns=read)
+        tables.append(found.assign(change=found["log_prob"] - found["log_prob_before"]))
+    second = tables[1][[*_ZEROED, "change"]]
+    joined = tables[0].merge(second, on=_ZEROED, suffixes=("", "_second"))
+    joined = joined.assign(difference=joined["change_second"] - joined["change"])
+    return pd.DataFrame(joined[columns])
 
 
 def _cell(value: Any) -> str:

@@ -18,9 +18,10 @@ import pyarrow as pa
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, tokenize, weights_hash
 from tl_neuron_attr.parts import plain
-from tl_neuron_attr.plan import plan
+from tl_neuron_attr.plan import peaks_of
 from tl_neuron_attr.prompts import TokenizedPrompt
 from tl_neuron_attr.runs.asked import Asked
+from tl_neuron_attr.runs.measured import check_measurable, why_not
 from tl_neuron_attr.runs.schema import FORMAT, NEURON_BASIS, PROMPTS, with_metadata
 from tl_neuron_attr.runs.settings import LARGEST_BATCH, RunSettings
 
@@ -43,10 +44,12 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     """Each prompt tokenised, checked, and put into its batch; the same for the same inputs.
 
     Raises:
-        InputError: If there are no prompts, or two have one id.
+        InputError: If there are no prompts, or two have one id; if the model cannot be measured as
+            asked.
 
     Cost: tokenises every prompt, and one pass over the weights for their hash.
     """
+    check_measurable(host, settings)
     size_for = batch_sizes(host, settings)
     digest = hashlib.sha256()
     taken: set[int] = set()
@@ -91,6 +94,7 @@ def batch_sizes(host: Host, settings: RunSettings) -> Callable[[int], int]:
     By ``plan``, from the model's shapes alone, so that every machine divides in the same way. One
     prompt goes in whatever it takes.
     """
+    peak = peaks_of(host, top=settings.top, convention=settings.convention, budget=settings.budget)
 
     @cache
     def size_for(n_tokens: int) -> int:
@@ -99,7 +103,7 @@ def batch_sizes(host: Host, settings: RunSettings) -> Callable[[int], int]:
         low, high = 1, LARGEST_BATCH
         while low < high:
             tried = (low + high + 1) // 2
-            if _peak(host, settings, n_tokens, tried) <= settings.budget:
+            if peak(n_tokens, tried) <= settings.budget:
                 low = tried
             else:
                 high = tried - 1
@@ -114,21 +118,6 @@ def prompts_hash(prompts: pa.Table) -> str:
     for batch in prompts.to_batches(max_chunksize=4096):
         _add_to(digest, batch.to_pylist())
     return digest.hexdigest()
-
-
-def _peak(host: Host, settings: RunSettings, n_tokens: int, size: int) -> int:
-    found = plan(
-        host.model,
-        n_tokens=n_tokens,
-        top=settings.top,
-        convention=settings.convention,
-        n_prompts=size,
-        batch_size=size,
-        budget=settings.budget,
-        operations_per_second=1e9,  # times are not asked for, so nothing need be measured
-    )
-    # a batch that the engine would divide is no larger than what it divides it into
-    return found.certified.peak_bytes if found.batch_size == size else settings.budget + 1
 
 
 def _in_shards(asked: Iterable[Asked], size: int) -> Iterator[list[Asked]]:
@@ -152,7 +141,7 @@ def _row(host: Host, asked: Asked, settings: RunSettings) -> dict[str, Any]:
         found = tokenize(host, _with_bos(asked, settings.prepend_bos))
     except InputError as error:
         return row | {"error": str(error)}
-    return row | _tokens(found)
+    return row | _tokens(found) | {"error": why_not(settings, found.target)}
 
 
 def _with_bos(asked: Asked, prepend_bos: bool | None) -> Any:

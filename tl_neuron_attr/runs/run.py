@@ -24,15 +24,15 @@ from tl_neuron_attr.errors import InputError, TooManyFailuresError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.models import load_model
-from tl_neuron_attr.parts import Parts, start_run
+from tl_neuron_attr.parts import PLAN, Parts, open_parts, start_run
 from tl_neuron_attr.prompts import at_least_one, at_least_zero
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out
 from tl_neuron_attr.runs.asked import source_of
 from tl_neuron_attr.runs.planned import RunPlan, plan_run
 from tl_neuron_attr.runs.progress import Progress, Report, bar_report
 from tl_neuron_attr.runs.ranks import Share
-from tl_neuron_attr.runs.saved import Run, finish, load_run
-from tl_neuron_attr.runs.schema import SCHEMAS
+from tl_neuron_attr.runs.saved import Run, finish
+from tl_neuron_attr.runs.schema import SCHEMAS, check_current
 from tl_neuron_attr.runs.settings import DEFAULT_WHAT, RunSettings
 from tl_neuron_attr.runs.shard import Worker, read_prompts, shard_name
 from tl_neuron_attr.runs.stopping import Stop, Stopped, finishing_first
@@ -52,6 +52,9 @@ def run_prompts(
     batch_size: SupportsIndex | None = None,
     shard_size: SupportsIndex = 256,
     threads: SupportsIndex = 1,
+    methods: str | Iterable[str] = (),
+    zero: str | SupportsIndex | Iterable[SupportsIndex] | None = None,
+    seed: SupportsIndex = 0,
     workers: SupportsIndex = 1,
     share: Share | None = None,
     max_failures: SupportsIndex | None = None,
@@ -73,7 +76,8 @@ def run_prompts(
             ``load_prompts`` takes, or prompts in any form that ``attribute`` takes.
         directory: New, empty, or of this very run, which then goes on.
         what: Tables to write: ``neurons`` (value neurons), ``query_neurons``, ``layers``,
-            ``heads``. Each adds its own cost; ``answers`` is always written.
+            ``heads``, ``methods``, ``interventions``. Each adds its own cost; ``answers`` is
+            always written.
         top: Neurons of each kind listed for a prompt.
         convention: As in ``attribute``.
         prepend_bos: For texts that do not say; as in ``attribute``.
@@ -82,6 +86,12 @@ def run_prompts(
             64 at most. It changes speed, and scores by no more than rounding.
         shard_size: Prompts in a shard: what is lost at most when a process is killed.
         threads: CPU threads of each worker. Another number changes the last bits of scores.
+        methods: Whose best neurons the table ``methods`` lists: names of ``METHODS``, or the
+            paper's letters (also in one text, ``"a,c,norm"``).
+        zero: How many of the best neurons of a kind ``interventions`` zeroes together; several for
+            a curve. 10 by default.
+        seed: Of the random neurons that are zeroed beside them; a prompt's depend on this and its
+            ``prompt_id`` alone.
         workers: Processes, each with its own copy of the model; with several GPUs, one on each.
         share: Which shards are this process's; see ``share_of_environment``.
         max_failures: Stop once more prompts than this have failed.
@@ -93,13 +103,16 @@ def run_prompts(
 
     Raises:
         InputError: For anything wrong with the request; if the directory holds another run
-            (saying in what it differs) or anything else. Before the first forward pass.
+            (saying in what it differs), one of an earlier schema (see ``upgrade_run``) or anything
+            else; if a method cannot be used on the model. Before the first forward pass.
         TooManyFailuresError: Beyond ``max_failures``; what is done is kept.
         Stopped: On Ctrl-C or SIGTERM, after the shards in hand. (A ``KeyboardInterrupt``.)
         OutputError: If the disk is full; the shards before are whole.
         WorkerError: If workers keep ending over one shard.
 
-    Cost: that of ``attribute_all``; with query neurons a forward pass more for each prompt. Memory:
+    Cost: that of ``attribute_all``; with query neurons a forward pass more for each prompt; with
+    methods each one's own; with interventions a row of a forward pass for each set, number and
+    control, and a search for attention neurons summed over source positions. Memory:
     the model and ``budget`` for each worker, one shard's rows, and the prompts.
     """
     settings = RunSettings.of(
@@ -111,6 +124,9 @@ def run_prompts(
         batch_size=batch_size,
         shard_size=shard_size,
         threads=threads,
+        methods=methods,
+        zero=zero,
+        seed=seed,
     )
     count = at_least_one(workers, "workers")
     allowed = None if max_failures is None else at_least_zero(max_failures, "max_failures")
@@ -125,6 +141,8 @@ def run_prompts(
             "use one worker, or several processes, each with its own CUDA_VISIBLE_DEVICES and share"
         )
     path = check_writable(directory)
+    if (path / PLAN).is_file():
+        check_current(open_parts(path).identity, str(path))
     asked = source_of(prompts)
     for _ in asked():  # what is wrong with a file comes before the model is loaded
         pass
@@ -150,8 +168,7 @@ def run_prompts(
             run.here(host, stop)
     if stop.signal is not None and run.shards_done < len(todo):
         raise _stopped(stop.signal, path)
-    finish(parts)
-    return load_run(path)
+    return finish(parts)
 
 
 @dataclass(kw_only=True)

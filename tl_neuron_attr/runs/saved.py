@@ -13,10 +13,11 @@ import pyarrow.dataset as ds
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import Parts, as_text, open_parts
+from tl_neuron_attr.runs.planned import prompts_hash
 from tl_neuron_attr.runs.schema import SCHEMAS, check_format, facts_of
 from tl_neuron_attr.runs.settings import RunSettings
-from tl_neuron_attr.runs.shard import read_prompts, shard_name
-from tl_neuron_attr.runs.summary import Summary, summary_of
+from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
+from tl_neuron_attr.runs.summary import Summary, summary_of, summary_tables
 from tl_neuron_attr.tables import write_tables
 
 MANIFEST = "manifest.json"
@@ -62,13 +63,17 @@ class Run:
         Raises:
             InputError: If there is no such table, or a file is damaged.
         """
+        return self._dataset(table, None)
+
+    def _dataset(self, table: str, shards: Sequence[int] | None) -> ds.Dataset:
+        """Of some shards, or of all."""
         if table not in self.tables:
             raise InputError(
                 f"there is no table {table!r} in {str(self.directory)!r}; it has "
                 f"{', '.join(self.tables)}"
             )
-        names = [shard_name(shard) for shard in self.shards]
-        paths = [self.parts.path(name, table) for name in names]
+        some = self.shards if shards is None else shards
+        paths = [self.parts.path(shard_name(shard), table) for shard in some]
         if table == "errors":  # a shard without any has no such file
             paths = [path for path in paths if path.exists()]
         if not paths:
@@ -78,7 +83,8 @@ class Run:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
         facts = facts_of(found.schema, repr(str(paths[0])))
-        if facts["plan"] != self.parts.plan:
+        same = found.schema.remove_metadata().equals(SCHEMAS[table])
+        if facts["plan"] != self.parts.plan or not same:
             raise InputError(
                 f"{str(paths[0])!r} is of another run; remove it, and the same command makes that "
                 "part again"
@@ -95,6 +101,9 @@ class Run:
     ) -> pd.DataFrame:
         """The same as a DataFrame, of all prompts, those of one type, or one.
 
+        Columns and rows that are not asked for are not kept in memory; of one prompt, no other
+        shard is opened.
+
         Raises:
             InputError: As ``dataset``; if there is no such column.
         """
@@ -103,7 +112,7 @@ class Run:
             if value is not None:
                 same = pc.field(name) == value
                 wanted = same if wanted is None else wanted & same
-        found = self.dataset(table)
+        found = self._dataset(table, None if prompt_id is None else self._shards_of(prompt_id))
         unknown = sorted(set(columns or ()) - set(found.schema.names))
         if unknown:
             raise InputError(
@@ -114,6 +123,40 @@ class Run:
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
         return as_frame(read)
+
+    def _shards_of(self, prompt_id: str) -> list[int]:
+        """The whole shards that a prompt is in: one, or none."""
+        path = self.directory / PROMPTS_FILE
+        try:
+            found = ds.dataset(str(path), format="parquet").to_table(
+                columns=["shard"], filter=pc.field("prompt_id") == prompt_id
+            )
+        except (OSError, ValueError, pa.ArrowException) as error:
+            raise _damaged(self.directory, error) from error
+        return [shard for shard in found.column("shard").to_pylist() if shard in self.shards]
+
+    def verify(self) -> "Run":
+        """This run, once every file of a whole shard is known to be as it was recorded.
+
+        By the SHA-256 of each; the prompts by that of the plan, the manifest by the records.
+
+        Raises:
+            InputError: For the first that is not.
+
+        Cost: reads every file once.
+        """
+        for shard in self.shards:
+            record = self.parts.record(shard_name(shard))
+            path = None if record is None else self.parts.unlike(record)
+            if path is not None:
+                raise _unlike(self.parts, shard, path)
+        if prompts_hash(read_prompts(self.parts)) != self.parts.identity["prompts"]["sha256"]:
+            raise InputError(
+                f"{str(self.directory / PROMPTS_FILE)!r} was changed after it was written: it no "
+                "longer holds the prompts of this run"
+            )
+        _check_manifest(self)
+        return self
 
     def prompts(self) -> pd.DataFrame:
         """Every prompt of the plan, with its tokens, shard and batch, or why it cannot be run."""
@@ -136,46 +179,74 @@ class Run:
             raise _damaged(self.directory, error) from error
 
 
-def load_run(directory: str | os.PathLike[str]) -> Run:
+def load_run(directory: str | os.PathLike[str], *, verify: bool = False) -> Run:
     """The run in ``directory``, finished, stopped or under way: its whole shards.
 
+    Args:
+        directory: A run of this version of the schema, or of an earlier one.
+        verify: Compare every file with its hash, as ``Run.verify`` does; otherwise sizes alone.
+
     Raises:
-        InputError: If there is none, its plan or a record was changed, or it is of another version
-            of the schema.
+        InputError: If there is none, its plan or a record was changed, a file is not as recorded,
+            or it is of a later version of the schema.
     """
-    path = Path(directory)
-    parts = open_parts(path)
-    check_format(parts.identity.get("format"), repr(str(path)))
-    count = parts.identity["shards"]
-    whole = [shard for shard in range(count) if parts.record(shard_name(shard)) is not None]
-    return Run(directory=path, parts=parts, shards=tuple(whole))
+    run, damaged = _opened(open_parts(Path(directory)))
+    if damaged:
+        shard, path = next(iter(damaged.items()))
+        raise _unlike(run.parts, shard, path)
+    return run.verify() if verify else run
 
 
-def finish(parts: Parts) -> None:
+def finish(parts: Parts) -> Run:
     """Write manifest, errors and summary, once every shard is whole; until then nothing.
 
-    Whoever does so writes the same bytes.
+    Whoever does so writes the same bytes. Gives the whole shards.
 
     Raises:
         InputError: If a manifest is there that says something else.
         OutputError: If writing fails.
     """
-    run = load_run(parts.directory)
+    run, _ = _opened(parts)
     if not run.complete:
-        return
-    text = as_text(_manifest(run))
-    path = parts.directory / MANIFEST
-    if path.is_file():
-        if path.read_bytes() != text.encode():
-            raise InputError(
-                f"{str(path)!r} is not what the run's records say: it, or one of them, was "
-                "changed; remove it, and the same command writes it again"
-            )
-        return
+        return run
+    _check_manifest(run)
+    tables = ["errors", *summary_tables(run.settings)]
+    names = [*(f"{name}.parquet" for name in tables), "summary.json", MANIFEST]
+    if all((parts.directory / name).is_file() for name in names):
+        return run
     summary = run.summary()
     errors = as_frame(run.dataset("errors").to_table())
-    texts = {"summary.json": as_text(summary.facts), MANIFEST: text}
+    texts = {"summary.json": as_text(summary.facts), MANIFEST: as_text(_manifest(run))}
     write_tables(parts.directory, {"errors": errors, **summary.tables}, texts)
+    return run
+
+
+def _opened(parts: Parts) -> tuple[Run, dict[int, Path]]:
+    """The whole shards of a run, and of those that are not as large as recorded a file."""
+    check_format(parts.identity, repr(str(parts.directory)))
+    try:
+        count = range(parts.identity["shards"])
+        RunSettings.from_plain(parts.identity["settings"])
+    except (KeyError, TypeError, AttributeError):
+        raise InputError(
+            f"the plan of {str(parts.directory)!r} is not that of a run; give another directory"
+        ) from None
+    records = {shard: parts.record(shard_name(shard)) for shard in count}
+    there = {shard: record for shard, record in records.items() if record is not None}
+    unlike = {shard: parts.unlike(record, hashed=False) for shard, record in there.items()}
+    whole = tuple(shard for shard, path in unlike.items() if path is None)
+    damaged = {shard: path for shard, path in unlike.items() if path is not None}
+    return Run(directory=parts.directory, parts=parts, shards=whole), damaged
+
+
+def _check_manifest(run: Run) -> None:
+    """Stop at a manifest that does not say what the records do; there need not be one."""
+    path = run.directory / MANIFEST
+    if run.complete and path.is_file() and path.read_bytes() != as_text(_manifest(run)).encode():
+        raise InputError(
+            f"{str(path)!r} is not what the run's records say: it, or one of them, was "
+            "changed; remove it, and the same command writes it again"
+        )
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:
@@ -212,6 +283,14 @@ def _manifest(run: Run) -> dict[str, Any]:
             if record is not None
         },
     }
+
+
+def _unlike(parts: Parts, shard: int, path: Path) -> InputError:
+    return InputError(
+        f"{str(path)!r} is damaged (it is not the file recorded); the command that made the run "
+        f"makes the damaged part again, or remove {str(parts.record_path(shard_name(shard)))!r}, "
+        "and it is left out"
+    )
 
 
 def _damaged(directory: Path, error: Exception) -> InputError:

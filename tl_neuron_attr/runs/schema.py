@@ -6,6 +6,7 @@ and the plan it belongs to. Nothing in a file depends on when, where or by whom 
 """
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,8 +15,10 @@ import pyarrow as pa
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import fingerprint
 
-FORMAT = 1
-"""Version of the schema. A run of another version is not gone on with, and not read."""
+FORMAT = 2
+"""Version of the schema. Runs of an earlier one are read, and gone on with once upgraded."""
+
+_FIRST = 1
 
 KEY = b"tl_neuron_attr"
 
@@ -85,6 +88,23 @@ SCHEMAS: Mapping[str, pa.Schema] = {
     "heads": pa.schema(
         [*_OF_PROMPT, ("layer", pa.int16()), ("head", pa.int16()), ("score", pa.float32())]
     ),
+    "methods": pa.schema(
+        [("method", _NAME) if field.name == "role" else field for field in _NEURONS]
+    ),
+    "interventions": pa.schema(
+        [
+            *_OF_PROMPT,
+            ("role", _NAME),
+            ("set", _NAME),
+            ("kind", _NAME),
+            ("count", pa.int32()),
+            ("zeroed", pa.int32()),
+            ("log_prob_before", pa.float64()),
+            ("rank_before", pa.int32()),
+            ("log_prob", pa.float64()),
+            ("rank", pa.int32()),
+        ]
+    ),
     "errors": pa.schema(
         [
             ("row", pa.int32()),
@@ -96,9 +116,22 @@ SCHEMAS: Mapping[str, pa.Schema] = {
         ]
     ),
 }
-"""The tables of a shard. Scores are in nats."""
+"""The tables of a shard. Scores are in nats; of ``methods``, in each method's own unit."""
 
-WRITTEN_AS = {"compression": "zstd", "version": "2.6", "row_group_size": 131_072}
+WRITTEN_AS = {
+    "compression": "zstd",
+    "version": "2.6",
+    "row_group_size": 131_072,
+    # a dictionary of scores, which all differ, costs time and space
+    "use_dictionary": sorted(
+        {
+            field.name
+            for schema in SCHEMAS.values()
+            for field in schema
+            if not pa.types.is_floating(field.type)
+        }
+    ),
+}
 """How shards are written."""
 
 
@@ -115,24 +148,47 @@ def facts_of(schema: pa.Schema, where: str) -> dict[str, Any]:
     """
     try:
         facts = json.loads((schema.metadata or {})[KEY])
-        found = facts["format"]
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{where} is no file of a run: it does not say what it is of") from None
-    check_format(found, where)
+        sound = {"format", "plan"} <= facts.keys()
+    except (KeyError, AttributeError, ValueError, RecursionError):
+        facts, sound = {}, False
+    if not sound:
+        raise InputError(f"{where} is no file of a run: it does not say what it is of")
+    check_format(facts, where)
     return facts
 
 
-def check_format(found: Any, where: str) -> None:
-    """Stop at another version of the schema.
+def check_format(facts: Mapping[str, Any], where: str) -> None:
+    """Stop at a version of the schema that this release cannot read.
+
+    Raises:
+        InputError: Saying which release can.
+    """
+    found = facts.get("format")
+    if type(found) is int and _FIRST <= found <= FORMAT:
+        return
+    if type(found) is int and found > FORMAT:
+        wrote = (facts.get("versions") or {}).get("tl_neuron_attr", "a later one")
+        raise InputError(
+            f"{where} is of schema version {found}, and this release reads none after {FORMAT}; "
+            f"read it with the release that wrote it, tl_neuron_attr {wrote}, or a later one"
+        )
+    raise InputError(
+        f"{where} is of schema version {found!r}, which no release wrote; give another directory"
+    )
+
+
+def check_current(identity: Mapping[str, Any], directory: str) -> None:
+    """Stop where a run cannot be gone on with, for it is of another version of the schema.
 
     Raises:
         InputError: Saying how to come by this one.
     """
-    if found != FORMAT:
+    check_format(identity, repr(directory))
+    if identity["format"] < FORMAT:
         raise InputError(
-            f"{where} is of schema version {found!r}, and this release reads {FORMAT}; make it "
-            "anew in another directory with tl-neuron-attr run, or read it with the release that "
-            "wrote it"
+            f"{directory!r} is a run of schema version {identity['format']}, and this release "
+            f"writes {FORMAT}; copy what is done with tl-neuron-attr upgrade "
+            f"{shlex.quote(directory)} --out NEW, and go on there"
         )
 
 
@@ -144,6 +200,6 @@ def _facts(name: str, identity: Mapping[str, Any]) -> dict[str, Any]:
         "model": identity["model"],
         "neuron_basis": identity["neuron_basis"],
         "convention": identity["settings"]["convention"],
-        "score_unit": "nats",
+        "score_unit": "the method's own" if name == "methods" else "nats",
         "versions": identity["versions"],
     }

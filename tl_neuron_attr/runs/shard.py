@@ -16,8 +16,8 @@ from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.parts import Parts, Record
 from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.runs.rows import Found, found_of, tables_of
-from tl_neuron_attr.runs.schema import WRITTEN_AS
+from tl_neuron_attr.runs.rows import Found, found_of_batch, tables_of
+from tl_neuron_attr.runs.schema import PROMPTS, WRITTEN_AS
 from tl_neuron_attr.runs.settings import RunSettings
 
 PROMPTS_FILE = "prompts.parquet"
@@ -84,12 +84,18 @@ def read_prompts(parts: Parts) -> pa.Table:
     """
     path = parts.directory / PROMPTS_FILE
     try:
-        return pq.read_table(path)
+        found = pq.read_table(path)
     except (OSError, ValueError) as error:  # pyarrow raises both
         raise InputError(
             f"{str(path)!r} cannot be read ({str(error).splitlines()[0]}); the run cannot go on "
             "without it: give another directory"
         ) from None
+    if not found.schema.remove_metadata().equals(PROMPTS):
+        raise InputError(
+            f"{str(path)!r} was changed after it was written: it has not the columns of a run's "
+            "prompts; give another directory"
+        )
+    return found
 
 
 @contextmanager
@@ -136,7 +142,7 @@ def _batch_found(host: Host, rows: Sequence[Row], settings: RunSettings) -> list
     One prompt that fails takes its batch along; then each is run by itself.
     """
     try:
-        return [found_of(result, settings) for result in _attributed(host, rows, settings)]
+        return [*found_of_batch(_attributed(host, rows, settings), settings)]
     except (InputError, NonFiniteError) as error:
         if len(rows) == 1:
             return [str(error)]
