@@ -201,7 +201,7 @@ def test_the_command_runs_summarises_and_compares(asked, tmp_path):
     for rank in ("0", "1"):
         shown = call(*given, RANK=rank, WORLD_SIZE="2")
         assert shown.exit_code == 0, shown.output
-        assert f"rank {rank} of 2" in shown.stderr and shown.stdout == ""
+        assert f"share {rank} of 2" in shown.stderr and shown.stdout == ""
         assert ("the other shares are missing" in shown.stderr) == (rank == "0")
     again = call(*given)
     assert "2 of 2 shards are done already" in again.stderr

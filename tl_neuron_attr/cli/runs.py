@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm import tqdm
 
 from tl_neuron_attr.cli.options import (
     AsJson,
@@ -65,8 +66,27 @@ def run(
     top: Annotated[int, typer.Option(help="Neurons of each kind listed for a prompt.")] = 300,
     convention: ConventionName = "exact",
     workers: Annotated[
-        int, typer.Option(help="Processes, each with the model; one on each GPU if there are.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Processes, each with the model; one on each GPU if there are. Default: 1, and "
+            "with --ray as many as the cluster has room for.",
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster to run on: auto, host:6379, ray://host:10001; or local."
+        ),
+    ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            help="The part to do: 0/4 is the first of four; all. Default: as RANK and WORLD_SIZE, "
+            "or a Slurm array, say, else all.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int, typer.Option(help="CPU threads of each worker; another number, other last bits.")
     ] = 1,
@@ -90,7 +110,7 @@ def run(
 ) -> None:
     """Attribute thousands of prompts into Parquet shards; killed, the same command goes on.
 
-    Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share.
+    Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share (--share).
 
     Example: tl-neuron-attr run capital --out capitals
     """
@@ -98,14 +118,15 @@ def run(
 
     def say(line: str) -> None:
         if not quiet:
-            console.print(escape(line))
+            with tqdm.external_write_mode(sys.stderr):  # above the bar, not through it
+                console.print(escape(line))
 
     with errors_in_one_sentence(), _stopped_in_one_sentence(console), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_as = convention_of(convention)
-        share = share_of_environment()
-        if share.of > 1:
-            say(f"rank {share.rank} of {share.of}: every {share.of}th shard")
+        part = share_of_environment() if share is None else Share.parse(share)
+        if part.of > 1:
+            say(_part(part, given=share is not None))
         quiet_libraries()
         found = run_prompts(
             model,
@@ -120,14 +141,15 @@ def run(
             shard_size=shard_size,
             threads=threads,
             workers=workers,
-            share=share,
+            ray=ray,
+            share=part,
             max_failures=max_failures,
             device=device,
             dtype=dtype,
             progress=_progress(quiet, say),
             announce=say,
         )
-        say(_done(found, share))
+        say(_done(found, part))
 
 
 def summary(directory: _RunDirectory, as_json: AsJson = False) -> None:
@@ -193,6 +215,11 @@ def _progress(quiet: bool, say: Any) -> Any:
     if quiet:
         return False
     return True if sys.stderr.isatty() else line_report(say)
+
+
+def _part(share: Share, given: bool) -> str:
+    text = f"share {share.rank} of {share.of} (from 0): every {share.of}th shard"
+    return text if given else f"{text}, by the environment; --share all does everything"
 
 
 def _done(found: Run, share: Share) -> str:
