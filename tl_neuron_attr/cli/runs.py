@@ -11,7 +11,9 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
+from rich.segment import ControlType
 from rich.table import Table
 from tqdm import tqdm
 
@@ -43,6 +45,8 @@ from tl_neuron_attr.runs import (
 from tl_neuron_attr.tables import records
 
 _NEURONS_SHOWN = 10
+
+_REST_OF_LINE = Control((ControlType.ERASE_IN_LINE, 0))
 
 _RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
 
@@ -119,6 +123,8 @@ def run(
     def say(line: str) -> None:
         if not quiet:
             with tqdm.external_write_mode(sys.stderr):  # above the bar, not through it
+                if sys.stderr.isatty():
+                    console.control(Control.move_to_column(0), _REST_OF_LINE)  # a ^C, say
                 console.print(escape(line))
 
     with errors_in_one_sentence(), _stopped_in_one_sentence(console), warnings.catch_warnings():
@@ -241,7 +247,7 @@ def _stopped_in_one_sentence(console: Console) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        console.print(f"[yellow]Stopped:[/] {escape(str(stopped))}")
+        console.print(f"[yellow]Stopped[/]{escape(str(stopped).removeprefix('stopped'))}")
         raise typer.Exit(128 + stopped.number) from None
     except KeyboardInterrupt:
         console.print(

@@ -13,7 +13,6 @@ A crew's workers have places, from 0. What a worker says is plain values, ready 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import tl_neuron_attr.errors as errors
@@ -226,9 +225,3 @@ def raised(kind: str, message: str, shard: int | None) -> NeuronAttrError:
         return found(message)
     doing = "loading the model" if shard is None else f"shard {shard}"
     return WorkerError(f"a worker failed over {doing}: {kind}: {message}")
-
-
-def errand_path(name: str) -> str:
-    """A model's directory in full, for workers may stand elsewhere; any other name as it is."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.is_dir() else name

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.runs.crew import Errand, Message
 from tl_neuron_attr.runs.worker import work
@@ -86,10 +87,12 @@ class Wants:
     """Bytes: the model, a batch, and the libraries."""
 
     @classmethod
-    def of(cls, threads: int, device: str, model: int, budget: int) -> "Wants":
-        """For so many threads, a device's type, and bytes of a model and a batch."""
-        gpus = int(device == "cuda")
-        return cls(cpus=threads, gpus=gpus, memory=model + budget * (1 - gpus) + _LIBRARIES)
+    def of(cls, threads: int, host: Host, budget: int) -> "Wants":
+        """For so many threads, this model, and batches of so many bytes."""
+        model = sum(weight.numel() * weight.element_size() for weight in host.parameters)
+        if host.device.type == "cuda":  # weights come through the machine's memory; batches do not
+            return cls(cpus=threads, gpus=1, memory=model + _LIBRARIES)
+        return cls(cpus=threads, gpus=0, memory=model + budget + _LIBRARIES)
 
     def room(self, machines: list[Mapping[str, float]]) -> int:
         """How many workers fit into machines of such resources, when nothing else runs there."""
@@ -105,11 +108,11 @@ class Wants:
         return f"{cpus}{gpus} and {in_bytes(self.memory)}"
 
 
-def machines() -> list[Mapping[str, float]]:
-    """What each machine of the cluster has in all."""
+def room_for(wants: Wants) -> int:
+    """How many workers the cluster that was joined has room for."""
     import ray
 
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return wants.room([node["Resources"] for node in ray.nodes() if node["Alive"]])
 
 
 @dataclass(kw_only=True)
@@ -124,6 +127,8 @@ class Actors:
     awaited: dict[Any, int] = field(default_factory=dict)
     """What each worker will say next, and its place."""
     patient_until: float | None = None
+    made: Any = field(init=False)
+    """What makes an actor."""
 
     def __post_init__(self) -> None:
         import ray
