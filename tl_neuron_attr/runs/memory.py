@@ -60,7 +60,7 @@ def give_back() -> None:
 
 
 def _sentence(error: Exception, lengths: Sequence[int], settings: RunSettings) -> str:
-    numbers = ", ".join(found.lower() for found in _NUMBERS.findall(str(error)))
+    numbers = ", ".join(each[0].lower() + each[1:] for each in _NUMBERS.findall(str(error)))
     said = f" ({numbers})" if numbers else ""
     size = len(lengths)
     batch = f"a batch of {size} prompts of up to" if size > 1 else "one prompt of"

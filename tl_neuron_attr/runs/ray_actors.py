@@ -71,7 +71,8 @@ def joined(address: str, cpus: int) -> Iterator[None]:
                 "'ray start --head', or give ray='local'"
             ) from error
     try:
-        yield
+        with _no_remarks_on_the_dead():
+            yield
     finally:
         with _silent():
             ray.shutdown()
@@ -250,6 +251,20 @@ def _silent() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+@contextmanager
+def _no_remarks_on_the_dead() -> Iterator[None]:
+    """Of an actor that dies Ray prints a paragraph on standard output, past ``log_to_driver``."""
+    from ray._private import worker
+
+    # as Ray's own debugger does it; a version that has another name for it is only talkative
+    before = getattr(worker, "_worker_logs_enabled", True)
+    setattr(worker, "_worker_logs_enabled", False)  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(worker, "_worker_logs_enabled", before)  # noqa: B010
 
 
 @contextmanager

@@ -11,7 +11,6 @@ import socket
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import IO
 
 from tl_neuron_attr.errors import DeviceMemoryError, InputError, NeuronAttrError
 from tl_neuron_attr.host import open_host
@@ -122,7 +121,7 @@ def main() -> None:
         os._exit(0)
 
 
-def _shards(asked: IO[str]) -> Iterator[int]:
+def _shards(asked: Iterable[str]) -> Iterator[int]:
     for line in asked:
         yield json.loads(line)["shard"]
 
