@@ -5,6 +5,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,11 @@ from tl_neuron_attr.runs.worker import work
 
 LOCAL = "local"
 """In place of an address: a cluster on this machine, for this call."""
+
+_CLIENT = "ray://"
+
+_ANSWER = 10.0
+"""Seconds in which a cluster has to answer."""
 
 _LIBRARIES = 2**30
 """Bytes that a process takes before it holds a model: torch, transformers, TransformerLens."""
@@ -55,6 +61,7 @@ def joined(address: str, cpus: int) -> Iterator[None]:
         _check_joined(address)
         yield
         return
+    _check_address(address)
     given: dict[str, Any] = {"address": address}
     if address == LOCAL:
         given |= {
@@ -68,7 +75,7 @@ def joined(address: str, cpus: int) -> Iterator[None]:
         except Exception as error:  # of many kinds, by what is wrong
             raise InputError(
                 f"cannot join a Ray cluster at {address!r}: {_first_line(error)}; start one with "
-                "'ray start --head', or give ray='local'"
+                "'ray start --head', or give local"
             ) from error
     try:
         with _no_remarks_on_the_dead():
@@ -230,14 +237,34 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def _check_address(address: str) -> None:
+    """Whether anything answers there: to an address where nothing does Ray goes on calling."""
+    if address in (LOCAL, "auto"):
+        return
+    host, _, port = address.removeprefix(_CLIENT).rpartition(":")
+    if not host or not port.isdecimal():
+        raise InputError(
+            f"a Ray address is auto, local, or like head:6379 or ray://head:10001; got {address!r}"
+        )
+    if address.startswith(_CLIENT) and importlib.util.find_spec("grpc") is None:
+        raise InputError(f"{_CLIENT} addresses need Ray's client: pip install 'ray[client]'")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER).close()
+    except OSError as error:
+        raise InputError(
+            f"nothing answers at {address!r} ({error}); start a Ray cluster with 'ray start "
+            "--head', or give local"
+        ) from None
+
+
 def _check_joined(address: str) -> None:
     import ray
 
     here = ray.get_runtime_context().gcs_address
     if address not in ("auto", here):
         raise InputError(
-            f"this process has joined a Ray cluster already, at {here}: give ray='auto' to use it, "
-            "or leave it with ray.shutdown()"
+            f"this process has joined a Ray cluster already, at {here}: give auto to use it, or "
+            "leave it with ray.shutdown()"
         )
 
 
