@@ -13,7 +13,6 @@ import tl_neuron_attr.runs.ray_actors as ray_actors
 import tl_neuron_attr.runs.run as run_module
 from tl_neuron_attr import (
     InputError,
-    Share,
     load_model,
     load_prompts,
     load_run,
@@ -109,27 +108,42 @@ def with_one_killed(prompts, directory, **given):
     return shown[-1]
 
 
-def test_all_four_ways_give_the_same_bytes_whoever_is_killed(
-    prompts, model, here, tmp_path, cluster, capfd
-):
-    """A worker dies over its shard: another does it, and nothing is counted twice."""
-    ways = {
-        "processes": with_one_killed(prompts, tmp_path / "processes", workers=2),
-        "ray": with_one_killed(prompts, tmp_path / "ray", workers=1, ray="auto"),
-    }
+@pytest.fixture(scope="module")
+def by_processes(prompts, tmp_path_factory):
+    directory = tmp_path_factory.mktemp("runs") / "processes"
+    return with_one_killed(prompts, directory, workers=2), directory
+
+
+@pytest.fixture(scope="module")
+def on_ray(prompts, tmp_path_factory, cluster):
+    directory = tmp_path_factory.mktemp("runs") / "ray"
+    return with_one_killed(prompts, directory, workers=1, ray="auto"), directory
+
+
+def test_a_killed_process_is_replaced_and_nothing_counted_twice(here, by_processes):
+    last, directory = by_processes
+    assert (last.done, last.shards_done, last.failures) == (12, 3, 1)
+    assert bytes_of(directory) == bytes_of(here.directory)
+
+
+def test_a_killed_actor_is_replaced_and_nothing_counted_twice(here, on_ray):
+    last, directory = on_ray
+    assert (last.done, last.shards_done, last.failures) == (12, 3, 1)
+    assert bytes_of(directory) == bytes_of(here.directory)
+
+
+def test_all_four_ways_give_the_same_bytes(model, prompts, here, by_processes, on_ray, tmp_path):
     for rank in ("1", "0"):
         share = share_of_environment({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank})
         found = run(model, prompts, tmp_path / "ranks", share=share)
         assert found.complete == (rank == "0")
-    for last in ways.values():
-        assert (last.done, last.shards_done, last.failures) == (12, 3, 1)
-    for way in ("ranks", *ways):
-        assert bytes_of(tmp_path / way) == bytes_of(here.directory), way
-    assert capfd.readouterr() == ("", ""), "Ray has something to say"
+    ways = (here.directory, by_processes[1], on_ray[1], tmp_path / "ranks")
+    first, *others = (bytes_of(way) for way in ways)
+    assert len(first) > 12 and all(each == first for each in others)
 
 
 def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
-    model, prompts, tmp_path, cluster, monkeypatch
+    model, prompts, tmp_path, cluster, monkeypatch, capfd
 ):
     """Here: the plan's prompts are exchanged behind the caller's back."""
     import ray
@@ -144,6 +158,7 @@ def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
     with pytest.raises(InputError, match="cannot be read .*the run cannot go on"):
         run("tiny-facts", prompts, tmp_path / "run", ray="auto", workers=2, announce=exchange)
     assert said == ["2 workers on Ray, each with 1 CPU and 2.01 GiB"]
+    assert capfd.readouterr() == ("", ""), "Ray has something to say"
     assert ray.is_initialized() and no_worker_is_left()
 
 

@@ -75,7 +75,8 @@ def joined(address: str, cpus: int) -> Iterator[None]:
         except Exception as error:  # of many kinds, by what is wrong
             raise InputError(
                 f"cannot join a Ray cluster at {address!r}: {_first_line(error)}; start one with "
-                "'ray start --head', or give local"
+                "'ray start --head', or give local; one that asks for its token is joined with "
+                "RAY_AUTH_MODE=token set"
             ) from error
     try:
         with _no_remarks_on_the_dead():
