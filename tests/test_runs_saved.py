@@ -220,6 +220,20 @@ def test_the_command_runs_summarises_and_compares(asked, tmp_path):
     assert json.loads(call("diff", out, out, "--json").stdout)["plans"] == []
 
 
+def test_a_share_given_by_hand_is_taken_whatever_the_environment_says(asked, tmp_path):
+    given = ("run", asked, "--out", tmp_path / "out", "--top", 2, "--shard-size", 2)
+    environment = {"RANK": "0", "WORLD_SIZE": "2"}
+    shown = call(*given, "--share", "1/2", **environment)
+    assert "share 1 of 2 (from 0): one shard in 2\n" in shown.stderr
+    assert load_run(tmp_path / "out").shards == (1,)
+    assert call(*given, "--quiet", **environment).output == ""
+    assert load_run(tmp_path / "out").complete
+    shown = call(*given, "--share", "all", **environment)
+    assert shown.exit_code == 0 and "share 0" not in shown.stderr
+    assert "2 of 2 shards are done already" in shown.stderr
+    assert "a share looks like 0/4" in call(*given, "--share", "2").stderr
+
+
 def test_the_command_says_what_is_wrong_in_a_sentence(asked, tmp_path):
     for arguments, message in (
         (("run", asked, "--out", tmp_path), "is not empty and holds no run"),

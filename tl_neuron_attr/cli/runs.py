@@ -224,7 +224,7 @@ def _progress(quiet: bool, say: Any) -> Any:
 
 
 def _part(share: Share, given: bool) -> str:
-    text = f"share {share.rank} of {share.of} (from 0): every {share.of}th shard"
+    text = f"share {share.rank} of {share.of} (from 0): one shard in {share.of}"
     return text if given else f"{text}, by the environment; --share all does everything"
 
 
