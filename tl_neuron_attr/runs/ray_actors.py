@@ -305,7 +305,8 @@ def _same_handlers() -> Iterator[None]:
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        if before is not None:  # one that Python did not set cannot be set by it
+            signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

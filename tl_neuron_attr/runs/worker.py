@@ -58,7 +58,8 @@ def _ready(errand: Errand) -> Worker:
         warnings.simplefilter("ignore")
         model = load_model(errand.name, device=errand.device, dtype=errand.dtype)
     host = open_host(model)
-    _check_same("model", model_facts(host), parts, "give every machine the same model files")
+    advice = "every machine needs the same model files and the same kind of device"
+    _check_same("model", model_facts(host), parts, advice)
     return Worker(host=host, parts=parts, prompts=prompts)
 
 
