@@ -217,7 +217,9 @@ def test_an_actor_is_heard_while_it_works(here):
         dtype="float32",
         host="another",
     )
-    said = ray_actors._Actor(vars(errand)).hear()
+    actor = ray_actors._Actor(vars(errand))
+    assert actor.hear() == {"here": True}
+    said = actor.hear()
     assert said["error"]["kind"] == "InputError"
     assert "give a directory on a shared file system" in said["error"]["message"]
 

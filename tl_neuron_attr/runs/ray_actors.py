@@ -36,6 +36,9 @@ _OBJECTS = 100 * 2**20
 _PATIENCE = 60.0
 """Seconds without any worker after which it is said what is waited for."""
 
+_HERE = {"here": True}
+"""What an actor says first, to its crew alone: there was room for it, and it loads the model."""
+
 
 def check_ray() -> None:
     """Raises:
@@ -186,9 +189,9 @@ class Actors:
             self.dismiss(place)
             return place, _gone(error)
         self.patient_until = float("inf")
-        if "did" in message:  # it goes on; else it waits for a shard
+        if "did" in message or message == _HERE:  # it goes on; else it waits for a shard
             self._listen(place)
-        return place, message
+        return None if message == _HERE else (place, message)
 
     def _listen(self, place: int) -> None:
         self.awaited[self.working[place].hear.remote()] = place
@@ -208,6 +211,7 @@ class _Actor:
     def __init__(self, errand: dict[str, Any]) -> None:
         self._shards: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._said: queue.SimpleQueue[Message] = queue.SimpleQueue()
+        self._said.put(_HERE)
         given = (Errand(**errand), iter(self._shards.get, None), self._say)
         threading.Thread(target=work, args=given, daemon=True).start()
 
