@@ -46,6 +46,7 @@ class Scripted:
         self.said = deque()
         self.at = {}
         self.started = []
+        self.silences = 0
         self.handed = []
 
     def start(self, place):
@@ -72,6 +73,8 @@ class Scripted:
 
     def hear(self, seconds):
         if not self.said:
+            self.silences += 1
+            assert self.silences < 100, "someone is waited for who will say nothing"
             return None
         place, message = self.said.popleft()
         if "gone" in message:
