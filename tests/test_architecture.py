@@ -136,6 +136,7 @@ def test_each_foreign_library_stays_behind_its_wall():
         "transformer_lens": {"models"},
         "transformers": {"models", "cli"},
         "datasets": {"knowledge"},
+        "ray": {"runs/ray_actors"},
         "typer": {"cli"},
         "rich": {"cli"},
     }
@@ -174,7 +175,7 @@ socket.socket = None  # any use of the network raises
 import tl_neuron_attr
 after = torch.get_rng_state(), torch.is_grad_enabled(), torch.get_default_dtype()
 assert torch.equal(before[0], after[0]) and before[1:] == after[1:]
-for heavy in ("plotly", "transformer_lens", "transformers", "datasets", "typer"):
+for heavy in ("plotly", "transformer_lens", "transformers", "datasets", "ray", "typer"):
     assert heavy not in sys.modules, heavy
 """
     run = subprocess.run(

@@ -469,29 +469,6 @@ def children_of(parent):
     return found
 
 
-def test_workers_one_of_them_killed_give_the_same_bytes(prompts, plain, tmp_path):
-    """One worker dies over its shard: another does it. Scores are those of one process."""
-    killed = []
-
-    def kill_one(progress):
-        if not killed:
-            killed.append(min(children_of(os.getpid())))
-            os.kill(killed[0], signal.SIGKILL)
-
-    shown = []
-    found = run(
-        "tiny-facts",
-        prompts,
-        tmp_path / "run",
-        workers=2,
-        progress=lambda progress: (shown.append(progress), kill_one(progress)),
-    )
-    assert killed and found.complete
-    assert (shown[-1].done, shown[-1].shards_done, shown[-1].failures) == (12, 3, 2)
-    assert bytes_of(tmp_path / "run") == bytes_of(plain.directory)
-    assert not children_of(os.getpid())
-
-
 @pytest.mark.slow
 def test_a_run_killed_with_its_workers_goes_on_to_the_same_bytes(model, prompts, plain, tmp_path):
     """The caller is killed once a shard is there; its workers end by themselves."""

@@ -201,7 +201,7 @@ def test_the_command_runs_summarises_and_compares(asked, tmp_path):
     for rank in ("0", "1"):
         shown = call(*given, RANK=rank, WORLD_SIZE="2")
         assert shown.exit_code == 0, shown.output
-        assert f"rank {rank} of 2" in shown.stderr and shown.stdout == ""
+        assert f"share {rank} of 2" in shown.stderr and shown.stdout == ""
         assert ("the other shares are missing" in shown.stderr) == (rank == "0")
     again = call(*given)
     assert "2 of 2 shards are done already" in again.stderr
@@ -237,6 +237,20 @@ def test_the_command_measures_methods_and_zeroing(asked, tmp_path):
     tables = json.loads(call("diff", out, other, "--json").stdout)
     assert {row["overlap"] for row in tables["methods"]} == {1.0}
     assert {row["count"] for row in tables["interventions"]} == {5}
+
+
+def test_a_share_given_by_hand_is_taken_whatever_the_environment_says(asked, tmp_path):
+    given = ("run", asked, "--out", tmp_path / "out", "--top", 2, "--shard-size", 2)
+    environment = {"RANK": "0", "WORLD_SIZE": "2"}
+    shown = call(*given, "--share", "1/2", **environment)
+    assert "share 1 of 2 (from 0): one shard in 2\n" in shown.stderr
+    assert load_run(tmp_path / "out").shards == (1,)
+    assert call(*given, "--quiet", **environment).output == ""
+    assert load_run(tmp_path / "out").complete
+    shown = call(*given, "--share", "all", **environment)
+    assert shown.exit_code == 0 and "share 0" not in shown.stderr
+    assert "2 of 2 shards are done already" in shown.stderr
+    assert "a share looks like 0/4" in call(*given, "--share", "2").stderr
 
 
 def test_the_command_says_what_is_wrong_in_a_sentence(asked, tmp_path):

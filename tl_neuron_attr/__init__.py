@@ -29,6 +29,7 @@ from tl_neuron_attr.decompose import (
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.errors import (
     ConformanceError,
+    DeviceMemoryError,
     IdentityError,
     InputError,
     NeuronAttrError,
@@ -125,6 +126,7 @@ __all__ = [
     "Clamped",
     "Comparison",
     "ConformanceError",
+    "DeviceMemoryError",
     "Edit",
     "Evaluation",
     "FFNDecomposition",

@@ -33,5 +33,9 @@ class WorkerError(NeuronAttrError, RuntimeError):
     """A worker of a run ended, or failed, in a way that trying again does not mend."""
 
 
+class DeviceMemoryError(NeuronAttrError, MemoryError):
+    """A batch did not fit into the device's memory; the message says what to give instead."""
+
+
 class ConformanceError(NeuronAttrError, AssertionError):
     """A function given as a method is not one; the message says what is wrong with it."""

@@ -1,6 +1,7 @@
 """What the run layer costs, and whether it holds: the figures of the docs page "Many prompts".
 
     python tests/benchmarks/bench_runs.py kills 50       # kill -9 at random moments, then the bytes
+    python tests/benchmarks/bench_runs.py ray-kills 20   # the same on Ray, of callers and actors
     python tests/benchmarks/bench_runs.py memory 10000   # resident memory over so many prompts
     python tests/benchmarks/bench_runs.py workers 2000   # prompts a second, 1 and 2 workers
     python tests/benchmarks/bench_runs.py layer 1000     # the run layer beside the engine alone
@@ -71,12 +72,35 @@ def descendants(pid):
     return found
 
 
+def actors_below(pid):
+    """Ray's workers among the descendants of a process, at whatever depth."""
+    found, below = [], [pid]
+    while below:
+        below = [child for each in below for child in descendants(each)]
+        for child in below:
+            try:
+                if Path(f"/proc/{child}/cmdline").read_text().startswith("ray::_Actor"):
+                    found.append(child)
+            except OSError:
+                continue
+    return found
+
+
 def records(directory):
     return len(list((directory / "records").glob("shard-*.json")))
 
 
 def kills(count):
-    """One run, killed over and over (its caller or one worker, in turn), to its very end."""
+    """Killed over and over (its caller or one worker, in turn), to the very end."""
+    killed_over_and_over(count, ("--workers", "2"), descendants)
+
+
+def ray_kills(count):
+    """The same with the actors of a local Ray cluster, which has to end with its caller."""
+    killed_over_and_over(count, ("--workers", "2", "--ray", "local"), actors_below)
+
+
+def killed_over_and_over(count, where, workers_of):
     random.seed(0)
     with tempfile.TemporaryDirectory() as scratch:
         place = Path(scratch)
@@ -89,7 +113,7 @@ def kills(count):
             runs += 1
             while done < count:
                 process = subprocess.Popen(
-                    command(prompts, out, *options, "--workers", "2"), stderr=subprocess.DEVNULL
+                    command(prompts, out, *options, *where), stderr=subprocess.DEVNULL
                 )
                 # most of the time goes into loading: most kills wait until shards come
                 before, waits = records(out), random.random() < 0.8
@@ -100,7 +124,7 @@ def kills(count):
                     time.sleep(0.002)
                 if process.poll() is not None:
                     break
-                workers = descendants(process.pid)
+                workers = workers_of(process.pid)
                 if workers and done % 2:
                     os.kill(random.choice(workers), signal.SIGKILL)
                     landed["worker"] += 1
@@ -110,10 +134,19 @@ def kills(count):
                 process.kill()
                 process.wait()
                 done += 1
+                for worker in workers:
+                    ended_with_its_caller(worker)
             subprocess.run(command(prompts, out, *options), check=True)
             assert bytes_of(out) == bytes_of(place / "undisturbed"), out
             assert not list(out.rglob("*.tmp"))
         print(f"{done} kills ({landed}), {runs} runs brought to their end: the same bytes")
+
+
+def ended_with_its_caller(pid):
+    deadline = time.monotonic() + 60
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline, f"worker {pid} outlived its caller"
+        time.sleep(0.05)
 
 
 def resident():
@@ -257,6 +290,7 @@ def plan(count):
 if __name__ == "__main__":
     {
         "kills": kills,
+        "ray-kills": ray_kills,
         "memory": memory,
         "workers": workers,
         "layer": layer,

@@ -11,8 +11,11 @@ from typing import Annotated, Any
 import pandas as pd
 import typer
 from rich.console import Console
+from rich.control import Control
 from rich.markup import escape
+from rich.segment import ControlType
 from rich.table import Table
+from tqdm import tqdm
 
 from tl_neuron_attr.cli.options import (
     AsJson,
@@ -44,6 +47,8 @@ from tl_neuron_attr.tables import records
 
 _NEURONS_SHOWN = 10
 _METHODS_SHOWN = 3
+
+_REST_OF_LINE = Control((ControlType.ERASE_IN_LINE, 0))
 
 _RunDirectory = Annotated[Path, typer.Argument(help="Directory of a run.", show_default=False)]
 
@@ -79,8 +84,27 @@ def run(
     seed: Annotated[int, typer.Option(help="Of the random neurons zeroed beside them.")] = 0,
     convention: ConventionName = "exact",
     workers: Annotated[
-        int, typer.Option(help="Processes, each with the model; one on each GPU if there are.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            help="Processes, each with the model; one on each GPU if there are. Default: 1, and "
+            "with --ray as many as the cluster has room for.",
+            show_default=False,
+        ),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            help="Address of a Ray cluster to run on: auto, host:6379, ray://host:10001; or local."
+        ),
+    ] = None,
+    share: Annotated[
+        str | None,
+        typer.Option(
+            help="The part to do: 0/4 is the first of four; all. Default: as RANK and WORLD_SIZE, "
+            "or a Slurm array, say, else all.",
+            show_default=False,
+        ),
+    ] = None,
     threads: Annotated[
         int, typer.Option(help="CPU threads of each worker; another number, other last bits.")
     ] = 1,
@@ -104,7 +128,7 @@ def run(
 ) -> None:
     """Attribute thousands of prompts into Parquet shards; killed, the same command goes on.
 
-    Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share.
+    Where RANK and WORLD_SIZE are set, or a Slurm array runs, this process does its share (--share).
 
     Example: tl-neuron-attr run capital --out capitals
     """
@@ -112,14 +136,17 @@ def run(
 
     def say(line: str) -> None:
         if not quiet:
-            console.print(escape(line))
+            with tqdm.external_write_mode(sys.stderr):  # above the bar, not through it
+                if sys.stderr.isatty():
+                    console.control(Control.move_to_column(0), _REST_OF_LINE)  # a ^C, say
+                console.print(escape(line))
 
     with errors_in_one_sentence(), _stopped_in_one_sentence(console), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         read_as = convention_of(convention)
-        share = share_of_environment()
-        if share.of > 1:
-            say(f"rank {share.rank} of {share.of}: every {share.of}th shard")
+        part = share_of_environment() if share is None else Share.parse(share)
+        if part.of > 1:
+            say(_part(part, given=share is not None))
         quiet_libraries()
         found = run_prompts(
             model,
@@ -137,14 +164,15 @@ def run(
             zero=zero,
             seed=seed,
             workers=workers,
-            share=share,
+            ray=ray,
+            share=part,
             max_failures=max_failures,
             device=device,
             dtype=dtype,
             progress=_progress(quiet, say),
             announce=say,
         )
-        say(_done(found, share))
+        say(_done(found, part))
 
 
 def summary(
@@ -248,6 +276,11 @@ def _progress(quiet: bool, say: Any) -> Any:
     return True if sys.stderr.isatty() else line_report(say)
 
 
+def _part(share: Share, given: bool) -> str:
+    text = f"share {share.rank} of {share.of} (from 0): one shard in {share.of}"
+    return text if given else f"{text}, by the environment; --share all does everything"
+
+
 def _done(found: Run, share: Share) -> str:
     failed = found.dataset("errors").count_rows()
     rows = found.dataset("answers").count_rows()
@@ -267,7 +300,7 @@ def _stopped_in_one_sentence(console: Console) -> Iterator[None]:
     try:
         yield
     except Stopped as stopped:
-        console.print(f"[yellow]Stopped:[/] {escape(str(stopped))}")
+        console.print(f"[yellow]Stopped[/]{escape(str(stopped).removeprefix('stopped'))}")
         raise typer.Exit(128 + stopped.number) from None
     except KeyboardInterrupt:
         console.print(

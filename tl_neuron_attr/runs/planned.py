@@ -69,23 +69,36 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     identity = plain(
         {
             "format": FORMAT,
-            "model": {
-                "sha256": weights_hash(host),
-                "architecture": host.architecture,
-                "class": host.class_name,
-                "processing": host.processing,
-                "dtype": str(host.dtype).removeprefix("torch."),
-                "device": host.device.type,
-            },
+            "model": model_facts(host),
             "neuron_basis": NEURON_BASIS,
             "prompts": {"count": count, "sha256": digest.hexdigest()},
             "shards": len(tables),
             "settings": settings.plain(),
-            "versions": {name: _version(name) for name in _VERSIONED},
+            "versions": versions(),
         }
     )
     prompts = with_metadata(pa.concat_tables(tables), "prompts", identity)
     return RunPlan(identity=identity, about={"model": host.model_name}, prompts=prompts)
+
+
+def model_facts(host: Host) -> dict[str, str]:
+    """What of the model decides the bytes of a run.
+
+    Cost: one pass over the weights, for their hash.
+    """
+    return {
+        "sha256": weights_hash(host),
+        "architecture": host.architecture,
+        "class": host.class_name,
+        "processing": host.processing,
+        "dtype": str(host.dtype).removeprefix("torch."),
+        "device": host.device.type,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries that a run's bytes depend on, as they are here."""
+    return {name: _version(name) for name in _VERSIONED}
 
 
 def batch_sizes(host: Host, settings: RunSettings) -> Callable[[int], int]:

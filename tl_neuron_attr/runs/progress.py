@@ -1,7 +1,9 @@
 """How far a run is: prompts per second, time left, failures."""
 
+import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +23,7 @@ class Progress:
     shards: int
     shards_done: int
     seconds: float
-    """Since the first shard was begun, loading of models by workers included."""
+    """Since the first shard was begun; models are loaded by then."""
 
     @property
     def per_second(self) -> float:
@@ -34,10 +36,11 @@ class Progress:
         return (self.prompts - self.done) / self.per_second if self.per_second else None
 
     def __str__(self) -> str:
+        rate = f", {self.per_second:.3g} prompts/s" if self.done else ""
         left = "" if self.seconds_left is None else f", about {in_time(self.seconds_left)} left"
         return (
             f"{self.done:,} of {self.prompts:,} prompts, {self.shards_done:,} of {self.shards:,} "
-            f"shards, {self.per_second:.3g} prompts/s{left}, {self.failures:,} failed"
+            f"shards{rate}{left}, {self.failures:,} failed"
         )
 
 
@@ -45,21 +48,32 @@ Report = Callable[[Progress], object]
 """Called after every batch."""
 
 
-def bar_report() -> Report:
-    """A bar on a terminal, from the second second on."""
+@contextmanager
+def reporting(progress: bool | Report) -> Iterator[Report | None]:
+    """Where to report to: a bar on a terminal, the function that was given, or nowhere.
+
+    A bar shows from the second second on, and is gone after the block, however that ended.
+    """
+    if progress is not True:
+        yield progress or None
+        return
     bars: list[Any] = []
 
     def report(progress: Progress) -> None:
         if not bars:
             bars.append(progress_bar(progress.prompts, "prompt", True))
+            # a terminal writes ^C behind it
+            bars[0].ncols = max(10, shutil.get_terminal_size().columns - 4)
         (bar,) = bars
         if progress.failures:
             bar.set_postfix_str(f"{progress.failures} failed", refresh=False)
         bar.update(progress.done - bar.n)
-        if progress.done >= progress.prompts:
-            bar.close()
 
-    return report
+    try:
+        yield report
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def line_report(write: Callable[[str], object], seconds: float = 30.0) -> Report:

@@ -3,40 +3,38 @@
 source  = source_of(prompts)                  what is asked             (asked.py)
 plan    = plan_run(host, source(), settings)  shards and batches        (planned.py)
 parts   = start_run(directory, plan)          what is done so far       (../parts.py)
-for each shard that is not whole:
+for each shard that is not whole:                                       (doing.py)
     Worker.do(shard)                          attribute, keep           (shard.py, rows.py)
-                                              here, or in processes     (workers.py, worker.py)
+        here, or handed to a crew             who does it               (where.py, crew.py)
+        of processes, or actors of Ray                                  (worker.py, workers.py,
+                                                                         ray_actors.py)
 finish(directory)                             manifest, errors, summary (saved.py, summary.py)
 """
 
-import gc
 import os
-import signal
-import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, SupportsIndex
 
-import torch
-
-from tl_neuron_attr.errors import InputError, TooManyFailuresError
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.parts import PLAN, Parts, open_parts, start_run
-from tl_neuron_attr.prompts import at_least_one, at_least_zero
+from tl_neuron_attr.prompts import at_least_zero
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out
 from tl_neuron_attr.runs.asked import source_of
+from tl_neuron_attr.runs.doing import Doing
+from tl_neuron_attr.runs.memory import give_back
 from tl_neuron_attr.runs.planned import RunPlan, plan_run
-from tl_neuron_attr.runs.progress import Progress, Report, bar_report
+from tl_neuron_attr.runs.progress import Report, reporting
 from tl_neuron_attr.runs.ranks import Share
 from tl_neuron_attr.runs.saved import Run, finish
 from tl_neuron_attr.runs.schema import SCHEMAS, check_current
 from tl_neuron_attr.runs.settings import DEFAULT_WHAT, RunSettings
-from tl_neuron_attr.runs.shard import Worker, read_prompts, shard_name
-from tl_neuron_attr.runs.stopping import Stop, Stopped, finishing_first
-from tl_neuron_attr.runs.workers import ModelSource, do_in_workers
+from tl_neuron_attr.runs.shard import read_prompts, shard_name
+from tl_neuron_attr.runs.stopping import Stopped, finishing_first, signal_name
+from tl_neuron_attr.runs.where import Where
 
 
 def run_prompts(
@@ -55,7 +53,8 @@ def run_prompts(
     methods: str | Iterable[str] = (),
     zero: str | SupportsIndex | Iterable[SupportsIndex] | None = None,
     seed: SupportsIndex = 0,
-    workers: SupportsIndex = 1,
+    workers: SupportsIndex | None = None,
+    ray: str | None = None,
     share: Share | None = None,
     max_failures: SupportsIndex | None = None,
     device: str | None = None,
@@ -93,6 +92,11 @@ def run_prompts(
         seed: Of the random neurons that are zeroed beside them; a prompt's depend on this and its
             ``prompt_id`` alone.
         workers: Processes, each with its own copy of the model; with several GPUs, one on each.
+            By default one, and on Ray as many as the cluster has room for.
+        ray: Have them run on a Ray cluster: its address (``auto``, ``host:6379``,
+            ``ray://host:10001``), or ``local`` for one on this machine that ends with the call.
+            Every machine must see ``directory``. A cluster that this process has joined is used
+            with ``auto``, and left as it is.
         share: Which shards are this process's; see ``share_of_environment``.
         max_failures: Stop once more prompts than this have failed.
         device: Where a model given by name is loaded; ``"auto"``, with one worker, spreads it over
@@ -108,7 +112,8 @@ def run_prompts(
         TooManyFailuresError: Beyond ``max_failures``; what is done is kept.
         Stopped: On Ctrl-C or SIGTERM, after the shards in hand. (A ``KeyboardInterrupt``.)
         OutputError: If the disk is full; the shards before are whole.
-        WorkerError: If workers keep ending over one shard.
+        DeviceMemoryError, WorkerError: If shards were left out, for want of memory or because
+            workers kept ending over them; once all others are done, or three in a row were.
 
     Cost: that of ``attribute_all``; with query neurons a forward pass more for each prompt; with
     methods each one's own; with interventions a row of a forward pass for each set, number and
@@ -128,18 +133,10 @@ def run_prompts(
         zero=zero,
         seed=seed,
     )
-    count = at_least_one(workers, "workers")
+    where = Where(
+        model=model, device=device, dtype=dtype, workers=workers, ray=ray, share=share or Share()
+    )
     allowed = None if max_failures is None else at_least_zero(max_failures, "max_failures")
-    source = ModelSource(name=model, device=device, dtype=dtype) if isinstance(model, str) else None
-    if source is None and count > 1:
-        raise InputError(
-            "several workers each load the model: give its name or directory in place of a model"
-        )
-    if count > 1 and device == "auto" and torch.cuda.device_count() > 1:
-        raise InputError(
-            "device='auto' spreads one model over all GPUs, which leaves none to a second worker: "
-            "use one worker, or several processes, each with its own CUDA_VISIBLE_DEVICES and share"
-        )
     path = check_writable(directory)
     if (path / PLAN).is_file():
         check_current(open_parts(path).identity, str(path))
@@ -147,109 +144,32 @@ def run_prompts(
     for _ in asked():  # what is wrong with a file comes before the model is loaded
         pass
     say = announce or (lambda line: None)
-    host = _opened(model, source, settings)
-    plan = plan_run(host, asked(), settings)
-    parts = _started(path, plan)
-    todo = _missing(parts, share or Share(), say)
-    run = _Doing(
-        parts=parts,
-        plan=plan,
-        todo=todo,
-        allowed=allowed,
-        report=bar_report() if progress is True else progress or None,
-    )
-    run.check_failures()
-    with finishing_first() as stop:
-        if count > 1 and len(todo) > 1 and source is not None:
-            del host
-            gc.collect()  # each worker loads its own
-            run.in_processes(source, count, stop)
-        elif todo:
-            run.here(host, stop)
+    with where.joined(settings), reporting(progress) as report:
+        host = _opened(model, where.device_here, dtype, settings)
+        plan = plan_run(host, asked(), settings)
+        parts = _started(path, plan)
+        todo = _missing(parts, where.share, say)
+        run = Doing(parts=parts, plan=plan, todo=todo, allowed=allowed, report=report, say=say)
+        run.check_failures()
+        with finishing_first(say) as stop:
+            crew = where.crew(host, parts, settings, len(todo), say)
+            if crew is None:
+                run.here(host, stop)
+            else:
+                del host
+                give_back()  # each worker loads its own
+                run.with_crew(*crew, stop)
     if stop.signal is not None and run.shards_done < len(todo):
         raise _stopped(stop.signal, path)
-    return finish(parts)
+    parts.remove_stale(SCHEMAS)  # of workers that were killed meanwhile
+    found = finish(parts)
+    run.check_left_out()
+    return found
 
 
-@dataclass(kw_only=True)
-class _Doing:
-    """The shards of one call, and how far it is."""
-
-    parts: Parts
-    plan: RunPlan
-    todo: list[int]
-    allowed: int | None
-    report: Report | None
-    done: int = 0
-    failures: int = 0
-    shards_done: int = 0
-
-    def __post_init__(self) -> None:
-        self.started = time.perf_counter()
-        size = self.plan.identity["settings"]["shard_size"]
-        total = self.plan.prompts.num_rows
-        self.prompts = sum(min(size, total - shard * size) for shard in self.todo)
-        self.before = _failed_before(self.parts) if self.allowed is not None else 0
-
-    def here(self, host: Host, stop: Stop) -> None:
-        worker = Worker(host=host, parts=self.parts, prompts=self.plan.prompts)
-        for shard in self.todo:
-            if stop:
-                return
-            worker.do(shard, self.did)
-            self.whole(shard)
-
-    def in_processes(self, source: ModelSource, count: int, stop: Stop) -> None:
-        do_in_workers(
-            source,
-            self.parts.directory,
-            self.todo,
-            count,
-            did=self.did,
-            whole=self.whole,
-            stop=stop,
-        )
-
-    def did(self, done: int, failed: int) -> None:
-        self.done += done
-        self.failures += failed
-        self._tell()
-
-    def whole(self, shard: int) -> None:
-        self.shards_done += 1
-        self._tell()
-        self.check_failures()
-
-    def check_failures(self) -> None:
-        """Stop once there are too many, those of earlier calls included.
-
-        Raises:
-            TooManyFailuresError: If there are.
-        """
-        if self.allowed is not None and self.before + self.failures > self.allowed:
-            raise TooManyFailuresError(
-                f"{self.before + self.failures} prompts failed, more than the {self.allowed} "
-                f"allowed; the reasons are in {str(self.parts.directory / 'errors')!r}, and with a "
-                "higher limit (max_failures) the same command goes on"
-            )
-
-    def _tell(self) -> None:
-        if self.report is not None:
-            self.report(
-                Progress(
-                    prompts=self.prompts,
-                    done=self.done,
-                    failures=self.failures,
-                    shards=len(self.todo),
-                    shards_done=self.shards_done,
-                    seconds=time.perf_counter() - self.started,
-                )
-            )
-
-
-def _opened(model: Any, source: ModelSource | None, settings: RunSettings) -> Host:
-    if source is not None:
-        model = load_model(source.name, device=source.device, dtype=source.dtype)
+def _opened(model: Any, device: str | None, dtype: str, settings: RunSettings) -> Host:
+    if isinstance(model, str):
+        model = load_model(model, device=device, dtype=dtype)
     host = open_host(model)
     check_read_out(host, settings.convention, settings.budget)
     return host
@@ -284,16 +204,9 @@ def _missing(parts: Parts, share: Share, say: Callable[[str], object]) -> list[i
     return [shard for shard, state in states.items() if state != "whole"]
 
 
-def _failed_before(parts: Parts) -> int:
-    """Failures of the shards that were there, whoever did them."""
-    records = (parts.record(shard_name(shard)) for shard in range(parts.identity["shards"]))
-    return sum(record.rows("errors") for record in records if record is not None)
-
-
 def _stopped(number: int, path: Path) -> Stopped:
-    name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
     return Stopped(
-        f"stopped by {name}; what is done is kept in {str(path)!r}, and the same command goes on "
-        "from there",
+        f"stopped by {signal_name(number)}; what is done is kept in {str(path)!r}, and the same "
+        "command goes on from there",
         number,
     )

@@ -13,9 +13,10 @@ import torch
 from tl_neuron_attr.attribute import attribute_all
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.errors import InputError, NonFiniteError
-from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.parts import Parts, Record
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.runs.memory import within_memory
 from tl_neuron_attr.runs.rows import Found, found_of_batch, tables_of
 from tl_neuron_attr.runs.schema import PROMPTS, WRITTEN_AS
 from tl_neuron_attr.runs.settings import RunSettings
@@ -41,19 +42,6 @@ class Worker:
     parts: Parts
     prompts: pa.Table = field(repr=False)
 
-    @classmethod
-    def of(cls, host: Host, parts: Parts, prompts: pa.Table) -> "Worker":
-        """For the run in ``parts``.
-
-        Raises:
-            InputError: If the model is another than the plan's.
-
-        Cost: one pass over the weights, for their hash.
-        """
-        if weights_hash(host) != parts.identity["model"]["sha256"]:
-            raise InputError("the model's weights are not those that the run was planned for")
-        return cls(host=host, parts=parts, prompts=prompts)
-
     @property
     def settings(self) -> RunSettings:
         """The run's."""
@@ -64,6 +52,7 @@ class Worker:
 
         Raises:
             OutputError: If writing fails.
+            DeviceMemoryError: If a batch does not fit into the device's memory.
             IdentityError: If the model contradicts what this package believes about it.
         """
         settings = self.settings
@@ -139,10 +128,15 @@ def _found(
 def _batch_found(host: Host, rows: Sequence[Row], settings: RunSettings) -> list[Found | str]:
     """Of each prompt what was found, or the reason why nothing was.
 
-    One prompt that fails takes its batch along; then each is run by itself.
+    One prompt that fails takes its batch along; then each is run by itself. A batch that does not
+    fit into memory is no fault of its prompts, and is never divided: what it is, is the plan's.
     """
-    try:
+
+    def tried() -> list[Found | str]:
         return [*found_of_batch(_attributed(host, rows, settings), settings)]
+
+    try:
+        return within_memory(tried, [row["n_tokens"] for row in rows], settings)
     except (InputError, NonFiniteError) as error:
         if len(rows) == 1:
             return [str(error)]

@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -18,6 +18,11 @@ class Stopped(KeyboardInterrupt):
         """Of the signal."""
 
 
+def signal_name(number: int) -> str:
+    """As people call it."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 class Stop:
     """Whether a run has been asked to stop."""
 
@@ -29,8 +34,8 @@ class Stop:
 
 
 @contextmanager
-def finishing_first() -> Iterator[Stop]:
-    """Within the block the first signal is only noted; the next one acts as ever.
+def finishing_first(say: Callable[[str], object]) -> Iterator[Stop]:
+    """Within the block the first signal is only noted, and that said; the next one acts as ever.
 
     Outside the main thread, where there are no signal handlers, nothing changes.
     """
@@ -44,6 +49,10 @@ def finishing_first() -> Iterator[Stop]:
         stop.signal = number
         for each, handler in before.items():
             signal.signal(each, handler)
+        say(
+            f"{signal_name(number)}: what is in hand is finished first; once more, and it stops "
+            "at once"
+        )
 
     for number in _SIGNALS:
         signal.signal(number, note)

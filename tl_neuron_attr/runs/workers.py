@@ -1,4 +1,4 @@
-"""Workers as processes of their own: each loads the model once and does the shards it is handed.
+"""Workers as processes of their own, on this machine.
 
 A worker is ``python -m tl_neuron_attr.runs.worker``: it reads a line a shard and answers in lines,
 so it needs no importable main module, and ends when its caller does, however that ended. It does
@@ -12,45 +12,22 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-import torch
-
-import tl_neuron_attr.errors as errors
-from tl_neuron_attr.errors import NeuronAttrError, WorkerError
-from tl_neuron_attr.runs.shard import Did
-from tl_neuron_attr.runs.stopping import Stop
-
-_DEATHS = 2
-"""Workers that may die over one shard before it is given up: what kills one may be the shard."""
-
-_WAIT = 0.2
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelSource:
-    """How a worker comes by the model."""
-
-    name: str
-    device: str | None = None
-    dtype: str = "float32"
+from tl_neuron_attr.runs.crew import Errand, Message
 
 
 @dataclass(kw_only=True)
 class _Process:
-    """One worker, and the shard it has in hand."""
+    """One worker."""
 
     process: "subprocess.Popen[str]"
     said: IO[bytes]
     """Its standard error."""
-    listener: threading.Thread = field(init=False)
-    shard: int | None = None
-    did: list[int] = field(default_factory=lambda: [0, 0])
-    """Prompts done and failed in the shard in hand."""
+    listener: threading.Thread
 
     def send(self, message: dict[str, Any]) -> None:
         pipe = self.process.stdin
@@ -59,7 +36,7 @@ class _Process:
             pipe.write(json.dumps(message) + "\n")
             pipe.flush()
         except OSError:
-            pass  # it has died, which its reader reports
+            pass  # it has died, which its listener reports
 
     def close(self) -> None:
         """End it, and its pipes, whatever it is at."""
@@ -76,23 +53,21 @@ class _Process:
     def last_words(self) -> str:
         self.said.seek(0)
         lines = self.said.read().decode("utf-8", "replace").strip().splitlines()
-        return f": {lines[-1]}" if lines else ""
+        return f"exit code {self.process.wait()}" + (f": {lines[-1]}" if lines else "")
 
 
 @dataclass(kw_only=True)
-class _Crew:
-    """The workers of one run, what is left to do, and what they say."""
+class Processes:
+    """A crew of processes; see ``crew.Crew``."""
 
-    source: ModelSource
-    directory: Path
-    left: deque[int]
-    heard: "queue.Queue[tuple[_Process, dict[str, Any] | None]]" = field(
-        default_factory=queue.Queue
-    )
-    working: list[_Process] = field(default_factory=list)
-    deaths: dict[int | None, int] = field(default_factory=dict)
+    errand: Errand
+    device_of: Callable[[int], str | None]
+    """Where the worker at a place loads the model."""
+    heard: "queue.Queue[tuple[int, Message | None]]" = field(default_factory=queue.Queue)
+    working: dict[int, _Process] = field(default_factory=dict)
 
-    def start(self, number: int) -> None:
+    def start(self, place: int) -> None:
+        """A process, which loads the model."""
         said = tempfile.TemporaryFile()
         process = subprocess.Popen(
             [sys.executable, "-m", "tl_neuron_attr.runs.worker"],
@@ -101,122 +76,55 @@ class _Crew:
             stderr=said,
             text=True,
             encoding="utf-8",
+            errors="replace",
             start_new_session=True,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(_where_to_import_from())},
         )
-        worker = _Process(process=process, said=said)
-        self.working.append(worker)
-        source = asdict(self.source) | {"device": _device(self.source.device, number)}
-        worker.send({"directory": str(self.directory), "source": source})
-        worker.listener = threading.Thread(target=self._listen, args=(worker,), daemon=True)
-        worker.listener.start()
+        listener = threading.Thread(target=self._listen, args=(place, process), daemon=True)
+        self.working[place] = _Process(process=process, said=said, listener=listener)
+        self.working[place].send(asdict(replace(self.errand, device=self.device_of(place))))
+        listener.start()
 
-    def _listen(self, worker: _Process) -> None:
-        pipe = worker.process.stdout
+    def hand(self, place: int, shard: int) -> None:
+        """A line to its standard input."""
+        self.working[place].send({"shard": shard})
+
+    def dismiss(self, place: int) -> None:
+        """Killed: what it has written is whole, or is not there."""
+        if place in self.working:
+            self.working.pop(place).close()
+
+    def hear(self, seconds: float) -> tuple[int, Message] | None:
+        """The next line of any of them."""
+        try:
+            place, message = self.heard.get(timeout=seconds)
+        except queue.Empty:
+            return None
+        if place not in self.working:  # what it said before it was dismissed
+            return None
+        if message is not None:
+            return place, message
+        words = self.working[place].last_words()
+        self.dismiss(place)
+        return place, {"gone": words}
+
+    def _listen(self, place: int, process: "subprocess.Popen[str]") -> None:
+        """Until it ends, or says what is no message: it was killed while it wrote, say."""
+        pipe = process.stdout
         assert pipe is not None
         for line in pipe:
-            self.heard.put((worker, json.loads(line)))
-        self.heard.put((worker, None))
-
-    def hand(self, worker: _Process, stop: Stop) -> None:
-        """The next shard, or word that there is none."""
-        worker.shard, worker.did = None, [0, 0]
-        if self.left and not stop:
-            worker.shard = self.left.popleft()
-            worker.send({"shard": worker.shard})
-        elif worker.process.stdin is not None:
-            worker.process.stdin.close()
-
-    def end(self) -> None:
-        for worker in self.working:
-            worker.close()
-
-
-def do_in_workers(
-    source: ModelSource,
-    directory: Path,
-    shards: Iterable[int],
-    count: int,
-    *,
-    did: Did,
-    whole: Callable[[int], object],
-    stop: Stop,
-) -> None:
-    """Have ``count`` processes do these shards; returns when they have, or have stopped.
-
-    A worker that dies is replaced and its shard done again, by another.
-
-    Raises:
-        WorkerError: If two workers died over one shard, or one failed unexpectedly.
-        OutputError, IdentityError, ...: What a worker raised.
-    """
-    crew = _Crew(source=source, directory=directory, left=deque(shards))
-    started = min(count, len(crew.left))
-    try:
-        for number in range(started):
-            crew.start(number)
-        while crew.working:
             try:
-                worker, message = crew.heard.get(timeout=_WAIT)
-            except queue.Empty:
-                continue
-            if message is None:
-                if worker.shard is not None:  # nothing of a shard that is not whole
-                    did(-worker.did[0], -worker.did[1])
-                started += _gone(crew, worker, started, stop)
-            elif "did" in message:
-                worker.did = [sum(each) for each in zip(worker.did, message["did"], strict=True)]
-                did(*message["did"])
-            elif "error" in message:
-                raise _raised(message["error"], worker)
-            else:  # ready, or a shard is whole
-                if worker.shard is not None:
-                    whole(worker.shard)
-                crew.hand(worker, stop)
-    finally:
-        crew.end()
-
-
-def _gone(crew: _Crew, worker: _Process, started: int, stop: Stop) -> int:
-    """A worker has ended: as it should, or its shard goes to a new one; how many were started."""
-    crew.working.remove(worker)
-    code, words = worker.process.wait(), worker.last_words()
-    worker.close()
-    if stop or (worker.shard is None and code == 0):
-        return 0
-    crew.deaths[worker.shard] = crew.deaths.get(worker.shard, 0) + 1
-    if crew.deaths[worker.shard] >= _DEATHS:
-        doing = "loading the model" if worker.shard is None else f"shard {worker.shard}"
-        raise WorkerError(
-            f"{_DEATHS} workers ended over {doing} (exit code {code}{words}); what "
-            "is done is kept: with less memory taken (budget, workers) the same command goes on"
-        )
-    if worker.shard is not None:
-        crew.left.appendleft(worker.shard)
-    if crew.left:
-        crew.start(started)
-        return 1
-    return 0
-
-
-def _raised(facts: dict[str, str], worker: _Process) -> NeuronAttrError:
-    """What a worker raised, as this process raises it."""
-    kind = getattr(errors, facts["kind"], None)
-    if isinstance(kind, type) and issubclass(kind, NeuronAttrError):
-        return kind(facts["message"])
-    return WorkerError(
-        f"a worker failed over shard {worker.shard}: {facts['kind']}: {facts['message']}"
-    )
+                message = json.loads(line)
+            except ValueError:
+                message = None
+            if not isinstance(message, dict):
+                process.kill()
+                break
+            self.heard.put((place, message))
+        self.heard.put((place, None))
 
 
 def _where_to_import_from() -> list[str]:
     """This very package first, installed or not."""
     here = str(Path(__file__).parents[2])
     return [here, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-
-
-def _device(device: str | None, number: int) -> str | None:
-    """One GPU for each worker, in turn, where there are several and none was chosen."""
-    if device in (None, "cuda") and torch.cuda.device_count() > 1:
-        return f"cuda:{number % torch.cuda.device_count()}"
-    return device
