@@ -39,7 +39,6 @@ NAMES = {
     "opt-post": "OPT-350m",
     "cohere": "Cohere",
 }
-_MARK = "<!-- {} families: written by tests/family_table.py -->"
 
 
 def supported_rows() -> list[tuple[str, ...]]:
@@ -85,23 +84,20 @@ def refused_rows() -> list[tuple[str, ...]]:
 
 
 def page_with_tables(page: str) -> str:
-    """The page, with the tables as they are now between its marks."""
+    """The page, with the tables as they are now in place of those it has, known by their heads."""
     heads = {
-        "supported": (
+        (
             *("family", "class", "norm, and where", "FFN", "keys and values of heads"),
             *("also", "proven without scoring all", "also as `HookedTransformer`"),
-        ),
-        "refused": ("family", "class", "because"),
+        ): supported_rows(),
+        ("family", "class", "because"): refused_rows(),
     }
-    rows = {"supported": supported_rows(), "refused": refused_rows()}
-    for name, head in heads.items():
-        first, last = _MARK.format(name), _MARK.format(f"end of {name}")
-        lines = [head, ("---",) * len(head), *rows[name]]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-        table = table.replace("|  |", "| |").replace("|  |", "| |")
-        before, _, rest = page.partition(first)
-        assert rest, f"the page has no mark {first!r}"
-        page = f"{before}{first}\n{table}\n{last}{rest.partition(last)[2]}"
+    for head, rows in heads.items():
+        lines = ["| " + " | ".join(line) + " |" for line in (head, ("---",) * len(head), *rows)]
+        before, found, rest = page.partition(lines[0] + "\n")
+        assert found, f"the page has no table with the head {lines[0]!r}"
+        _, _, after = rest.partition("\n\n")
+        page = f"{before}{chr(10).join(lines).replace('|  |', '| |')}\n\n{after}"
     return page
 
 

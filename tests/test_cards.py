@@ -143,7 +143,7 @@ NEURONS = [FFNNeuron(0, 3), AttnNeuron(1, 1, 2, 2), AttnNeuron(1, 0, 4)]
 
 
 @pytest.mark.parametrize("neuron", NEURONS, ids=str)
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_effects_on_later_neurons_are_their_definition(family, neuron):
     model = bridge_of(family)
     result = attributed(model, top=5)
@@ -181,7 +181,9 @@ def test_effects_on_later_neurons_are_their_definition(family, neuron):
 
 
 @pytest.mark.parametrize("position", [LAST, 2])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "bigcode", "neox-parallel", "gptj", "gemma"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "bigcode", "neox-parallel", "gptj", "gemma", "olmo2"]
+)
 def test_heads_carry_a_contribution_on_as_defined(family, position):
     model = bridge_of(family, dtype=torch.float64)
     result = attributed(model, top=5)

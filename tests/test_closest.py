@@ -141,8 +141,17 @@ class Frozen:
 
 
 def test_carried_scores_are_gradients_of_the_frozen_model(any_model):
-    case = case_of(any_model)
-    frozen = Frozen(any_model, case)
+    check_carried(any_model)
+
+
+@pytest.mark.parametrize("family", ["olmo2", "gemma2"])
+def test_they_are_so_through_norms_on_what_sub_layers_write_and_under_a_soft_cap(family):
+    check_carried(bridge_of(family))
+
+
+def check_carried(model):
+    case = case_of(model)
+    frozen = Frozen(model, case)
     rivals = answer_and_rivals(case)
     undialled = {"ffn": torch.ones(3), "attn": torch.ones(3)}
     final = case.result.captured.resid_final

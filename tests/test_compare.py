@@ -284,7 +284,7 @@ def test_the_other_models_index_is_for_the_other_model(tmp_path):
 # --- what the other run can be ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo2"])
 def test_what_is_zeroed_scores_0_and_nothing_differs_before(family):
     result = attribute(bridge_of(family), TOKENS, target=9, top=1)
     parts = (Head(1, 1), FFNNeuron(1, 7), AttnNeuron(2, 0, 3, 2))

@@ -147,7 +147,7 @@ def test_exchanging_the_labels_turns_the_signs():
 # --- what a head reads ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize("family", [*FAMILIES, "olmo2"])
 def test_what_a_head_reads_is_the_sum_of_its_parts(family):
     model = bridge_of(family)
     result = attributed(model)

@@ -69,6 +69,12 @@ def assert_the_same(found, wanted, tolerance):
     )
 
 
+def test_every_cell_is_what_the_definition_says_under_a_soft_cap():
+    model = bridge_of("gemma2")
+    result = attributed(model, target=7)
+    assert_the_same(rows_of(result.log_probs()), by_definition(model, result), 2e-5)
+
+
 def test_every_cell_is_what_the_definition_says_in_every_family(any_model):
     result = attributed(any_model, target=7)
     assert_the_same(rows_of(result.log_probs()), by_definition(any_model, result), 2e-5)

@@ -36,7 +36,7 @@ def assert_right(host):
 
 
 @pytest.mark.parametrize("processed", [False, True])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
 def test_norms_are_those_of_the_weights_as_they_are(family, processed):
     assert_right(open_host(bridge_of(family, processed=processed)))
 
