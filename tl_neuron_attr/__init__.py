@@ -27,6 +27,7 @@ from tl_neuron_attr.decompose import (
     ffn_decomposition,
 )
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
+from tl_neuron_attr.doctor import HOST_CHECKS, Finding, ModelCheck, check_host, check_model
 from tl_neuron_attr.errors import (
     ConformanceError,
     IdentityError,
@@ -114,6 +115,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AskedPrompt",
+    "HOST_CHECKS",
     "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
@@ -129,6 +131,7 @@ __all__ = [
     "FFNDecomposition",
     "FFNNeuron",
     "Fact",
+    "Finding",
     "Graph",
     "Head",
     "Host",
@@ -141,6 +144,7 @@ __all__ = [
     "KnownPrompts",
     "MeanCoefficients",
     "MeanReplaced",
+    "ModelCheck",
     "NeuronAttrError",
     "NeuronCard",
     "NonFiniteError",
@@ -177,7 +181,9 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "check_host",
     "check_method",
+    "check_model",
     "clamp",
     "compare",
     "corrupted_of",
