@@ -83,6 +83,10 @@ class Capture:
         log_probs, ids = self.logits.log_softmax(-1).topk(min(k, self.logits.shape[0]))
         return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
 
+    def log_prob_of(self, token: int) -> float:
+        """The model's own log-probability of a token, in nats."""
+        return float(self.logits.log_softmax(-1)[token])
+
 
 _LAYERED = ("resid_pre", "resid_mid", "attn_out", "mlp_out", "mlp_post", "pattern", "v", "z")
 _TENSORS = (*_LAYERED, "resid_final", "logits")

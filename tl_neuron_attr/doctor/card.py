@@ -218,6 +218,7 @@ def _short(number: float | None) -> str:
 
 
 _STATUS = 12  # characters: of the longest, and a space
+_NUMBER = 9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -236,14 +237,16 @@ def card_lines(check: ModelCheck, width: int) -> list[CardLine]:
     measured = [each for each in check.findings if each.error is not None]
     if measured:
         widest = _STATUS + max(len(each.name) for each in measured)
-        header = "".join(f"{name:>9}" for name in ("error", "allowed") * 2)
-        lines += [
-            CardLine(),
-            CardLine(text=f"{'':{widest}}{check.dtype:>18}{'float64':>18}"),
-            CardLine(text=f"{'':{widest}}{header}"),
-        ]
+        # where they do not fit, what is allowed is left to the notebook and to JSON
+        whole = width >= widest + 4 * _NUMBER
+        step = 1 if whole else 2
+        precisions = f"{check.dtype:>{2 * _NUMBER // step}}{'float64':>{2 * _NUMBER // step}}"
+        lines += [CardLine(), CardLine(text=f"{'':{widest}}{precisions}")]
+        if whole:
+            header = "".join(f"{name:>{_NUMBER}}" for name in ("error", "allowed") * 2)
+            lines.append(CardLine(text=f"{'':{widest}}{header}"))
         for each in measured:
-            columns = "".join(f"{number:>9}" for number in numbers(each))
+            columns = "".join(f"{number:>{_NUMBER}}" for number in numbers(each)[::step])
             text = f"{f'{each.status:{_STATUS}}{each.name}':{widest}}{columns}"
             lines.append(CardLine(text=text.rstrip(), status=each.status))
             if each.status != "ok":

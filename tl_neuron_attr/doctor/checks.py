@@ -88,10 +88,9 @@ def check_precision(examined: Examined) -> tuple[Finding, ...]:
             ),
         )
     target = int(double.captured.logits.argmax())
-    here, there = (
-        float(each.captured.logits.double().log_softmax(-1)[target]) for each in (own, double)
+    error = abs(
+        own.captured.to(torch.float64).log_prob_of(target) - double.captured.log_prob_of(target)
     )
-    error = abs(here - there)
     # float32 moves it by about 1e-6 nats; half precision by what it does, which is said
     allowed = 1e-3
     if half:
@@ -152,15 +151,15 @@ def check_prediction(examined: Examined) -> tuple[Finding, ...]:
         with torch.no_grad():
             called = subject.host.model(tokens)
         logits = getattr(called, "logits", called)[0, subject.prompt.read_pos]
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        theirs = logits.to(wide).log_softmax(-1)[subject.attributed.target.id]
+        said = replace(subject.captured, logits=logits.to(subject.captured.logits))
+        theirs = said.log_prob_of(subject.attributed.target.id)
         # of the size a log p may have: one that is nearly 0 would make any rounding look large
-        size = max(1.0, abs(float(theirs)))
+        size = max(1.0, abs(theirs))
         return [
             Measured(
                 name="log p of the answer",
-                equation="log p attributed = log_softmax(model(tokens))",
-                error=abs(subject.attributed.log_prob - float(theirs)) / size,
+                equation="log p attributed = log p that model(tokens) gives",
+                error=abs(subject.attributed.log_prob - theirs) / size,
                 tolerance=_allowed(subject.host),
             )
         ]
