@@ -21,6 +21,7 @@ ORDER = (
     "tiny_facts",
     "state",
     "host",
+    "ids",
     "models",
     "norms",
     "capture",
@@ -152,7 +153,7 @@ def test_hook_names_and_the_softmax_have_one_home():
     for name in ORDER:
         for path in sources_of(name):
             text = path.read_text(encoding="utf-8")
-            if name not in ("host", "capture"):
+            if name not in ("host", "capture", "ids"):  # ids reads what others write
                 code = "\n".join(
                     node.value
                     for node in ast.walk(ast.parse(text))

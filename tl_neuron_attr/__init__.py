@@ -43,6 +43,17 @@ from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
+from tl_neuron_attr.ids import (
+    Layout,
+    Unit,
+    from_pair,
+    hook_id,
+    layout_of,
+    module_id,
+    notebook_id,
+    parse_id,
+    to_pair,
+)
 from tl_neuron_attr.in_context import InContextHeads, head_inputs, in_context_heads
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
@@ -142,6 +153,7 @@ __all__ = [
     "Intervention",
     "KnowledgePrompt",
     "KnownPrompts",
+    "Layout",
     "MeanCoefficients",
     "MeanReplaced",
     "ModelCheck",
@@ -169,6 +181,7 @@ __all__ = [
     "Target",
     "TokenStrip",
     "TooManyFailuresError",
+    "Unit",
     "UnsupportedModelError",
     "WorkerError",
     "Zeroed",
@@ -191,13 +204,16 @@ __all__ = [
     "diff_runs",
     "evaluate",
     "ffn_decomposition",
+    "from_pair",
     "head_inputs",
     "head_scan",
     "head_scores",
     "layer_scores",
+    "hook_id",
     "in_context_heads",
     "intervened",
     "intervention_hooks",
+    "layout_of",
     "layers_by_type",
     "knowledge_prompts",
     "known_prompts",
@@ -210,11 +226,14 @@ __all__ = [
     "neuron_card",
     "mask_curve",
     "mean_coefficients",
+    "module_id",
     "neuron_scores",
     "neurons_of",
+    "notebook_id",
     "open_host",
     "overlap_table",
     "paper_prompts",
+    "parse_id",
     "parse_neuron",
     "parse_part",
     "plan",
@@ -234,6 +253,7 @@ __all__ = [
     "styled",
     "token_strip",
     "share_of_environment",
+    "to_pair",
     "tokenize",
     "top_differences",
     "top_neurons",
