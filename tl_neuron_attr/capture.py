@@ -834,7 +834,7 @@ def load_capture(directory: str | Path) -> Capture:
     try:
         facts = json.loads((folder / "capture.json").read_text(encoding="utf-8"))
         data = (folder / "capture.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read a capture from {str(folder)!r}: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != CAPTURE_FORMAT:
         raise InputError(

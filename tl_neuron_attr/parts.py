@@ -92,7 +92,7 @@ class Parts:
             checksum = found.pop("checksum")
             files = {table: PartFile(**facts) for table, facts in found["files"].items()}
             record = Record(name=found["name"], plan=found["plan"], files=files)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             found, checksum, record = {}, None, None
         if record is None or checksum != fingerprint([found]) or record.name != name:
             raise InputError(
@@ -244,7 +244,7 @@ def open_parts(directory: str | Path, what: str = "run") -> Parts:
         found = json.loads(path.read_text(encoding="utf-8"))
         identity, about, checksum = found["identity"], found["about"], found["checksum"]
         sound = isinstance(identity, dict) and checksum == fingerprint([identity])
-    except (OSError, ValueError, TypeError, KeyError):
+    except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise InputError(
             f"{str(path)!r} cannot be read as a plan; give another directory"
         ) from None

@@ -116,7 +116,7 @@ def facts_of(schema: pa.Schema, where: str) -> dict[str, Any]:
     try:
         facts = json.loads((schema.metadata or {})[KEY])
         found = facts["format"]
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise InputError(f"{where} is no file of a run: it does not say what it is of") from None
     check_format(found, where)
     return facts
