@@ -7,12 +7,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import functools
 import tempfile
 import warnings
+from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import pytest
 import torch
 import transformers
 from transformer_lens.model_bridge.sources import build_bridge_from_module
+
+from tl_neuron_attr.state import (
+    changed,
+    model_state,
+    random_states,
+    torch_modes,
+    weights_digest,
+)
 
 try:  # gone in TransformerLens 4: its module __getattr__ raises ImportError
     from transformer_lens import HookedTransformer
@@ -259,29 +269,43 @@ def any_model(request):
     return bridge_of(request.param)
 
 
-@pytest.fixture(autouse=True)
-def model_state_is_left_alone(request):
-    """After every test: hooks, training flags, grad mode and the random state are as before."""
-    models = [
-        request.getfixturevalue(name)
-        for name in ("tiny_model", "tiny_gpt2", "any_model")
-        if name in request.fixturenames
-    ]
-    before = [_state_of(model) for model in models]
-    random_state = torch.get_rng_state()
+_MODELS = ("tiny_model", "tiny_gpt2", "any_model")
+_DIGESTED = 20  # every so many uses of a model all its weights are read
+
+
+@contextmanager
+def watched(*models):
+    """Fails at its end if something of ``models``, of torch's modes or random numbers changed."""
+    before = [model_state(model) for model in models]
+    digests = [_digest_now_and_then(model) for model in models]
+    modes, numbers = torch_modes(), random_states()
     yield
-    assert torch.is_grad_enabled()
-    assert torch.equal(torch.get_rng_state(), random_state), "the random state was changed"
-    assert [_state_of(model) for model in models] == before, "the model was changed"
+    left = [*changed(modes, torch_modes()), *changed(numbers, random_states())]
+    for model, state, digest in zip(models, before, digests, strict=True):
+        left += changed(state, model_state(model))
+        if digest is not None and weights_digest(model) != digest:
+            left.append("the bytes of the weights")
+    assert not left, f"the test changed {', '.join(left)}"
 
 
-def _state_of(model):
-    hooks = {
-        name: (len(point.fwd_hooks), len(point.bwd_hooks))
-        for name, point in model.hook_dict.items()
-    }
-    weights = tuple((p.data_ptr(), p._version, p.requires_grad) for p in model.parameters())
-    return hooks, [module.training for module in model.modules()], weights
+@pytest.fixture(autouse=True)
+def all_is_left_alone(request):
+    """After every test, whatever it raised on the way: models, torch's modes, random numbers.
+
+    Of each model that fixtures share: weights, hooks, flags, training mode, gradients. Edits are
+    known by torch's count of them; those behind its back by a hash, now and then.
+    """
+    shared = [name for name in _MODELS if name in request.fixturenames]
+    with watched(*map(request.getfixturevalue, shared)):
+        yield
+
+
+_uses: WeakKeyDictionary = WeakKeyDictionary()
+
+
+def _digest_now_and_then(model):
+    _uses[model] = _uses.get(model, -1) + 1
+    return weights_digest(model) if _uses[model] % _DIGESTED == 0 else None
 
 
 def count_forward_passes(model, monkeypatch):

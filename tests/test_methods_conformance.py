@@ -199,7 +199,7 @@ def by_batch(case, kind, top):
         (freezing, "changes requires_grad of the model"),
         (switching_gradients_off, "changes the gradient mode of torch"),
         (in_float64_from_now_on, "changes the default dtype of torch"),
-        (drawing, "draws from torch's global random numbers"),
+        (drawing, "draws from torch's random numbers, which are everybody's"),
         (drawing_on_its_own, "other scores of ffn neurons when it is called a second time"),
         (writing, "writes into the tensors of the case"),
         (best_of_another_order, "with top=1 does not give the 1 best ffn neurons"),

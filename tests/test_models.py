@@ -54,7 +54,7 @@ def test_a_directory_may_be_a_path(mine):
 
 def test_weights_may_be_a_pytorch_bin(mine):
     hf = transformers.AutoModelForCausalLM.from_pretrained(mine)
-    torch.save(hf.state_dict(), mine / "pytorch_model.bin")
+    torch.save(hf.state_dict(), mine / "pytorch_model.bin")  # noqa: TID251
     (mine / "model.safetensors").unlink()
     assert attribute(load_model(mine), PROMPT, top=1).target.text == " Paris"
 

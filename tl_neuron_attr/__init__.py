@@ -27,6 +27,7 @@ from tl_neuron_attr.decompose import (
     ffn_decomposition,
 )
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
+from tl_neuron_attr.doctor import HOST_CHECKS, Finding, ModelCheck, check_host, check_model
 from tl_neuron_attr.errors import (
     ConformanceError,
     DeviceMemoryError,
@@ -43,6 +44,17 @@ from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
 from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.identities import verify
+from tl_neuron_attr.ids import (
+    Layout,
+    Unit,
+    from_pair,
+    hook_id,
+    layout_of,
+    module_id,
+    notebook_id,
+    parse_id,
+    to_pair,
+)
 from tl_neuron_attr.in_context import InContextHeads, head_inputs, in_context_heads
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
@@ -116,6 +128,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AskedPrompt",
+    "HOST_CHECKS",
     "METHODS",
     "AttnDecomposition",
     "AttnNeuron",
@@ -132,6 +145,7 @@ __all__ = [
     "FFNDecomposition",
     "FFNNeuron",
     "Fact",
+    "Finding",
     "Graph",
     "Head",
     "Host",
@@ -142,8 +156,10 @@ __all__ = [
     "Intervention",
     "KnowledgePrompt",
     "KnownPrompts",
+    "Layout",
     "MeanCoefficients",
     "MeanReplaced",
+    "ModelCheck",
     "NeuronAttrError",
     "NeuronCard",
     "NonFiniteError",
@@ -168,6 +184,7 @@ __all__ = [
     "Target",
     "TokenStrip",
     "TooManyFailuresError",
+    "Unit",
     "UnsupportedModelError",
     "WorkerError",
     "Zeroed",
@@ -180,7 +197,9 @@ __all__ = [
     "capture_all",
     "capture_sources",
     "capture_zeroed",
+    "check_host",
     "check_method",
+    "check_model",
     "clamp",
     "compare",
     "corrupted_of",
@@ -188,13 +207,16 @@ __all__ = [
     "diff_runs",
     "evaluate",
     "ffn_decomposition",
+    "from_pair",
     "head_inputs",
     "head_scan",
     "head_scores",
     "layer_scores",
+    "hook_id",
     "in_context_heads",
     "intervened",
     "intervention_hooks",
+    "layout_of",
     "layers_by_type",
     "knowledge_prompts",
     "known_prompts",
@@ -207,11 +229,14 @@ __all__ = [
     "neuron_card",
     "mask_curve",
     "mean_coefficients",
+    "module_id",
     "neuron_scores",
     "neurons_of",
+    "notebook_id",
     "open_host",
     "overlap_table",
     "paper_prompts",
+    "parse_id",
     "parse_neuron",
     "parse_part",
     "plan",
@@ -231,6 +256,7 @@ __all__ = [
     "styled",
     "token_strip",
     "share_of_environment",
+    "to_pair",
     "tokenize",
     "top_differences",
     "top_neurons",

@@ -88,6 +88,10 @@ class Capture:
         log_probs, ids = self.logits.log_softmax(-1).topk(min(k, self.logits.shape[0]))
         return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
 
+    def log_prob_of(self, token: int) -> float:
+        """The model's own log-probability of a token, in nats."""
+        return float(self.logits.log_softmax(-1)[token])
+
 
 _POST_SCALES = ("attn_post_scale", "ffn_post_scale")
 _LAYERED = (
@@ -853,7 +857,7 @@ def load_capture(directory: str | Path) -> Capture:
     try:
         facts = json.loads((folder / "capture.json").read_text(encoding="utf-8"))
         data = (folder / "capture.safetensors").read_bytes()
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read a capture from {str(folder)!r}: {error}") from error
     if not isinstance(facts, dict) or facts.get("format") != CAPTURE_FORMAT:
         raise InputError(

@@ -58,8 +58,13 @@ def write_files(
     belongs there. Files of the names ``stale`` are removed once all others are written.
 
     Raises:
-        OutputError: If the disk is full, or the directory cannot be written to.
+        OutputError: If the disk is full, the directory cannot be written to, or a name would lead
+            out of it.
     """
+    for name in (*writers, *stale):
+        # a name may be made of what a user or a file said; none of them chooses where it goes
+        if name in ("", ".", "..") or set(name) & set("/\\\0"):
+            raise OutputError(f"cannot write {name!r} to {str(directory)!r}: it is no file's name")
     staged: list[tuple[Path, Path]] = []
     handles: list[int] = []
     try:

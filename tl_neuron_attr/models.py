@@ -216,7 +216,7 @@ def _check_files(path: Path) -> None:
 def _architectures(path: Path) -> list[str]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except ValueError:  # loading will say so
+    except (ValueError, RecursionError):  # loading will say so
         return []
     return config.get("architectures") or []
 

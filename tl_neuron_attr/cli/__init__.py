@@ -15,6 +15,7 @@ from typer.core import TyperCommand
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
 from tl_neuron_attr.cli.compare import compare
+from tl_neuron_attr.cli.doctor import doctor
 from tl_neuron_attr.cli.evaluate import evaluate
 from tl_neuron_attr.cli.graph import graph
 from tl_neuron_attr.cli.heads import heads
@@ -34,7 +35,7 @@ PANELS = {
     "Many prompts": (prompts, evaluate, run, summary, diff),
     "The paper": (write_paper,),
     "Files": (report, upgrade),
-    "A model": (index,),
+    "A model": (doctor, index),
 }
 """The commands, by what one wants of them."""
 

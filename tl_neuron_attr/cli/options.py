@@ -119,7 +119,7 @@ def prompts_in(path: Path, bos: bool | None = None) -> list[Prompt]:
             continue
         try:
             given = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             given = None
         fields = {"text": given} if isinstance(given, str) else given
         if not isinstance(fields, dict) or not isinstance(fields.get("text"), str):

@@ -382,7 +382,9 @@ def load_evaluation(directory: str | Path) -> Evaluation:
         for name in some:
             if (path / f"{name}.parquet").exists():
                 some[name] = pd.read_parquet(path / f"{name}.parquet")
-    except (OSError, ValueError) as error:
+        if not isinstance(facts, dict):
+            raise ValueError("evaluation.json holds no object")
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(
             f"there is no whole evaluation in {str(directory)!r} ({error}); make one with "
             "evaluate(...).save(directory)"

@@ -26,6 +26,7 @@ from tl_neuron_attr.methods.case import Case, Method, neuron_shape
 from tl_neuron_attr.methods.registry import method_name
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.state import changed, model_state, random_states, torch_modes
 from tl_neuron_attr.topk import Kind
 
 Check = Callable[[Method, Sequence[Case]], None]
@@ -100,21 +101,21 @@ def check_leaves_all_alone(method: Method, cases: Sequence[Case]) -> None:
     """Weights, gradients, hooks, modes, random states and the case are what they were before."""
 
     def check(case: Case, kind: Kind) -> None:
-        before, numbers, random_states = _state(case), _numbers(case), _random_states(case)
-        with _modes_restored() as changed:
+        host = case.result.host
+        before, numbers = model_state(host.model), _numbers(case)
+        drawn_from = random_states([host.device])
+        with _modes_restored() as modes_changed:
             _call(method, case, kind)
-            modes = changed()
-        after = _state(case)
-        for what, was in before.items():
-            if after[what] != was:
-                _fail(method, f"changes {what} of the model; leave it as it was")
+            modes = modes_changed()
+        for what in changed(before, model_state(host.model)):
+            _fail(method, f"changes {what} of the model; leave it as it was")
         if modes:
             _fail(method, f"changes {modes} of torch; leave it as it was, also after an exception")
-        if any(map(_differ, random_states, _random_states(case))):
+        for what in changed(drawn_from, random_states([host.device])):
             _fail(
                 method,
-                "draws from torch's global random numbers; take a torch.Generator with a seed of "
-                "your own",
+                f"draws from {what}, which are everybody's; take a generator with a seed of your "
+                "own (torch.Generator, numpy.random.default_rng)",
             )
         if any(map(_differ, numbers, _numbers(case))):
             _fail(method, "writes into the tensors of the case; clone what you change")
@@ -329,62 +330,20 @@ def _differ(one: Tensor, other: Tensor) -> bool:
     return one.shape != other.shape or not torch.equal(one, other)
 
 
-def _state(case: Case) -> dict[str, Any]:
-    """What must not change about the model, by what to call it."""
-    model = case.result.host.model
-    weights = [*model.parameters(), *model.buffers()]
-    return {
-        "the weights": [
-            (tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version)
-            for tensor in weights
-        ],
-        "requires_grad": [weight.requires_grad for weight in model.parameters()],
-        "the gradients (.grad)": [
-            None if weight.grad is None else (id(weight.grad), weight.grad._version)
-            for weight in model.parameters()
-        ],
-        "the hooks": {
-            name: (len(point.fwd_hooks), len(point.bwd_hooks))
-            for name, point in model.hook_dict.items()
-        },
-        "the modules' own hooks": [
-            (
-                len(module._forward_hooks),
-                len(module._forward_pre_hooks),
-                len(module._backward_hooks),
-            )
-            for module in model.modules()
-        ],
-        "training mode": [module.training for module in model.modules()],
-        "the modules' forward": [id(vars(module).get("forward")) for module in model.modules()],
-    }
-
-
-def _random_states(case: Case) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    device = case.result.host.device
-    if device.type == "cuda":
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
 @contextmanager
 def _modes_restored() -> Iterator[Callable[[], str]]:
     """Gives a function that names torch's global modes that were changed; they are put back."""
+    before = torch_modes()
     precision = torch.get_float32_matmul_precision()
-    dtype, grad = torch.get_default_dtype(), torch.is_grad_enabled()
-
-    def changed() -> str:
-        names = {
-            "the gradient mode": torch.is_grad_enabled() != grad,
-            "the default dtype": torch.get_default_dtype() != dtype,
-            "the precision of float32 products": torch.get_float32_matmul_precision() != precision,
-        }
-        return ", ".join(name for name, is_changed in names.items() if is_changed)
+    dtype, (grad, _) = torch.get_default_dtype(), before["the gradient mode"]
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
 
     try:
-        yield changed
+        yield lambda: ", ".join(changed(before, torch_modes()))
     finally:
         torch.set_grad_enabled(grad)
         torch.set_default_dtype(dtype)
         torch.set_float32_matmul_precision(precision)
+        torch.use_deterministic_algorithms(deterministic)
+        if torch.get_num_threads() != threads:
+            torch.set_num_threads(threads)

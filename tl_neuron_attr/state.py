@@ -1,0 +1,123 @@
+"""What is left alone: a model's weights, hooks and flags, torch's modes, random numbers.
+
+Every public call leaves these as they were, exceptions included. A state here is plain facts by the
+name of what they are of: two of them are compared, and the names of what differs are what to say.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+State = Mapping[str, Any]
+"""Facts to compare, by what they are of, in words."""
+
+
+def model_state(model: Any) -> State:
+    """What of a model must not change: cheap, for no weight is read.
+
+    An edit in place is known by torch's count of them, so one that goes behind its back
+    (``weight.data[0] = 1``) is not seen: ``weights_digest`` sees it.
+    """
+    weights = [*model.parameters(), *model.buffers()]
+    modules = [*model.modules()]
+    return {
+        "the weights": [
+            (tensor.data_ptr(), tensor.dtype, 0 if tensor.is_inference() else tensor._version)
+            for tensor in weights
+        ],
+        "requires_grad": [weight.requires_grad for weight in weights],
+        "the gradients (.grad)": [
+            None if weight.grad is None else (id(weight.grad), weight.grad._version)
+            for weight in model.parameters()
+        ],
+        "the hooks": {
+            name: (len(point.fwd_hooks), len(point.bwd_hooks))
+            for name, point in model.hook_dict.items()
+        },
+        "the modules' own hooks": [
+            tuple(
+                sum(map(_foreign, hooks.values()))
+                for hooks in (
+                    module._forward_hooks,
+                    module._forward_pre_hooks,
+                    module._backward_hooks,
+                )
+            )
+            for module in modules
+        ],
+        "training mode": [module.training for module in modules],
+        "the modules' forward": [id(vars(module).get("forward")) for module in modules],
+        "the flags of its configuration": _flags(model),
+    }
+
+
+def weights_digest(model: Any) -> str:
+    """A hash of every weight's bytes. Cost: one pass over the weights."""
+    digest = hashlib.sha256()
+    for weight in model.parameters():
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def torch_modes() -> State:
+    """What torch does everywhere, by the user's choice."""
+    return {
+        "the gradient mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+        "the default dtype": torch.get_default_dtype(),
+        "the precision of float32 products": torch.get_float32_matmul_precision(),
+        "the number of threads": torch.get_num_threads(),
+        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "autocast": tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
+    }
+
+
+def random_states(devices: Iterable[torch.device] = ()) -> State:
+    """Where the global random numbers of torch and numpy are; torch's on GPUs too.
+
+    Not Python's own: beartype draws from them to choose which items of a list it looks at.
+    """
+    numpy_state = np.random.get_state(legacy=True)
+    return {
+        "torch's random numbers": torch.get_rng_state().numpy().tobytes(),
+        "numpy's random numbers": tuple(
+            part.tobytes() if isinstance(part, np.ndarray) else part for part in numpy_state
+        ),
+        **{
+            f"torch's random numbers on {device}": torch.cuda.get_rng_state(device)
+            .numpy()
+            .tobytes()
+            for device in devices
+            if device.type == "cuda"
+        },
+    }
+
+
+def changed(before: State, after: State) -> tuple[str, ...]:
+    """The names of what is no longer what it was."""
+    return tuple(name for name, was in before.items() if after.get(name) != was)
+
+
+# Who wires hooks of its own into a model the first time it runs, and leaves them there.
+_WIRED = ("transformers.", "transformer_lens.model_bridge.generalized_components")
+
+
+def _foreign(hook: Any) -> bool:
+    """Whether a hook is somebody's, and not part of how the host works."""
+    return not str(getattr(hook, "__module__", "")).startswith(_WIRED)
+
+
+def _flags(model: Any) -> dict[str, Any]:
+    """The plain settings of its configurations: TransformerLens's and Hugging Face's."""
+    configs = (model.cfg, getattr(getattr(model, "original_model", None), "config", None))
+    plain = (bool, int, float, str, type(None))
+    flags = {
+        f"{place}.{name}": value
+        for place, config in enumerate(configs)
+        if config is not None
+        for name, value in vars(config).items()
+        if isinstance(value, plain)
+    }
+    return flags | {"compatibility_mode": vars(model).get("compatibility_mode")}
