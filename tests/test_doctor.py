@@ -449,7 +449,7 @@ def assert_the_pages_rows_are(table, families):
         if row[0] in families:
             shown = written[row[0]]
             for column, (ours, theirs) in enumerate(zip(row, shown, strict=True)):
-                if column in doctor_table.MEASURED and ours:
+                if column in doctor_table.MEASURED and ours[0].isdigit():
                     # machines round differently, by less than this
                     assert abs(math.log10(float(ours) / float(theirs))) < 1.1, (row, shown)
                 else:

@@ -4,6 +4,7 @@ The oracle shares no code with the package: it reads Hugging Face's own modules,
 float64, one neuron at a time, what the method's definition says.
 """
 
+import copy
 import warnings
 from dataclasses import replace
 
@@ -29,6 +30,7 @@ from tl_neuron_attr import (
     FFNNeuron,
     InputError,
     attribute,
+    attribute_all,
     intervened,
     open_host,
     projection_index,
@@ -303,6 +305,24 @@ def test_a_batch_padded_on_either_side_gives_each_prompts_own_capture(model):
                     assert getattr(ours, name) is None
                 else:
                     torch.testing.assert_close(getattr(ours, name), value, rtol=1e-4, atol=1e-5)
+
+
+def test_prompts_further_apart_than_a_window_do_not_share_a_pass():
+    # else the short one's padding sees padding alone, and Hugging Face makes NaN of that
+    model = bridge_of("gemma3")
+    short, long = [TOKENS[0]], TOKENS * 2
+    together = attribute_all(model, [long, short], target=TARGET, top=5, batch_size=2)
+    for found, tokens in zip(together, (long, short), strict=True):
+        alone = attribute(model, tokens, target=TARGET, top=5)
+        assert found.ffn_neurons.neurons() == alone.ffn_neurons.neurons()
+        assert torch.allclose(found.ffn_neurons.score, alone.ffn_neurons.score, atol=2e-6)
+
+
+def test_a_copy_whose_hooks_fire_in_the_original_is_refused_by_their_name():
+    model = bridge_of("granite")
+    attribute(model, TOKENS, top=1)
+    with pytest.raises(InputError, match="'blocks.0.hook_attn_out' did not fire"):
+        attribute(copy.deepcopy(model), TOKENS, top=1)
 
 
 def test_a_cache_gives_what_a_run_gives(model, whole):

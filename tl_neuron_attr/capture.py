@@ -19,6 +19,7 @@ from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import (
     Host,
+    batch_regime,
     block_outputs,
     cache_is_of,
     check_left_padding,
@@ -29,7 +30,6 @@ from tl_neuron_attr.host import (
     hook_names,
     last_ffn_input_name,
     pre_activation_names,
-    rotary_regime,
     starting_at,
     unembedding_input_name,
 )
@@ -179,7 +179,8 @@ def capture_all(
 
     Cost: one forward pass of ``len(prompts)`` rows as long as the longest prompt; beyond it,
     memory for the captures. (Prompts on both sides of a length where the model changes its rotary
-    positions, as Phi-3's long-context versions do, take a pass each side.)
+    positions, as Phi-3's long-context versions do, take a pass each side; so do those whose
+    lengths differ by more than a window of sliding attention.)
     """
     if padding_side not in get_args(PaddingSide):
         raise InputError(f"padding_side must be 'right' or 'left'; got {padding_side!r}")
@@ -187,9 +188,9 @@ def capture_all(
         captures = _read_cache(host, prompts, cache, padding_side)
         _refuse_non_finite(captures)
         return captures
-    distinct: dict[int, dict[Any, TokenizedPrompt]] = {}
+    distinct: dict[tuple[int, int], dict[Any, TokenizedPrompt]] = {}
     for prompt in prompts:
-        group = distinct.setdefault(rotary_regime(host, len(prompt.tokens)), {})
+        group = distinct.setdefault(batch_regime(host, len(prompt.tokens)), {})
         group.setdefault((prompt.tokens, prompt.read_pos), prompt)
     ran = {
         key: captured
@@ -207,7 +208,7 @@ def capture_rows(
 
     Every prompt has a row of its own, for hooks may edit each row in another way; shorter ones are
     padded on the right. What hooks edit is captured as edited. The prompts must be of one
-    ``rotary_regime``.
+    ``batch_regime``.
 
     Raises:
         NonFiniteError: If an activation is NaN or infinite, naming the prompt and the first layer.
@@ -224,7 +225,7 @@ def capture_rows(
 def run_rows(host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]) -> None:
     """One forward pass for what ``hooks`` see in it: row i is prompt i, padded on the right.
 
-    Nothing is kept and nothing unembedded. The prompts must be of one ``rotary_regime``.
+    Nothing is kept and nothing unembedded. The prompts must be of one ``batch_regime``.
     """
     _forward(host, [prompt.tokens for prompt in prompts], hooks, [[]] * len(prompts))
 
@@ -498,6 +499,12 @@ def _pass(
         sorted({place.read for place in places if place.row == row}) for row in range(len(rows))
     ]
     logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
+    silent = [name for key, name in _wanted(host).items() if key not in seen]
+    if silent:
+        raise InputError(
+            f"the model's hook {silent[0]!r} did not fire: if this is a copy of a model that had "
+            "been run, its hooks are still the other's; load it anew in place of copying it"
+        )
     at = [_Place(place.row, 0, reads[place.row].index(place.read)) for place in places]
     seen["logits"] = _copies("logits", logits, at, host.device)
     return _captures(host, prompts, places, seen)

@@ -592,12 +592,19 @@ def check_left_padding(host: Host) -> None:
         )
 
 
-def rotary_regime(host: Host, n_tokens: int) -> int:
-    """Prompts can share a forward pass if this number is the same for their lengths.
+def batch_regime(host: Host, n_tokens: int) -> tuple[int, int]:
+    """Prompts can share a forward pass if this is the same for their lengths.
 
     A few models choose their rotary frequencies by the longest prompt of the batch, so that a
-    short one beside it would not get the activations it has alone.
+    short one beside it would not get the activations it has alone. And where attention slides, a
+    position whose whole window is padding gives NaN: lengths must differ by less than a window.
     """
+    windows = [sliding_window(host, layer) for layer in range(host.n_layers)]
+    narrowest = min((window for window in windows if window), default=None)
+    return _rotary_regime(host, n_tokens), n_tokens // narrowest if narrowest else 0
+
+
+def _rotary_regime(host: Host, n_tokens: int) -> int:
     cfg = host.model.cfg
     if getattr(cfg, "use_dynamic_ntk_rope", False):  # HookedTransformer's Qwen
         return n_tokens if n_tokens > (cfg.train_seq_length or cfg.n_ctx) else 0

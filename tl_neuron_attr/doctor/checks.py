@@ -199,22 +199,18 @@ def check_layers(examined: Examined) -> tuple[Finding, ...]:
 def check_bounds(examined: Examined) -> tuple[Finding, ...]:
     """No neuron scores above its bound, and the best are those that scoring more of them finds."""
     host, final = examined.own.host, examined.own.captured.resid_final
-    affine = [name for name in CONVENTIONS if read_out(host, final, name).affine]
-    dense = ", ".join(name for name in CONVENTIONS if name not in affine)
-    if not examined.own.attributed.out.affine:
-        return (
-            Finding(
-                name="certified bounds",
-                status="approximate",
-                says="the read-out is not affine, so no bound holds: every neuron is scored, at "
-                "the cost of a read-out each",
-            ),
-        )
+    outs = {name: read_out(host, final, name) for name in CONVENTIONS}
+    bounded = " and ".join(name for name, out in outs.items() if out.bounded)
+    dense = ", ".join(name for name, out in outs.items() if not out.bounded)
+    capped = host.soft_cap is not None
     applies = Finding(
         name="certified bounds",
-        status="ok",
-        says=f"apply in {' and '.join(affine)}; a contrast is linear and needs none; "
-        f"{dense} has none, so every neuron is scored",
+        status="approximate" if capped else "ok",
+        says=f"apply in {bounded}, to the best neurons alone: through the soft cap on logits the "
+        "lowest, and differences of runs, take scoring every neuron, and there are no intervals"
+        if capped
+        else f"apply in {bounded}; a contrast is linear and needs none; {dense} has none, so "
+        "every neuron is scored",
     )
 
     def measure(subject: Subject) -> list[Measured]:

@@ -114,6 +114,8 @@ def _in_double(own: Subject, copy_limit: int) -> tuple[Subject | None, str]:
         )
     try:
         twin = copy.deepcopy(model)
+        for block in twin.blocks:  # else what is wired at the first run fires the other's hooks
+            getattr(block, "_teardown_capture_hooks", lambda: None)()
         # not twin.double(), which HookedTransformer announces in print
         torch.nn.Module._apply(twin, _widened)
         twin.cfg.dtype = torch.float64

@@ -22,7 +22,7 @@ from tl_neuron_attr.capture import (
     check_same_run,
     final_residuals,
 )
-from tl_neuron_attr.host import Host, hook_names, residual_of, rotary_regime
+from tl_neuron_attr.host import Host, batch_regime, hook_names, residual_of
 from tl_neuron_attr.interventions.values import (
     Zeroed,
     check_zeroed,
@@ -168,9 +168,9 @@ def masked_residuals(
 
 def batches(host: Host, prompts: Sequence[TokenizedPrompt]) -> Iterator[list[int]]:
     """Places of prompts that share a forward pass: of about the same length, and not too many."""
-    regimes: dict[int, list[int]] = {}
+    regimes: dict[tuple[int, int], list[int]] = {}
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].tokens)):
-        regimes.setdefault(rotary_regime(host, len(prompts[row].tokens)), []).append(row)
+        regimes.setdefault(batch_regime(host, len(prompts[row].tokens)), []).append(row)
     for rows in regimes.values():
         batch: list[int] = []
         for row in rows:
