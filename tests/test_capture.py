@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import FAMILIES, SUPPORTED, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
 
 from tl_neuron_attr import (
     Capture,
@@ -401,7 +401,7 @@ def long_rope(monkeypatch):
             **known, original_max_position_embeddings=8, rope_parameters=rope
         )
 
-    monkeypatch.setitem(FAMILIES, "phi3", (class_name, longer))
+    monkeypatch.setitem(SUPPORTED, "phi3", (class_name, longer))
     return bridge_of("phi3")
 
 

@@ -5,8 +5,10 @@ import pty
 import re
 import select
 import shlex
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -26,6 +28,7 @@ BEFORE = {
     ],
 }
 """What must have been run before a command's example."""
+OLD_RUN = Path(__file__).parent / "data" / "run-v1"  # what upgrade is for
 SLOW = {"paper"}  # the whole paper takes minutes; tests/test_paper_run.py runs it on a few prompts
 
 
@@ -91,6 +94,8 @@ def test_the_example_runs_offline_and_fits_narrow_terminals(command, tmp_path, m
     few = load_prompts("capital")[:40]  # thousands take seconds
     for module in ("cli.prompts", "cli.evaluate", "evaluate.run", "cli.report", "runs.asked"):
         monkeypatch.setattr(sys.modules[f"tl_neuron_attr.{module}"], "load_prompts", lambda _: few)
+    if command == "upgrade":
+        shutil.copytree(OLD_RUN, "capitals")
     for line in BEFORE.get(command, ()):
         assert run(*line.split()).exit_code == 0
     for width in (80, 60) if command in ("attribute", "compare") else (60,):

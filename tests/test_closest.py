@@ -213,12 +213,13 @@ def test_what_comes_by_way_of_others_keeps_its_order_and_is_straight_where_small
     rivals = answer_and_rivals(case, count)
     losses = torch.tensor(sorted(losses), dtype=torch.float64)
     nothing = torch.zeros(len(losses), case.result.host.d_model)
-    bends = rivals.loss(nothing, torch.ones(len(losses)), losses)
+    ones = torch.ones(nothing.shape[1])
+    bends = rivals.loss(nothing, torch.ones(len(losses)), losses, ones)
     assert (bends.diff() >= 0).all() and bends.isfinite().all()
     # log p is concave in a logit: the loss is never below the straight line, or log p above 0
     assert (bends >= losses - 1e-9).all() and (bends >= case.result.log_prob - 1e-6).all()
     one = torch.tensor([small], dtype=torch.float64)
-    bend = float(rivals.loss(nothing[:1], torch.ones(1), one))
+    bend = float(rivals.loss(nothing[:1], torch.ones(1), one, ones))
     assert bend == pytest.approx(small, rel=2e-3, abs=1e-12)
 
 
@@ -226,7 +227,7 @@ def test_a_neuron_that_is_silent_loses_nothing_whatever_its_row():
     rivals = answer_and_rivals(SOME_CASE)
     rows = SOME_CASE.result.host.W_out(0)
     zeros = torch.zeros(len(rows))
-    assert rivals.loss(rows, zeros, zeros).abs().max() < 1e-12
+    assert rivals.loss(rows, zeros, zeros, torch.ones(rows.shape[1])).abs().max() < 1e-12
 
 
 def test_an_answer_that_is_certain_is_scored_without_nan(tiny_gpt2):
@@ -234,7 +235,8 @@ def test_an_answer_that_is_certain_is_scored_without_nan(tiny_gpt2):
     rivals = answer_and_rivals(case)
     sure = type(rivals)(**{**vars(rivals), "prob": rivals.prob.new_tensor([1.0] + [0.0] * 9)})
     rows = case.result.host.W_out(0)
-    lost = sure.loss(rows, torch.ones(len(rows)), torch.zeros(len(rows)))
+    no_loss, ones = torch.zeros(len(rows)), torch.ones(rows.shape[1])
+    lost = sure.loss(rows, torch.ones(len(rows)), no_loss, ones)
     assert not lost.isnan().any()
 
 

@@ -432,7 +432,7 @@ def test_methods_are_compared_prompt_by_prompt_with_false_discoveries_controlled
         scipy.stats.false_discovery_control(table["p"]).tolist()
     )
     paired = scipy.stats.permutation_test(
-        (after["two"] - after["three"],), np.mean, permutation_type="samples"
+        (after["two"] - after["three"],), np.mean, permutation_type="samples", rng=rng
     )
     assert table.loc[("two", "three"), "p"] == pytest.approx(paired.pvalue, abs=0.03)
     to_random = found.comparisons(to="random", metrics=["prob"])

@@ -1,6 +1,7 @@
 """Every fast score against the definition in float64, and the identities the method promises."""
 
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
 from test_topk import random_read_out
 
-from tl_neuron_attr import InputError, Target, attribute, neuron_scores
+from tl_neuron_attr import InputError, Target, attribute, neuron_scores, readout
 from tl_neuron_attr.readout import ReadOut, baseline_of_runs
 
 TARGET = 7
@@ -260,12 +261,14 @@ def increase_by_definition(out, before, which, vectors):
     n_bases=st.sampled_from([1, 2, 5]),
     in_order=st.booleans(),
     budget=st.sampled_from([2**20, 9000]),
+    columns=st.sampled_from([4096, 16]),
 )
 def test_neurons_that_share_rows_and_predictions_score_as_each_by_itself(
-    dtype, seed, size, n_bases, in_order, budget
+    dtype, seed, size, n_bases, in_order, budget, columns
 ):
     generator, out, before, rows = several_predictions(seed, dtype)
     out = replace(out, budget=budget)
+    readout_columns = mock.patch.object(readout, "_COLUMNS", columns)
     which = torch.randint(0, n_bases, (60,), generator=generator)
     which = which.sort().values if in_order else which
     row_of = torch.randint(0, len(rows), (60,), generator=generator)
@@ -273,11 +276,13 @@ def test_neurons_that_share_rows_and_predictions_score_as_each_by_itself(
     multiples = size * torch.randn(60, generator=generator, dtype=torch.float64).to(dtype)
     vectors = multiples[:, None] * rows[row_of]
     expected = increase_by_definition(out, before, which, vectors.double())
-    together = out.increase_of_multiples(before, which, multiples, rows, row_of)
+    with readout_columns:
+        together = out.increase_of_multiples(before, which, multiples, rows, row_of)
+        alone = out.increase(before, which, vectors)
     tolerance = (1e-5 if dtype == torch.float32 else 1e-13) * (1 + vectors.norm(dim=1).double())
     assert together.dtype == dtype
     assert ((together.double() - expected).abs() <= tolerance).all()
-    assert ((out.increase(before, which, vectors).double() - expected).abs() <= tolerance).all()
+    assert ((alone.double() - expected).abs() <= tolerance).all()
 
 
 def test_rows_are_unembedded_once_however_many_neurons_share_them(monkeypatch):

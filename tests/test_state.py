@@ -102,9 +102,9 @@ def _of_a_result(model):
     found.facts()
     tlna.neuron_card(found, found.ffn_neurons.neurons()[0])
     tlna.compare(found, other)
-    tlna.compare(found, "L0.H0")
+    tlna.compare(found, ["L0.H0"])
     tlna.value_query_graph(found)
-    tlna.mask_curve(found, found.ffn_neurons.neurons()[:2])
+    tlna.mask_curve(found, found.ffn_neurons, (1, 3))
 
 
 @pytest.fixture(params=[torch.enable_grad, torch.no_grad], ids=["recording", "no_grad"])

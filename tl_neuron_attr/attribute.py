@@ -72,7 +72,8 @@ def attribute(
         prompt: Text, token ids, a ``Prompt``, or a ``Capture`` taken before (no forward pass).
         target: A token id, or text that is one token; by default the model's own top prediction.
         against: A second token, for a contrast: scores are then rises in
-            log p(target) - log p(against), linear in each contribution (unless recomputed).
+            log p(target) - log p(against), linear in each contribution (unless the norm is
+            recomputed, or logits pass through a soft cap).
         position: Where the answer is read, by default the last token; negative from the end.
         prepend_bos: Whether text gets a BOS token; by default what TransformerLens does.
         top: How many neurons of each kind to rank.

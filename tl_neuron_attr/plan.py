@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, SupportsIndex
+from typing import Any, Literal, SupportsIndex
 
 import torch
 
@@ -614,18 +614,25 @@ def _forward_bytes(work: _Work) -> _Forward:
     return _Forward(peak=peak, kept=kept, captured=captured)
 
 
-def _block_bytes(work: _Work, n_rows: int, *, copied: bool = True) -> int:
+def _block_bytes(
+    work: _Work, n_rows: int, *, then: Literal["copied", "kept", "summed"] = "copied"
+) -> int:
     """One block of the read-out: its vectors before and after the norm, and its logits.
 
     A block of logits is held beside its copy in a logsumexp, or beside the widened weights it is
-    made from, or beside both of the next block, which may be the vocabulary's narrow end.
+    made from, or beside both of the next block, which may be the vocabulary's narrow end. One that
+    is summed in its own place is gone before the next.
     """
     n_rows = min(work.rows, n_rows)
     logits = work.score * n_rows * work.columns
     vectors = work.score * n_rows * work.shapes.d_model
     weights = work.widened * work.columns * work.shapes.d_model
     following = min(1.0, work.shapes.d_vocab / work.columns - 1)
-    beside = max(logits if copied else 0, weights, round(following * (logits + weights)))
+    beside = max(weights, round(following * (logits + weights)))
+    if then == "copied":
+        beside = max(beside, logits)
+    elif then == "summed":
+        beside = weights
     return max(2 * vectors + logits + beside, 5 * vectors)
 
 
@@ -654,7 +661,7 @@ def _peaks(work: _Work) -> dict[str, int]:
     before = max(survey, verified, heads)
     slopes = 2 * score * together * layers * subvalues
     bounds = slopes + 5 * score * neurons
-    listed = slopes + _block_bytes(work, together * work.searched)
+    listed = slopes + _block_bytes(work, together * work.searched, then="summed")
     scores = score * work.dense
     all_scored = max(3 * scores, scores + _block_bytes(work, neurons))
     # six numbers a subvalue, and ten tokens of each end with their logits
@@ -667,7 +674,7 @@ def _peaks(work: _Work) -> dict[str, int]:
         else max(running, held + max(before, bounds, listed)),
         "dense": dense,
         # twice while its layers are stacked
-        "index": max(2 * index, index + _block_bytes(work, subvalues, copied=False)),
+        "index": max(2 * index, index + _block_bytes(work, subvalues, then="kept")),
     }
 
 

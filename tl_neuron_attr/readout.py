@@ -121,7 +121,7 @@ class ReadOut:
     @property
     def rows_per_block(self) -> int:
         """How many vectors are read out at a time within the budget."""
-        return _rows_per_block(self.W_U, self.dtype, self.budget)
+        return _rows_per_block(self.W_U, self.dtype, self.budget, self.soft_cap is not None)
 
     @property
     def _whole_rows(self) -> int:
@@ -299,10 +299,7 @@ class ReadOut:
             token_delta = moved(token_delta, aims.token)
             if aims.against is not None:
                 against_delta = (added * self._columns(aims.against)).sum(-1)
-                against_delta = (
-                    against_delta if moved is None else moved(against_delta, aims.against)
-                )
-                parts.append(token_delta - against_delta)
+                parts.append(token_delta - moved(against_delta, aims.against))
                 continue
             assert baseline.log_probs is not None
             predictions = baseline.prediction[bases]
@@ -560,6 +557,8 @@ class ReadOut:
     def _norms(self, tokens: slice | Tensor) -> Float[Tensor, " token"]:
         """Norms of these tokens' directions, each entry weighted by the final norm's gain."""
         known = None if self.norms is None else self.norms.of_columns(self.W_U)
+        if self.soft_cap is not None:
+            known = None  # a bound rests on them there, not on an allowance for rounding alone
         if known is None:
             return column_norms(self.W_U[:, tokens], self.gain).to(self.dtype)
         return known[tokens].to(self.dtype)
@@ -1001,15 +1000,19 @@ def check_read_out(
         raise InputError(f"scores are computed in torch.float32 or torch.float64, not in {dtype!r}")
     if convention not in CONVENTIONS:
         raise InputError(f"convention must be one of {', '.join(CONVENTIONS)}; got {convention!r}")
-    _rows_per_block(host.W_U, dtype or torch.promote_types(host.dtype, torch.float32), budget)
+    wide = dtype or torch.promote_types(host.dtype, torch.float32)
+    _rows_per_block(host.W_U, wide, budget, host.soft_cap is not None)
 
 
-def _rows_per_block(W_U: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, budget: int) -> int:
+def _rows_per_block(
+    W_U: Float[Tensor, "d_model d_vocab"], dtype: torch.dtype, budget: int, capped: bool
+) -> int:
     d_model, d_vocab = W_U.shape
     columns = min(_COLUMNS, d_vocab)
     # one row: its block of logits, what is added to it, and logsumexp's copy; its vector, the
-    # normalised one and two temporaries. Once: a widened block of W_U
-    per_row = dtype.itemsize * (3 * columns + 4 * d_model)
+    # normalised one and two temporaries; seven more blocks on the way through a soft cap.
+    # Once: a widened block of W_U
+    per_row = dtype.itemsize * ((10 if capped else 3) * columns + 4 * d_model)
     once = 0 if W_U.dtype == dtype else dtype.itemsize * columns * d_model
     rows = (budget - once) // per_row
     if rows < 1:

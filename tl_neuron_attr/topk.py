@@ -42,6 +42,10 @@ _LINED_UP = 2**21
 """How many neurons of one block, over several runs, are bounded at a time: 8 MiB in float32."""
 
 
+_WORTH_A_PASS = 128
+"""How many neurons of a layer are worth a pass over the unembedding of their own: with fewer, what
+is read weighs more than what is computed."""
+
 _SHOWN = 10
 """How many neurons a notebook shows of a list."""
 
@@ -339,7 +343,7 @@ def tangent_bounds(
         gradients = torch.stack([go(g) for go, g in zip(outlets, gradients, strict=True)])
         products = slopes(block.rows(), gradients)
         known = None if out.norms is None else out.norms.of_rows(block.rows())
-        if known is None:
+        if known is None or tangent.bend is not None:  # of a bend they are no mere allowance
             known = row_norms(block.rows(), block.outlet.gain).to(block.base.device)
         columns.append(
             [
@@ -666,18 +670,26 @@ def _exact(
     out: ReadOut,
     before: Baseline,
 ) -> Float[Tensor, " neuron"]:
-    """The scores of each run's neurons, given by their number across its blocks, run after run.
-
-    Layer by layer: neurons of several runs, or source positions, that have one subvalue share it.
-    """
+    """The scores of each run's neurons, given by their number across its blocks, run after run."""
     n_runs, per_block = len(runs), [blocks[0].n_neurons for blocks in runs]
     layer = torch.cat([flat // n for flat, n in zip(flats, per_block, strict=True)])
     number = torch.cat([flat % n for flat, n in zip(flats, per_block, strict=True)])
     lengths = torch.tensor([len(flat) for flat in flats], device=layer.device)
     run = torch.arange(n_runs, device=layer.device).repeat_interleave(lengths)
-    # in a layer by run, for those of one base share its prediction
+    base = run * len(runs[0]) + layer
+    scores = before.resid.new_empty(len(base), dtype=out.dtype)
+    if len(base) < _WORTH_A_PASS * len(runs[0]):
+        # few: neurons of all layers share a pass over the unembedding
+        order = base.argsort(stable=True)  # those of one base together: they share its prediction
+        for here in order.split(out.rows_per_block):
+            vectors = [
+                runs[each // len(runs[0])][each % len(runs[0])].vectors(numbers)
+                for each, numbers in _consecutive(base[here], number[here])
+            ]
+            scores[here] = finite(out.increase(before, base[here], torch.cat(vectors)))
+        return scores
+    # many: a pass a layer, in which neurons of several runs that have one subvalue share it
     order = (layer * n_runs + run).argsort(stable=True)
-    scores = before.resid.new_empty(len(order), dtype=out.dtype)
     for place, here in _consecutive(layer[order], order):
         multiples, row_of = [], []
         for each, numbers in _consecutive(run[here], number[here]):
@@ -685,9 +697,8 @@ def _exact(
             multiples.append(block.outlet.scaled(block.coefficients_of(numbers)))
             row_of.append(block.row_of(numbers))
         rows, row_of = torch.cat(row_of).unique(return_inverse=True)
-        bases = run[here] * len(runs[0]) + place
         scores[here] = finite(
-            _increases(out, before, bases, torch.cat(multiples), runs[0][place], rows, row_of)
+            _increases(out, before, base[here], torch.cat(multiples), runs[0][place], rows, row_of)
         )
     return scores
 

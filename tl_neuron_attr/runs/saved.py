@@ -175,6 +175,8 @@ class Run:
                     for shard in self.shards
                 ],
             )
+        except InputError:
+            raise
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
 

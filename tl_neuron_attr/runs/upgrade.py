@@ -87,4 +87,9 @@ def _tables(parts: Parts, name: str) -> dict[str, pa.Table] | None:
     record = parts.record(name)
     if record is None or parts.state(name) != "whole":
         return None
+    if unknown := sorted(record.files.keys() - SCHEMAS.keys()):
+        raise InputError(
+            f"the record of {name} in {str(parts.directory)!r} is of a table {unknown[0]!r}, which "
+            "no run has; remove that record, and the upgrade leaves the shard out"
+        )
     return {table: pq.read_table(parts.path(name, table)) for table in record.files}
