@@ -144,6 +144,19 @@ def test_of_a_contrast_it_is_the_difference(model, tmp_path):
     assert row["rank"] == without(result, best)[1]
 
 
+def test_a_summary_has_no_probability_where_contrasts_are_among_the_prompts(model, tmp_path):
+    text = "The capital of France is"
+    asked = [
+        {"text": text, "knowledge_type": "plain"},
+        {"text": text, "target": " Paris", "against": " Rome", "knowledge_type": "contrast"},
+    ]
+    found = run(model, asked, tmp_path / "run", zero=2).summary().interventions
+    found = found.set_index("knowledge_type")
+    assert found.loc["plain", ["prob", "prob_before"]].stack().between(0, 1).all()
+    assert found.loc[["contrast", "all"], ["prob", "prob_before"]].isna().all(axis=None)
+    assert found["mrr"].notna().all()
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [

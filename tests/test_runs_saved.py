@@ -172,6 +172,26 @@ def test_two_runs_differ_as_their_tables_do(whole, other):
     assert len(found.prompts) == 7 * 2
 
 
+def test_a_prompt_of_another_type_in_the_other_run_is_still_the_same_prompt(model, tmp_path):
+    asked = [{"text": "The capital of France is", "knowledge_type": "one", "prompt_id": "a"}]
+    runs = []
+    for name in ("one", "two"):
+        asked[0]["knowledge_type"] = name
+        runs.append(run_prompts(model, asked, tmp_path / name, top=3))
+    found = diff_runs(*runs)
+    assert found.prompts["overlap"].tolist() == [1, 1]
+    assert found.prompts["knowledge_type"].tolist() == ["one", "one"]
+
+
+def test_a_file_without_a_record_counts_for_nothing(model, prompts, tmp_path):
+    found = run_prompts(model, [*prompts[:3], ""], tmp_path / "run", top=2, shard_size=2)
+    (errors,) = (found.directory / "errors").iterdir()
+    shutil.copy(errors, errors.with_name("shard-00000.parquet"))
+    again = load_run(found.directory)
+    assert len(again.table("errors")) == 1
+    assert again.summary().prompts.set_index("knowledge_type").loc["all", "failed"] == 1
+
+
 def test_runs_without_a_prompt_in_common_are_refused(model, whole, tmp_path):
     alone = run_prompts(model, [[1, 2, 3]], tmp_path / "run", top=2)
     with pytest.raises(InputError, match="no prompt in common"):

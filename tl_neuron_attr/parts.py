@@ -194,6 +194,8 @@ def check_run(
             else, or cannot be written to.
     """
     path = check_writable(directory)
+    # listed before the plan is looked for: another process may be writing it
+    there = [each.name for each in path.iterdir()] if path.is_dir() else []
     if (path / PLAN).is_file():
         differing = differences(open_parts(path, what).identity, plain(identity))
         if differing:
@@ -201,9 +203,7 @@ def check_run(
                 f"{str(path)!r} holds another {what}: {_shown(differing)}; give another directory, "
                 "or the same model, prompts and settings"
             )
-    elif path.is_dir() and any(
-        not each.name.startswith(".") and each.name not in begun for each in path.iterdir()
-    ):
+    elif any(not name.startswith(".") and name not in begun for name in there):
         raise InputError(f"{str(path)!r} is not empty and holds no {what}; give another directory")
     return path
 

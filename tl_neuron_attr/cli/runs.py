@@ -394,7 +394,7 @@ def _effect_table(effects: pd.DataFrame) -> Table:
             f"{row['change']:+.3f}",
             f"{row['change_random']:+.3f}",
             *(
-                f"{row[name]:{how}}"
+                f"{row[name]:{how}}" if row[name] == row[name] else ""  # of contrasts there is none
                 for name, how in (
                     ("prob", ".1%"),
                     ("prob_random", ".1%"),

@@ -150,7 +150,8 @@ def _of_fields(fields: dict[str, Any], name: str, where: str) -> Asked:
         fields["text"] = fields.pop("prompt")
     asked = {key: fields[key] for key in ("text", "tokens", "against", "position") if key in fields}
     if "answer" in fields:
-        asked["target"] = " " + fields["answer"].removeprefix(" ")
+        answer = fields["answer"].removeprefix(" ")
+        asked["target"] = answer and " " + answer  # an empty one is no token
     elif "target" in fields:
         asked["target"] = fields["target"]
     return _asked(asked, fields.get("prompt_id", name), fields.get("knowledge_type", UNTYPED))

@@ -1,7 +1,7 @@
 """Two runs side by side: in what their plans differ, and prompt by prompt what was found."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,16 +54,19 @@ def diff_runs(
         (name, _cell(value), _cell(theirs))
         for name, value, theirs in differences(one.parts.identity, other.parts.identity)
     ]
-    types = [str(name) for name in answers["knowledge_type"].unique()]
-    common = answers["prompt_id"].tolist()
+    # a prompt may be of another type in the other run
+    alike: dict[tuple[str, str], list[str]] = {}
+    columns = ["knowledge_type", "knowledge_type_second", "prompt_id"]
+    for ours, theirs, prompt in answers[columns].itertuples(index=False):
+        alike.setdefault((str(ours), str(theirs)), []).append(str(prompt))
     neurons = [
-        _overlap(one, other, "neurons", name, common, [])
-        for name in types
+        _overlap(one, other, "neurons", types, some, also=[])
+        for types, some in alike.items()
         if _both_have(one, other, "neurons")
     ]
     methods = [
-        _overlap(one, other, "methods", name, common, ["method"])
-        for name in types
+        _overlap(one, other, "methods", types, some, also=["method"])
+        for types, some in alike.items()
         if _both_have(one, other, "methods")
     ]
     columns = ["knowledge_type", "prompt_id", "kind", "neurons", "common"]
@@ -71,7 +74,7 @@ def diff_runs(
     return RunDifference(
         plans=pd.DataFrame(plans, columns=["name", "first", "second"]),
         prompts=_stacked(neurons, columns),
-        answers=answers,
+        answers=answers.drop(columns="knowledge_type_second"),
         methods=_stacked(methods, [*columns[:2], "method", *columns[2:]]),
         interventions=_effects(one, other),
         only_first=only_first,
@@ -90,7 +93,7 @@ def _stacked(tables: Sequence[pd.DataFrame], columns: list[str]) -> pd.DataFrame
 def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
     columns = ["prompt_id", "knowledge_type", "target_text", "log_prob"]
     found = one.table("answers", columns=columns)
-    theirs = other.table("answers", columns=columns).drop(columns="knowledge_type")
+    theirs = other.table("answers", columns=columns)
     both = found.merge(theirs, on="prompt_id", suffixes=("", "_second"))
     if both.empty:
         raise InputError(
@@ -101,6 +104,7 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
         {
             "prompt_id": both["prompt_id"],
             "knowledge_type": both["knowledge_type"],
+            "knowledge_type_second": both["knowledge_type_second"],
             "same_target": both["target_text"] == both["target_text_second"],
             "log_prob_difference": both["log_prob_second"] - both["log_prob"],
         }
@@ -112,13 +116,14 @@ def _overlap(
     one: Run,
     other: Run,
     table: str,
-    knowledge_type: str,
+    types: tuple[str, str],
     common: Sequence[str],
+    *,
     also: list[str],
 ) -> pd.DataFrame:
     """One row a prompt and kind, and whatever ``also`` tells lists of one prompt apart."""
     key = [*_KEY, *also]
-    tables = [*_both(one, other, table, key, knowledge_type)]
+    tables = [_listed(run, table, key, name) for run, name in zip((one, other), types, strict=True)]
     tables = [pd.DataFrame(found[found["prompt_id"].isin(common)]) for found in tables]
     for name in also:  # of lists that only one run has, there is nothing to compare
         shared = [*set(tables[0][name]) & set(tables[1][name])]
@@ -132,17 +137,14 @@ def _overlap(
         {"neurons": "sum", "common": "sum", "score_difference": "max"}
     )
     rows = rows.assign(overlap=rows["common"] / rows["neurons"])
-    rows.insert(0, "knowledge_type", knowledge_type)
+    rows.insert(0, "knowledge_type", types[0])
     return rows
 
 
-def _both(
-    one: Run, other: Run, table: str, key: list[str], knowledge_type: str
-) -> Iterator[pd.DataFrame]:
-    for run in (one, other):
-        found = run.table(table, columns=[*key, "score"], knowledge_type=knowledge_type)
-        # places that are empty match each other
-        yield found.assign(**{name: found[name].fillna(-1) for name in ("head", "source_pos")})
+def _listed(run: Run, table: str, key: list[str], knowledge_type: str) -> pd.DataFrame:
+    found = run.table(table, columns=[*key, "score"], knowledge_type=knowledge_type)
+    # places that are empty match each other
+    return found.assign(**{name: found[name].fillna(-1) for name in ("head", "source_pos")})
 
 
 def _effects(one: Run, other: Run) -> pd.DataFrame:

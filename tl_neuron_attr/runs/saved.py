@@ -1,7 +1,7 @@
 """A run on disk, finished or not, read lazily; and what is written once it is finished."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import Parts, as_text, open_parts
@@ -73,9 +74,8 @@ class Run:
                 f"{', '.join(self.tables)}"
             )
         some = self.shards if shards is None else shards
-        paths = [self.parts.path(shard_name(shard), table) for shard in some]
-        if table == "errors":  # a shard without any has no such file
-            paths = [path for path in paths if path.exists()]
+        # a shard without errors has no such file
+        paths = [path for each in self._paths(some) for name, path in each.items() if name == table]
         if not paths:
             return ds.InMemoryDataset(SCHEMAS[table].empty_table())
         try:
@@ -124,6 +124,13 @@ class Run:
             raise _damaged(self.directory, error) from error
         return as_frame(read)
 
+    def _paths(self, shards: Iterable[int]) -> Iterator[dict[str, Path]]:
+        """The files of each shard, by table: those that its record vouches for."""
+        for shard in shards:
+            record = self.parts.record(shard_name(shard))
+            files = {} if record is None else record.files
+            yield {name: self.parts.path(shard_name(shard), name) for name in files}
+
     def _shards_of(self, prompt_id: str) -> list[int]:
         """The whole shards that a prompt is in: one, or none."""
         path = self.directory / PROMPTS_FILE
@@ -168,13 +175,9 @@ class Run:
         Cost: reads them once, a shard at a time.
         """
         try:
-            return summary_of(
-                self.settings,
-                [
-                    {name: self.parts.path(shard_name(shard), name) for name in self.tables}
-                    for shard in self.shards
-                ],
-            )
+            asked = pq.read_table(self.directory / PROMPTS_FILE, columns=["row", "against"])
+            contrasts = asked.filter(asked["against"].is_valid())["row"].to_numpy()
+            return summary_of(self.settings, list(self._paths(self.shards)), contrasts)
         except InputError:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:

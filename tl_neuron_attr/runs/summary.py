@@ -66,7 +66,7 @@ class Summary:
     interventions: pd.DataFrame | None = None
     """``knowledge_type, role, set, kind, count, prompts, zeroed, log_prob_before, log_prob, change,
     prob_before, prob, mrr_before, mrr``: means over prompts of what zeroing does to the answer:
-    nats, probability, and one over its rank."""
+    nats, probability (empty if contrasts are among them), and one over its rank."""
 
     @property
     def tables(self) -> dict[str, pd.DataFrame]:
@@ -97,8 +97,12 @@ def summary_tables(settings: RunSettings) -> list[str]:
     return names
 
 
-def summary_of(settings: RunSettings, shards: Sequence[Mapping[str, Path]]) -> Summary:
+def summary_of(
+    settings: RunSettings, shards: Sequence[Mapping[str, Path]], contrasts: np.ndarray
+) -> Summary:
     """The summary of these shards, given by the paths of their tables.
+
+    ``contrasts`` are the rows of the prompts that ask for one.
 
     Cost: reads each once. Memory: one shard, and a few numbers for each neuron that is listed.
 
@@ -109,7 +113,7 @@ def summary_of(settings: RunSettings, shards: Sequence[Mapping[str, Path]]) -> S
     answered = added_up(_answers(each["answers"], types) for each in shards)
     failed: Counter[str] = Counter()
     for each in shards:
-        if each["errors"].exists():
+        if "errors" in each:
             errors = read(each["errors"], ["knowledge_type"])
             failed.update(errors.column("knowledge_type").to_pylist())
     listed = [name for name in ("neurons", "query_neurons") if name in settings.what]
@@ -118,7 +122,7 @@ def summary_of(settings: RunSettings, shards: Sequence[Mapping[str, Path]]) -> S
         _layers(each["layers"], types) for each in shards if "layers" in settings.what
     )
     methods = MethodTotals(methods=settings.methods)
-    effects = Effects()
+    effects = Effects(contrasts=contrasts)
     for each in shards:
         if "methods" in settings.what:
             methods.add(each["methods"], types)

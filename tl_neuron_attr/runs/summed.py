@@ -39,6 +39,7 @@ _MEANS = [
     "mrr_before",
     "mrr",
 ]
+_PROBS = ["prob_before", "prob"]
 
 
 @dataclass(kw_only=True)
@@ -129,22 +130,26 @@ def overlap_table(methods: MethodTotals, types: Sequence[str], all_types: str) -
 class Effects:
     """Sums of what zeroing does, of the shards so far."""
 
+    contrasts: np.ndarray
+    """Rows of the prompts that ask for a contrast: theirs is no probability."""
     sums: list[pd.DataFrame] = field(default_factory=list)
 
     def add(self, path: Path) -> None:
         """Another shard."""
-        names = [*_BY, "zeroed", "log_prob_before", "rank_before", "log_prob", "rank"]
+        names = ["row", *_BY, "zeroed", "log_prob_before", "rank_before", "log_prob", "rank"]
         table = read(path, names).to_pandas()
         before, after = table["log_prob_before"], table["log_prob"]
         table = table.astype({name: "string" for name in _BY[:-1]}).assign(
             prompts=1,
+            tokens=(~table["row"].isin(self.contrasts)).astype("int64"),
             change=after - before,
             prob_before=np.exp(before),
             prob=np.exp(after),
             mrr_before=1 / table["rank_before"],
             mrr=1 / table["rank"],
         )
-        self.sums.append(table.groupby(_BY, as_index=False, sort=False)[["prompts", *_MEANS]].sum())
+        counted = ["prompts", "tokens", *_MEANS]
+        self.sums.append(table.groupby(_BY, as_index=False, sort=False)[counted].sum())
 
 
 def effect_table(effects: Effects, all_types: str) -> pd.DataFrame:
@@ -155,7 +160,9 @@ def effect_table(effects: Effects, all_types: str) -> pd.DataFrame:
     each = pd.concat(effects.sums, ignore_index=True)
     both = pd.concat([each, each.assign(knowledge_type=all_types)], ignore_index=True)
     both = both.astype({name: "string" for name in _BY[:-1]})
-    found = pd.DataFrame(both.groupby(_BY, as_index=False, sort=False)[columns[len(_BY) :]].sum())
-    means = found[_MEANS].div(found["prompts"], axis=0)
-    table = found.assign(**{name: means[name] for name in _MEANS})
+    counted = ["prompts", "tokens", *_MEANS]
+    found = pd.DataFrame(both.groupby(_BY, as_index=False, sort=False)[counted].sum())
+    means = pd.DataFrame(found[_MEANS].div(found["prompts"], axis=0))
+    means.loc[found["tokens"] < found["prompts"], _PROBS] = np.nan  # contrasts are among them
+    table = pd.DataFrame(found.assign(**{name: means[name] for name in _MEANS})[columns])
     return pd.DataFrame(table.sort_values("knowledge_type", kind="stable", ignore_index=True))
