@@ -157,7 +157,7 @@ def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
 
     with pytest.raises(InputError, match="cannot be read .*the run cannot go on"):
         run("tiny-facts", prompts, tmp_path / "run", ray="auto", workers=2, announce=exchange)
-    assert said == ["2 workers on Ray, each with 1 CPU and 2.01 GiB"]
+    assert said[0] == "2 workers on Ray, each with 1 CPU and 2.01 GiB"  # on a slow machine more
     assert capfd.readouterr() == ("", ""), "Ray has something to say"
     assert ray.is_initialized() and no_worker_is_left()
 
