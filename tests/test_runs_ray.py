@@ -157,7 +157,9 @@ def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
 
     with pytest.raises(InputError, match="cannot be read .*the run cannot go on"):
         run("tiny-facts", prompts, tmp_path / "run", ray="auto", workers=2, announce=exchange)
-    assert said[0] == "2 workers on Ray, each with 1 CPU and 2.01 GiB"  # on a slow machine more
+    assert said[0] == "2 workers on Ray, each with 1 CPU and 2.01 GiB"
+    # where workers take long to start, that too is said, and nothing else
+    assert all(line.startswith("no worker has started yet") for line in said[1:])
     assert capfd.readouterr() == ("", ""), "Ray has something to say"
     assert ray.is_initialized() and no_worker_is_left()
 

@@ -26,6 +26,7 @@ from tl_neuron_attr.topk import (
     RankedNeurons,
     best_by_bound_of,
     bounds_of_one_run,
+    coefficients_at,
     exact_scores,
 )
 
@@ -159,28 +160,17 @@ def top_differences(
         neurons=replace(ranked, score=ranked.score + 0.0, certificate=certificate),
         first_score=firsts[found],
         second_score=seconds[found],
-        second_coefficient=_coefficients(second.blocks, flat),
+        second_coefficient=coefficients_at(second.blocks, flat),
     )
 
 
 def _scores(side: Side, flat: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
     """Exact scores, of neurons given by their number across all blocks; 0 where they are off."""
-    on = _coefficients(side.blocks, flat) != 0
+    on = coefficients_at(side.blocks, flat) != 0
     scores = torch.zeros(len(flat), dtype=side.out.dtype, device=flat.device)
     if on.any():
         scores[on] = exact_scores(side.blocks, side.out, side.before, flat[on])
     return scores
-
-
-def _coefficients(
-    blocks: Sequence[Decomposition], flat: Int[Tensor, " neuron"]
-) -> Float[Tensor, " neuron"]:
-    place, number = flat // blocks[0].n_neurons, flat % blocks[0].n_neurons
-    coefficients = torch.empty(len(flat), dtype=blocks[0].base.dtype, device=flat.device)
-    for block in place.unique().tolist():
-        here = place == block
-        coefficients[here] = blocks[block].coefficients_of(number[here])
-    return coefficients
 
 
 def _unchanged(first: Side, second: Side, place: int) -> Bool[Tensor, " neuron"]:

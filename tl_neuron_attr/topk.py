@@ -714,9 +714,6 @@ def _increases(
 ) -> Float[Tensor, " neuron"]:
     """Of multiples of some rows of one block, as many rows at a time as are read out at a time."""
     size = out.rows_per_block
-    if len(rows) <= size:
-        vectors = block.outlet.weighted(rows_at(block.rows(), rows).to(block.base))
-        return out.increase_of_multiples(before, bases, multiples, vectors, row_of)
     found = torch.empty_like(multiples)
     for first in range(0, len(rows), size):
         (here,) = ((row_of >= first) & (row_of < first + size)).nonzero(as_tuple=True)
@@ -751,9 +748,7 @@ def _ranked(
     first = decompositions[0]
     per_block = first.n_neurons
     place, number = flat // per_block, flat % per_block
-    coefficient = torch.empty_like(score)
-    for here, block in _by_block(place, decompositions):
-        coefficient[here] = block.coefficients_of(number[here])
+    coefficient = coefficients_at(decompositions, flat).to(score.dtype)
     layer = torch.tensor([block.layer for block in decompositions], device=flat.device)[place]
     head = source_pos = None
     index = number
@@ -771,6 +766,18 @@ def _ranked(
         score=score,
         certificate=certificate,
     )
+
+
+def coefficients_at(
+    decompositions: Sequence[Decomposition], flat: Int[Tensor, " neuron"]
+) -> Float[Tensor, " neuron"]:
+    """The coefficient of neurons given by their number across all ``decompositions``."""
+    first = decompositions[0]
+    number = flat % first.n_neurons
+    coefficients = torch.empty(len(flat), dtype=first.base.dtype, device=flat.device)
+    for here, block in _by_block(flat // first.n_neurons, decompositions):
+        coefficients[here] = block.coefficients_of(number[here])
+    return coefficients
 
 
 def subvalues_of(

@@ -275,7 +275,9 @@ def fuzz_guided(seconds: float, out: Path) -> None:
         import tl_neuron_attr.cli.options
         import tl_neuron_attr.evaluate
         import tl_neuron_attr.report.saved
-        import tl_neuron_attr.runs  # noqa: F401
+        import tl_neuron_attr.runs
+
+    assert tl_neuron_attr.runs
     sys.addaudithook(_watch)
     scratch = Path(tempfile.mkdtemp(prefix="sound-"))
     every = targets(write_sound(scratch))
