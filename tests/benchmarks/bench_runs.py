@@ -5,13 +5,15 @@
     python tests/benchmarks/bench_runs.py memory 10000   # resident memory over so many prompts
     python tests/benchmarks/bench_runs.py workers 2000   # prompts a second, 1 and 2 workers
     python tests/benchmarks/bench_runs.py layer 1000     # the run layer beside the engine alone
+    python tests/benchmarks/bench_runs.py layer-gpt2 256 # the same at GPT-2 small's shape
     python tests/benchmarks/bench_runs.py batches 512    # prompts a second by batch size
     python tests/benchmarks/bench_runs.py tables 128     # what each table adds, in time and bytes
     python tests/benchmarks/bench_runs.py plan 512       # planning, and the summary at the end
 
-All on the bundled model, one thread a process. Linux.
+All but the one on the bundled model, one thread a process. Linux.
 """
 
+import itertools
 import json
 import os
 import random
@@ -23,8 +25,10 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
+from statistics import median
 
 import torch
+from bench_engine import MODELS
 
 from tl_neuron_attr import Prompt, attribute, load_model, load_prompts, open_host, run_prompts
 from tl_neuron_attr.attribute import attribute_all
@@ -175,29 +179,39 @@ def memory(count):
 
 
 def workers(count):
+    """Prompts a second of one and of two workers in turn, a thread each, while both are at work."""
+    rates = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as scratch:
-        for number in (1, 2, 1, 2):
+        for turn, number in itertools.product(range(5), rates):
             marks = []
 
             def note(progress, marks=marks):
                 marks.append((time.perf_counter(), progress.done))
 
-            out = Path(scratch) / f"run-{number}-{time.monotonic()}"
+            out = Path(scratch) / f"run-{number}-{turn}"
             # by name also for one, so that both load the model in the same way
-            started = time.perf_counter()
             run_prompts("tiny-facts", some_prompts(count), out, workers=number, progress=note)
-            whole = time.perf_counter() - started
-            # the rate between the first batch and the last: without loading models
-            (began, first), (ended, last) = marks[0], marks[-1]
-            for when, done in marks:
-                if done > first:
-                    began, first = when, done
-                    break
-            rate = (last - first) / (ended - began)
-            print(f"{number} workers: {rate:.1f} prompts/s steady, {whole:.1f} s in all")
+            # without models being loaded, and without the end, when one of two has no more to do
+            within = [mark for mark in marks if 0.2 * count <= mark[1] <= 0.9 * count]
+            (began, first), (ended, last) = within[0], within[-1]
+            rates[number].append((last - first) / (ended - began))
+            print(f"{number} workers: {rates[number][-1]:.1f} prompts/s")
+    times = [both / one for one, both in zip(rates[1], rates[2], strict=True)]
+    print(f"turn by turn {min(times):.2f} to {max(times):.2f}, median {median(times):.2f} x")
 
 
 def layer(count):
+    cost_of_the_layer(load_model("tiny-facts"), some_prompts(count))
+
+
+def layer_gpt2(count):
+    model = MODELS["gpt2-small-shape"]()
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50_000, (count, 16), generator=generator).tolist()
+    cost_of_the_layer(model, [Prompt(tokens=tuple(each)) for each in ids])
+
+
+def cost_of_the_layer(model, prompts):
     """Time inside the engine, and around it, of one run."""
     spent, real = [0.0], shard_module._attributed
 
@@ -207,24 +221,28 @@ def layer(count):
         spent[0] += time.process_time() - started
         return found
 
-    shard_module._attributed = timed
-    model = load_model("tiny-facts")
+    torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch:
+        run_prompts(model, prompts[:16], Path(scratch) / "warm")  # imports, the model's self-check
+        shard_module._attributed = timed
         marks = []
         started = time.process_time()
         run_prompts(
             model,
-            some_prompts(count),
+            prompts,
             Path(scratch) / "run",
             progress=lambda progress: marks.append(time.process_time()),
         )
-        whole = time.process_time() - started
-    shards = marks[-1] - marks[0]
-    print(
-        f"engine {spent[0]:.2f} s of CPU time; from first batch to last shard {shards:.2f}; "
-        f"with planning and summary {whole:.2f}; the run layer {whole / spent[0] - 1:.1%} on top, "
-        f"of which shards {shards / spent[0] - 1:.1%}"
-    )
+        ended = time.process_time()
+    parts = {
+        "engine": spent[0],
+        "planning": marks[0] - started,
+        "shards": marks[-1] - marks[0] - spent[0],
+        "summary": ended - marks[-1],
+    }
+    for name, seconds in parts.items():
+        print(f"{name}: {1e3 * seconds / len(prompts):.2f} ms of CPU time a prompt")
+    print(f"the run layer adds {(ended - started) / spent[0] - 1:.2%}")
 
 
 def batches(count):
@@ -294,6 +312,7 @@ if __name__ == "__main__":
         "memory": memory,
         "workers": workers,
         "layer": layer,
+        "layer-gpt2": layer_gpt2,
         "batches": batches,
         "tables": tables,
         "plan": plan,
