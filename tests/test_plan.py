@@ -62,6 +62,20 @@ LARGER = {
             max_position_embeddings=512,
         ),
     ),
+    "gemma2": (
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(
+            vocab_size=9000,
+            hidden_size=128,
+            intermediate_size=300,
+            num_hidden_layers=4,
+            num_attention_heads=8,
+            num_key_value_heads=2,
+            head_dim=16,
+            max_position_embeddings=512,
+            attn_implementation="eager",
+        ),
+    ),
     "gpt2-small": ("GPT2LMHeadModel", lambda: transformers.GPT2Config()),
     # what is small in most models is most of the memory of these
     "keys and values": ("LlamaForCausalLM", lambda: odd_llama(24, 2, 64, 16)),
@@ -285,7 +299,7 @@ def test_peak_bytes_of_a_tiny_model_are_within_a_quarter(family):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_tokens", [20, 500])
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "gemma2"])
 def test_peak_bytes_of_a_larger_model_are_within_a_quarter(name, n_tokens, dtype):
     config = LARGER[name][1]()
     tokens = some_tokens(n_tokens, config.vocab_size)

@@ -227,6 +227,14 @@ CORRUPT = {
         "is not what the run's records say",
         True,
     ),
+    "manifest's end": (
+        edited("manifest.json", lambda f: f["end"].pop("summary.parquet")),
+        "is not what the run's records say",
+        True,
+    ),
+    "summary cut": (cut("summary.parquet"), "is not the file that was written; the comm", True),
+    "changed errors": (flipped("errors.parquet"), "is not the file that was written", True),
+    "no summary": (lambda run: (run / "summary.json").unlink(), "is not the file that", True),
     "manifest not UTF-8": (replaced("manifest.json", NOT_UTF8), "is not what the run's rec", True),
     "plan": (edited("plan.json", lambda f: f.update(shards=9)), "was changed after", False),
     "plan not UTF-8": (replaced("plan.json", NOT_UTF8), "cannot be read as a plan", False),
@@ -335,6 +343,16 @@ def test_what_a_finished_run_lost_is_written_again(model, prompts, run, same_ver
     before = bytes_of(run)
     os.remove(run / lost)
     assert load_run(run).complete
+    assert run_prompts(model, prompts, run, **SETTINGS).complete
+    assert bytes_of(run) == before
+
+
+@pytest.mark.parametrize("name", ["summary.parquet", "summary.json", "errors.parquet"])
+def test_what_is_damaged_of_the_end_of_a_finished_run_is_written_again(
+    model, prompts, run, same_versions, name
+):
+    before = bytes_of(run)
+    cut(name)(run)
     assert run_prompts(model, prompts, run, **SETTINGS).complete
     assert bytes_of(run) == before
 

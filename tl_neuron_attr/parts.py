@@ -126,7 +126,7 @@ class Parts:
             try:
                 if path.stat().st_size != facts.bytes:
                     return path
-                if hashed and _file_hash(path) != facts.sha256:
+                if hashed and file_hash(path) != facts.sha256:
                     return path
             except OSError:
                 return path
@@ -145,7 +145,7 @@ class Parts:
             path = self.path(name, table)
             write_files(path.parent, {path.name: _parquet_writer(rows, options)})
             files[table] = PartFile(
-                rows=rows.num_rows, bytes=path.stat().st_size, sha256=_file_hash(path)
+                rows=rows.num_rows, bytes=path.stat().st_size, sha256=file_hash(path)
             )
         record = Record(name=name, plan=self.plan, files=files)
         facts = asdict(record)
@@ -308,7 +308,8 @@ def _flat(facts: Mapping[str, Any], above: str = "") -> dict[str, Any]:
     return flat
 
 
-def _file_hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

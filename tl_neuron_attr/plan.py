@@ -85,6 +85,8 @@ class Shapes:
     """The FFN multiplies two projections, so it has three matrices."""
     tied: bool
     """The unembedding is the embedding, transposed."""
+    capped: bool
+    """Logits go through a soft cap (Gemma 2)."""
     activation: str
     """Of the FFN, as the configuration calls it."""
 
@@ -363,7 +365,7 @@ def _work_of(
         together=max(1, min(together, many, budget // per_prompt)),
         top=top,
         affine=convention != "recomputed",
-        rows=_read_out(W_U, scored_in, budget).rows_per_block,
+        rows=_read_out(W_U, scored_in, budget, capped=shapes.capped).rows_per_block,
         columns=min(_COLUMNS, shapes.d_vocab),
         weight=held_in.itemsize,
         score=scored_in.itemsize,
@@ -507,6 +509,7 @@ def shapes_of(config: Any) -> Shapes:
         gated=gated,
         activation=activation,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        capped=bool(getattr(config, "final_logit_softcapping", None)),
     )
 
 
@@ -529,6 +532,7 @@ def _shapes_of_model(model: Any) -> Shapes:
         gated=gated,
         activation=_activation(config) or str(getattr(model.cfg, "act_fn", "")),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        capped=host.soft_cap is not None,
     )
 
 
@@ -621,7 +625,8 @@ def _block_bytes(
 
     A block of logits is held beside its copy in a logsumexp, or beside the widened weights it is
     made from, or beside both of the next block, which may be the vocabulary's narrow end. One that
-    is summed in its own place is gone before the next.
+    is summed in its own place is gone before the next. A soft cap has as many copies as there are
+    steps in what it makes of a change.
     """
     n_rows = min(work.rows, n_rows)
     logits = work.score * n_rows * work.columns
@@ -633,6 +638,8 @@ def _block_bytes(
         beside = max(beside, logits)
     elif then == "summed":
         beside = weights
+    if work.shapes.capped and then != "kept":  # what is kept are projections, which are not capped
+        beside = max(beside, (8 if work.affine else 2) * logits)
     return max(2 * vectors + logits + beside, 5 * vectors)
 
 
@@ -706,7 +713,7 @@ def _measured(
         W_U = torch.ones(n_columns, shapes.d_model, dtype=dtype, device=device).T
         few = torch.ones(min(128, forward_rows), shapes.d_model, dtype=dtype, device=device)
         one = torch.ones(1, shapes.d_model, dtype=dtype, device=device)
-        out = _read_out(W_U, scored_in, DEFAULT_BUDGET, device)
+        out = _read_out(W_U, scored_in, DEFAULT_BUDGET, capped=shapes.capped)
         bases = torch.zeros(2 * shapes.n_layers + 1, shapes.d_model, dtype=scored_in, device=device)
         before = out.baseline(bases, Target(id=0))
         vectors = torch.zeros(min(128, work.rows), shapes.d_model, dtype=scored_in, device=device)
@@ -733,19 +740,18 @@ def _seconds(work: Callable[[], torch.Tensor]) -> float:
     return best
 
 
-def _read_out(
-    W_U: torch.Tensor, dtype: torch.dtype, budget: int, device: torch.device | None = None
-) -> ReadOut:
+def _read_out(W_U: torch.Tensor, dtype: torch.dtype, budget: int, *, capped: bool) -> ReadOut:
     return ReadOut(
         W_U=W_U,
         b_U=None,
         gain=None,
         bias=None,
-        norm_scale=torch.ones((), dtype=dtype, device=device),
+        norm_scale=torch.ones((), dtype=dtype, device=W_U.device),
         centered=False,
         eps=0.0,
         dtype=dtype,
         budget=budget,
+        soft_cap=1.0 if capped else None,
     )
 
 

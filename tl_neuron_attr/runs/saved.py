@@ -1,7 +1,8 @@
 """A run on disk, finished or not, read lazily; and what is written once it is finished."""
 
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,16 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.parts import Parts, as_text, open_parts
+from tl_neuron_attr.parts import Parts, as_text, file_hash, fingerprint, open_parts
 from tl_neuron_attr.runs.planned import prompts_hash
 from tl_neuron_attr.runs.schema import SCHEMAS, check_format, facts_of
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
-from tl_neuron_attr.runs.summary import Summary, summary_of, summary_tables
+from tl_neuron_attr.runs.summary import Summary, summary_of
 from tl_neuron_attr.tables import write_tables
 
 MANIFEST = "manifest.json"
+_FACTS = "summary.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +147,8 @@ class Run:
     def verify(self) -> "Run":
         """This run, once every file of a whole shard is known to be as it was recorded.
 
-        By the SHA-256 of each; the prompts by that of the plan, the manifest by the records.
+        By the SHA-256 of each; the prompts by that of the plan, the manifest by the records, what
+        was written at the end by the manifest.
 
         Raises:
             InputError: For the first that is not.
@@ -162,7 +165,12 @@ class Run:
                 f"{str(self.directory / PROMPTS_FILE)!r} was changed after it was written: it no "
                 "longer holds the prompts of this run"
             )
-        _check_manifest(self)
+        damaged = _unlike_the_end(self, _check_manifest(self))
+        if damaged is not None:
+            raise InputError(
+                f"{str(damaged)!r} is not the file that was written; the command that made the run "
+                "writes it again"
+            )
         return self
 
     def prompts(self) -> pd.DataFrame:
@@ -214,15 +222,21 @@ def finish(parts: Parts) -> Run:
     run, _ = _opened(parts)
     if not run.complete:
         return run
-    _check_manifest(run)
-    tables = ["errors", *summary_tables(run.settings)]
-    names = [*(f"{name}.parquet" for name in tables), "summary.json", MANIFEST]
-    if all((parts.directory / name).is_file() for name in names):
+    ends = _check_manifest(run)
+    if ends and _unlike_the_end(run, ends) is None:
         return run
     summary = run.summary()
     errors = as_frame(run.dataset("errors").to_table())
-    texts = {"summary.json": as_text(summary.facts), MANIFEST: as_text(_manifest(run))}
-    write_tables(parts.directory, {"errors": errors, **summary.tables}, texts)
+    tables = {"errors": errors, **summary.tables}
+    write_tables(parts.directory, tables, {_FACTS: as_text(summary.facts)})
+    ends = {
+        name: file_hash(parts.directory / name)
+        for name in (*(f"{table}.parquet" for table in tables), _FACTS)
+    }
+    # last: where it is, all the others are
+    facts = {**_manifest(run), "end": ends}
+    facts["checksum"] = fingerprint([facts])
+    write_tables(parts.directory, {}, {MANIFEST: as_text(facts)})
     return run
 
 
@@ -244,14 +258,36 @@ def _opened(parts: Parts) -> tuple[Run, dict[int, Path]]:
     return Run(directory=parts.directory, parts=parts, shards=whole), damaged
 
 
-def _check_manifest(run: Run) -> None:
-    """Stop at a manifest that does not say what the records do; there need not be one."""
+def _check_manifest(run: Run) -> dict[str, str]:
+    """Stop at a manifest that was changed, or does not say what the records do.
+
+    Gives the hashes of what was written at the end: none where there is no manifest yet, or one of
+    version 1.
+    """
     path = run.directory / MANIFEST
-    if run.complete and path.is_file() and path.read_bytes() != as_text(_manifest(run)).encode():
+    if not run.complete or not path.is_file():
+        return {}
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        sound = found.pop("checksum", None) in (fingerprint([found]), None)
+        ends = dict(found.pop("end", {}))
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        found, sound, ends = {}, False, {}
+    if not sound or found != _manifest(run):
         raise InputError(
             f"{str(path)!r} is not what the run's records say: it, or one of them, was "
             "changed; remove it, and the same command writes it again"
         )
+    return ends
+
+
+def _unlike_the_end(run: Run, hashes: Mapping[str, str]) -> Path | None:
+    """The first file written at the end that is missing, or not of the hash recorded."""
+    for name, sha256 in hashes.items():
+        path = run.directory / Path(name).name
+        if not path.is_file() or file_hash(path) != sha256:
+            return path
+    return None
 
 
 def as_frame(table: pa.Table) -> pd.DataFrame:

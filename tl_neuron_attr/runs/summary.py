@@ -87,16 +87,6 @@ class Summary:
         return self.neurons.loc[self.neurons["share"] > SHARED].reset_index(drop=True)
 
 
-def summary_tables(settings: RunSettings) -> list[str]:
-    """The names of a summary's tables, for a run with these settings."""
-    names = ["summary", "summary_prompts", "summary_layers"]
-    if "methods" in settings.what:
-        names += ["summary_methods", "summary_overlap"]
-    if "interventions" in settings.what:
-        names.append("summary_interventions")
-    return names
-
-
 def summary_of(
     settings: RunSettings, shards: Sequence[Mapping[str, Path]], contrasts: np.ndarray
 ) -> Summary:
