@@ -151,6 +151,34 @@ def test_a_run_does_not_differ_from_itself(whole):
     assert found.answers["same_target"].all() and len(found.answers) == 9
 
 
+def test_runs_in_which_every_prompt_failed_have_nothing_to_compare(model, tmp_path):
+    failed = run_prompts(model, [{"text": "The", "target": " not one token"}], tmp_path / "run")
+    with pytest.raises(InputError, match="no prompt in common that was answered in both; .*errors"):
+        diff_runs(failed, failed)
+
+
+def test_a_mean_log_probability_is_of_tokens_alone(model, tmp_path):
+    """A contrast has a difference of two in its place, which counts as an answer, not as one."""
+    text = "The capital of France is"
+    plain = {"text": text, "target": " Paris", "prompt_id": "plain"}
+    contrast = {**plain, "against": " Rome", "prompt_id": "contrast"}
+    found = run_prompts(model, [plain, contrast], tmp_path / "both", top=2)
+    answers = found.table("answers").set_index("prompt_id")["log_prob"]
+    counts = found.summary().prompts.set_index("knowledge_type").loc["all"]
+    assert counts["prompts"] == 2 and counts["mean_log_prob"] == answers["plain"]
+    assert answers["contrast"] > 0
+    alone = run_prompts(model, [contrast], tmp_path / "alone", top=2)
+    counts = alone.summary().prompts.set_index("knowledge_type").loc["all"]
+    assert counts["prompts"] == 1 and np.isnan(counts["mean_log_prob"])
+
+
+def test_prompts_of_thousands_of_types_are_refused_before_anything_is_made(model, tmp_path):
+    some = [{"text": "The", "prompt_id": str(n), "knowledge_type": f"t{n}"} for n in range(8192)]
+    with pytest.raises(InputError, match="more than 8,191 knowledge types"):
+        run_prompts(model, some, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_two_runs_differ_as_their_tables_do(whole, other):
     found = diff_runs(whole, other)
     plans = found.plans.set_index("name")

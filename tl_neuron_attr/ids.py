@@ -126,9 +126,8 @@ def _of_notebook(text: str) -> Unit:
         return Unit(AttnNeuron(*numbers), "z")
     if len(numbers) == 3:
         raise InputError(
-            f"{text!r} is a head's dimension without a source position; the notebooks write "
-            "layer_head_dim_pos. Summed over positions it is "
-            f"{AttnNeuron(*numbers)} here"
+            f"{text!r} is a head's dimension without a source position, and the notebooks write "
+            f"layer_head_dim_pos; give {AttnNeuron(*numbers)} if it is meant summed over positions"
         )
     raise InputError(f"{text!r} is neither layer_index nor layer_head_dim_pos")
 

@@ -44,7 +44,7 @@ def diff_runs(
     """In what two runs differ: prompts are matched by ``prompt_id``; whole shards of each count.
 
     Raises:
-        InputError: If one is no run, or they have no prompt in common.
+        InputError: If one is no run, or no prompt was answered in both.
 
     Cost: reads both, a knowledge type at a time.
     """
@@ -98,7 +98,8 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
     if both.empty:
         raise InputError(
             f"the runs in {str(one.directory)!r} and {str(other.directory)!r} have no prompt in "
-            "common; prompts are matched by prompt_id"
+            "common that was answered in both; prompts are matched by prompt_id, and those that "
+            "failed are in the table errors"
         )
     answers = pd.DataFrame(
         {

@@ -91,8 +91,8 @@ class Doing:
         self.in_a_row += 1
         if self.in_a_row >= _GIVEN_UP:
             raise type(error)(
-                f"{self.in_a_row} shards in a row could not be done, and what is done is kept; the "
-                f"same command goes on from there. Of shard {shard}: {error}"
+                f"{self.in_a_row} shards in a row could not be done (the last, {shard}: {error}); "
+                "what is done is kept, and the same command goes on from there"
             )
         self.say(f"shard {shard} is left out for now: {error}")
 
@@ -102,8 +102,8 @@ class Doing:
         """
         for shard, error in self.left_out.items():
             raise type(error)(
-                f"{len(self.left_out)} of {len(self.todo):,} shards could not be done; the others "
-                f"are, and the same command tries these again. Of shard {shard}: {error}"
+                f"{len(self.left_out)} of {len(self.todo):,} shards could not be done (shard "
+                f"{shard}: {error}); the others are, and the same command tries these again"
             )
 
     def check_failures(self) -> None:

@@ -24,6 +24,7 @@ from tl_neuron_attr.runs.asked import Asked
 from tl_neuron_attr.runs.measured import check_measurable, why_not
 from tl_neuron_attr.runs.schema import FORMAT, NEURON_BASIS, PROMPTS, with_metadata
 from tl_neuron_attr.runs.settings import LARGEST_BATCH, RunSettings
+from tl_neuron_attr.runs.totals import check_types
 
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch", "pyarrow")
 
@@ -44,8 +45,8 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     """Each prompt tokenised, checked, and put into its batch; the same for the same inputs.
 
     Raises:
-        InputError: If there are no prompts, or two have one id; if the model cannot be measured as
-            asked.
+        InputError: If there are no prompts, or two have one id; if they are of thousands of types;
+            if the model cannot be measured as asked.
 
     Cost: tokenises every prompt, and one pass over the weights for their hash.
     """
@@ -53,11 +54,14 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     size_for = batch_sizes(host, settings)
     digest = hashlib.sha256()
     taken: set[int] = set()
+    types: set[str] = set()
     tables = []
     count = 0
     for shard, some in enumerate(_in_shards(asked, settings.shard_size)):
         rows = [_row(host, each, settings) for each in some]
         _check_ids(rows, taken)
+        types.update(row["knowledge_type"] for row in rows)
+        check_types(len(types))
         _assign_batches(rows, size_for)
         for place, row in enumerate(rows):
             row |= {"row": count + place, "shard": shard}

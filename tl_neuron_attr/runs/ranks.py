@@ -16,7 +16,7 @@ class Share:
     of: int = 1
     local: int | None = None
     """This process's place among those on its machine: which GPU it takes, where there are
-    several and none was chosen."""
+    several and none was chosen. Shares given by hand take turns."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.of:
@@ -38,7 +38,7 @@ class Share:
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if match is None:
             raise InputError(f"a share looks like 0/4, the first of four, or is all; got {text!r}")
-        return cls(rank=int(match[1]), of=int(match[2]))
+        return cls(rank=int(match[1]), of=int(match[2]), local=int(match[1]))
 
 
 def share_of_environment(environment: Mapping[str, str] | None = None) -> Share:

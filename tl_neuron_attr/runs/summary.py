@@ -100,7 +100,7 @@ def summary_of(
         InputError: If there are thousands of knowledge types.
     """
     types: dict[str, int] = {}
-    answered = added_up(_answers(each["answers"], types) for each in shards)
+    answered = added_up(_answers(each["answers"], types, contrasts) for each in shards)
     failed: Counter[str] = Counter()
     for each in shards:
         if "errors" in each:
@@ -152,10 +152,12 @@ def _measured(
     return tables
 
 
-def _answers(path: Path, types: dict[str, int]) -> Totals:
+def _answers(path: Path, types: dict[str, int], contrasts: np.ndarray) -> Totals:
+    """Contrasts apart, in place of a role: theirs is no log-probability but a difference of two."""
     table = read(path, ["row", "knowledge_type", "log_prob"])
-    key = packed(type=type_codes(table, types))
-    return totals(key, numbers(table, "row"), numbers(table, "log_prob"))
+    rows = numbers(table, "row")
+    key = packed(type=type_codes(table, types), role=np.isin(rows, contrasts))
+    return totals(key, rows, numbers(table, "log_prob"))
 
 
 def _neurons(path: Path, name: str, types: dict[str, int]) -> Totals:
@@ -204,15 +206,27 @@ def _prompt_table(
     answered: Totals, failed: Mapping[str, int], types: Sequence[str]
 ) -> pd.DataFrame:
     columns = ["knowledge_type", "prompts", "failed", "mean_log_prob"]
-    names = [types[int(code)] for code in unpacked(answered.keys)["type"].tolist()]
-    ok = dict(zip(names, zip(answered.prompts, answered.score, strict=True), strict=True))
-    ok[ALL_TYPES] = (answered.prompts.sum(), answered.score.sum())
+    ok: Counter[str] = Counter()
+    plain: Counter[str] = Counter()
+    log_prob: dict[str, float] = {}
+    fields = unpacked(answered.keys)
+    for code, contrast, count, total in zip(
+        fields["type"].tolist(),
+        fields["role"].tolist(),
+        answered.prompts.astype(int).tolist(),
+        answered.score.tolist(),
+        strict=True,
+    ):
+        for name in (types[int(code)], ALL_TYPES):
+            ok[name] += count
+            if not contrast:
+                plain[name] += count
+                log_prob[name] = log_prob.get(name, 0.0) + total
     lost = {**failed, ALL_TYPES: sum(failed.values())}
     rows = []
     for name in [*sorted({*ok, *lost} - {ALL_TYPES}), ALL_TYPES]:
-        count, total = ok.get(name, (0, 0.0))
-        mean = float(total / count) if count else float("nan")
-        rows.append((name, int(count), lost.get(name, 0), mean))
+        mean = log_prob[name] / plain[name] if plain[name] else float("nan")
+        rows.append((name, ok[name], lost.get(name, 0), mean))
     return pd.DataFrame(rows, columns=columns).astype({"knowledge_type": "string"})
 
 

@@ -134,15 +134,25 @@ def type_codes(table: pa.Table, known: dict[str, int]) -> np.ndarray:
     """The knowledge types as numbers.
 
     Raises:
-        InputError: If there are thousands.
+        InputError: As ``check_types``.
     """
     found = codes(table, "knowledge_type", known)
-    if len(known) >= 2 ** _BITS["type"]:
-        raise InputError(
-            f"there are more than {2 ** _BITS['type'] - 1:,} knowledge types, too many to sum up "
-            "by; give prompts fewer"
-        )
+    check_types(len(known))
     return found
+
+
+def check_types(count: int) -> None:
+    """Stop where there are more knowledge types than fit into their bits.
+
+    Raises:
+        InputError: If so.
+    """
+    most = 2 ** _BITS["type"] - 1
+    if count > most:
+        raise InputError(
+            f"there are more than {most:,} knowledge types, too many to sum up by; give prompts "
+            "fewer"
+        )
 
 
 def neuron_keys(table: pa.Table, types: dict[str, int], role: int = 0) -> np.ndarray:
