@@ -7,7 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, SUPPORTED, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import (
+    FAMILIES,
+    SUPPORTED,
+    TOKENS,
+    bridge_of,
+    hooked_of,
+    needs_hooked_transformer,
+    own_bridge_of,
+)
 
 from tl_neuron_attr import (
     Capture,
@@ -233,7 +241,7 @@ def test_hooks_are_removed_when_the_forward_pass_fails(tiny_gpt2):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_layer(poison):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():
         model.blocks[1].mlp.b_in[3] = poison
     with pytest.raises(NonFiniteError, match="mlp_(post|out) of layer 1"):
@@ -438,7 +446,7 @@ def test_left_padding_that_would_give_nan_is_refused_before_the_run(monkeypatch)
 
 @pytest.mark.parametrize("side", SIDES)
 def test_activations_that_are_not_finite_name_their_prompt(side):
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     host = open_host(model)
     batch = [(TOKENS, -1), ((9, 5), -1), ((7, 2, 31), -1), ((7, 31, 2), 0)]
     prompts = [

@@ -6,7 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import (
+    TOKENS,
+    bridge_of,
+    bundled_model,
+    hooked_of,
+    needs_hooked_transformer,
+    own_bridge_of,
+)
 from test_methods import KINDS, TARGET, case_of
 
 from tl_neuron_attr import (
@@ -14,7 +21,6 @@ from tl_neuron_attr import (
     NonFiniteError,
     Prompt,
     attribute,
-    load_model,
     open_host,
     tokenize,
 )
@@ -135,7 +141,7 @@ def test_ablation_of_a_contrast_is_the_difference_of_two():
 
 
 def test_a_model_that_breaks_without_a_neuron_is_refused():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     case = case_of(model)
     with torch.no_grad():
         for name in ("ablation", "gradient_activation", "integrated_gradients"):
@@ -446,7 +452,7 @@ def test_a_partial_of_a_method_is_a_method(tiny_gpt2):
 )
 def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name):
     with torch.inference_mode():
-        model = bridge_of("gpt2")
+        model = own_bridge_of("gpt2")
         result = attribute(model, TOKENS, top=2)
     case = Case(
         result=result, corrupted=tokenize(open_host(model), Prompt(tokens=(4, *TOKENS[1:])))
@@ -457,11 +463,11 @@ def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name
 
 def test_ablation_of_a_confident_answer_is_not_lost_in_the_rounding_of_its_log_probability():
     """In float32, what most neurons do to an answer of p = .999 is less than log p's rounding."""
-    model = load_model("tiny-facts")
+    model = bundled_model()
     result = attribute(model, "The color of snow is", target=" white", top=2)
     assert result.log_prob > -0.01
     found = METHODS["ablation"](Case(result=result), "ffn", None).flatten().double()
-    wide = load_model("tiny-facts", dtype=torch.float64)
+    wide = bundled_model(dtype=torch.float64)
     exact = attribute(wide, "The color of snow is", target=" white", top=2)
     exact = METHODS["ablation"](Case(result=exact), "ffn", None).flatten()
     live = exact.abs() > 0
