@@ -15,6 +15,7 @@ from conftest import (
     hooked_of,
     needs_hooked_transformer,
     own_bridge_of,
+    own_hooked_of,
 )
 
 from tl_neuron_attr import (
@@ -410,9 +411,10 @@ def long_rope(monkeypatch):
         )
 
     monkeypatch.setitem(SUPPORTED, "phi3", (class_name, longer))
-    return bridge_of("phi3")
+    return own_bridge_of("phi3")
 
 
+@pytest.mark.changes("the weights")  # the frequencies, which the model chooses by length
 def test_a_long_prompt_does_not_change_the_rotary_positions_of_a_short_one(long_rope, monkeypatch):
     host = open_host(long_rope)
     prompts = asked_of(host)
@@ -424,7 +426,7 @@ def test_a_long_prompt_does_not_change_the_rotary_positions_of_a_short_one(long_
 
 @needs_hooked_transformer
 def test_a_hooked_transformers_dynamic_rotary_positions_are_kept_apart_too():
-    model = hooked_of("llama").eval()
+    model = own_hooked_of("llama").eval()
     model.cfg.use_dynamic_ntk_rope, model.cfg.train_seq_length = True, 4
     host = open_host(model)
     prompts = asked_of(host)

@@ -68,6 +68,7 @@ def test_norms_are_measured_once_for_all_runs_of_a_model(monkeypatch):
     assert len(measured) == 2 * open_host(model).n_layers
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 @pytest.mark.parametrize("behind_its_back", [False, True])
 @pytest.mark.parametrize("edited", ["W_U", "W_out", "W_O", "gain"])
 def test_weights_edited_in_place_are_measured_anew(edited, behind_its_back):
@@ -86,6 +87,7 @@ def test_weights_edited_in_place_are_measured_anew(edited, behind_its_back):
     assert_right(open_host(model))  # and one opened now
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_a_weight_replaced_by_another_is_measured_anew():
     model = own_bridge_of("gpt2")
     assert_right(open_host(model))
@@ -94,6 +96,7 @@ def test_a_weight_replaced_by_another_is_measured_anew():
     assert all(assert_right(open_host(model)))
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_weights_made_under_inference_mode_are_measured_anew_when_edited():
     with torch.inference_mode():
         model = own_bridge_of("gpt2")

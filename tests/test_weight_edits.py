@@ -29,6 +29,9 @@ from tl_neuron_attr.identities import identities
 from tl_neuron_attr.interventions import edits
 from tl_neuron_attr.prompts import Prompt
 
+# done and undone counts as two edits; the bytes must be the same
+pytestmark = pytest.mark.changes("the weights")
+
 PARTS = "L0.N3,L1.N7,L1.N8,L1.H2,L2.H0.D4,L0.H1.D5"
 FFN = "L0.N3,L1.N7,L1.N8"
 ATTN = "L1.H2,L2.H0.D4,L0.H1.D5"
