@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers
 from conftest import bridge_from
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_intervals import index_of
 from test_topk import build, cases, dense_scores
@@ -315,3 +315,22 @@ def test_a_shift_of_one_tokens_direction_alone_is_noticed():
             dense_scores(blocks, out, target),
             1e-8,
         )
+
+
+# --- how many examples ------------------------------------------------------------------------
+
+
+def test_no_test_chooses_how_many_examples_it_is_tried_on():
+    here = Path(__file__)
+    choosing = [
+        path.name
+        for path in here.parent.glob("test_*.py")
+        if "max_examples" in path.read_text(encoding="utf-8")
+    ]
+    assert choosing == []
+    profiles = {name: settings.get_profile(name) for name in ("ci", "nightly")}
+    assert {name: each.max_examples for name, each in profiles.items()} == {
+        "ci": 50,
+        "nightly": 1000,
+    }
+    assert profiles["ci"].derandomize and not profiles["nightly"].derandomize
