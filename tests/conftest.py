@@ -316,18 +316,22 @@ needs_hooked_transformer = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session", params=["gpt2", "llama"])
+# not of the session: pytest would then sort the tests of all files by model, and what a file's own
+# fixtures made would be made again and again
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
 def tiny_model(request):
     """One GPT-2-like model (biases, LayerNorm), one Llama-like (gated, RMSNorm, grouped heads)."""
     return bridge_of(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_gpt2():
     return bridge_of("gpt2")
 
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def any_model(request):
     """One model of each supported family."""
     return bridge_of(request.param)

@@ -264,7 +264,7 @@ def test_several_act_one_after_the_other_in_the_order_given(tiny_gpt2, some_mean
     assert torch.equal(nested, wanted)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def some_means(tiny_gpt2):
     return mean_coefficients(tiny_gpt2, [TOKENS, (9, 2, 30)])
 

@@ -177,6 +177,10 @@ def by_batch(case, kind, top):
     return scores(case, kind) + case.result.seconds
 
 
+@pytest.mark.changes(
+    *("training mode", "the modules' own hooks", "the weights"),
+    *("the gradients (.grad)", "requires_grad"),
+)
 @pytest.mark.parametrize(
     ("method", "message"),
     [

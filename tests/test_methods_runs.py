@@ -211,8 +211,9 @@ def test_without_a_corrupted_prompt_there_is_no_attribution_patching(tiny_gpt2):
         METHODS["attribution_patching"](case, "ffn", None)
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_a_neuron_that_speaks_for_the_answer_in_the_clean_prompt_alone_is_patched_first():
-    model = bridge_of("opt")  # ReLU: some neurons are off in one of the prompts
+    model = own_bridge_of("opt")  # ReLU: some neurons are off in one of the prompts
     case = case_of(model)
     host = case.result.host
     with torch.no_grad():
@@ -326,6 +327,7 @@ def test_no_steps_are_refused(tiny_gpt2):
 # --- what gradients leave behind --------------------------------------------------------------
 
 
+@pytest.mark.changes("requires_grad", "the gradients (.grad)")
 @pytest.mark.parametrize("flag", [True, False])
 def test_flags_and_gradients_of_the_weights_stay_as_they_are(flag):
     model = bridge_of("llama")

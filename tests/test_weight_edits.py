@@ -141,6 +141,7 @@ def test_nothing_writes_nothing():
     assert [parameter._version for parameter in model.parameters()] == versions
 
 
+@pytest.mark.changes("the bytes of the weights")  # it is not undone
 def test_an_edit_keeps_copies_of_the_touched_rows_only():
     edit = edit_weights(own_bridge_of("gpt2"), zero("L0.N3,L0.N5,L1.H2.D4"))
     assert [(str(each), *each.before.shape) for each in edit.changes] == [
