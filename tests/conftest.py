@@ -224,7 +224,7 @@ def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
 @functools.cache
 @torch.inference_mode(False)
 def _shared_bridge(family, processed, dtype, seed):
-    return own_bridge_of(family, processed=processed, dtype=dtype, seed=seed)
+    return shared(own_bridge_of(family, processed=processed, dtype=dtype, seed=seed))
 
 
 def own_bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
@@ -255,9 +255,8 @@ def hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
 @functools.cache
 @torch.inference_mode(False)
 def _shared_hooked(family, processed, fold_value_biases, seed):
-    return own_hooked_of(
-        family, processed=processed, fold_value_biases=fold_value_biases, seed=seed
-    )
+    options = dict(processed=processed, fold_value_biases=fold_value_biases, seed=seed)
+    return shared(own_hooked_of(family, **options))
 
 
 @leaving_the_random_state
@@ -292,7 +291,7 @@ def own_hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
 @torch.inference_mode(False)
 def bundled_model(**options):
     """The bundled model, loaded once: the commands and runs of all tests are given it too."""
-    return models.load_model("tiny-facts", **options)
+    return shared(models.load_model("tiny-facts", **options))
 
 
 def _load_once(name="tiny-facts", **options):
@@ -371,12 +370,22 @@ class Watched:
         left = []
         for model in list(self.given):
             before, self.looks[model] = self.looks[model], look_at(model)
-            left += changed(before, self.looks[model])
+            shared = " of a model for all tests" if model in SHARED_MODELS else ""
+            for what in changed(before, self.looks[model]):
+                # edited and put back it is as it was: the hash sees to that
+                left.append(what if what == "the weights" else what + shared)
         self.given.clear()
         return left
 
 
+SHARED_MODELS = WeakSet()
 WATCHED = Watched()
+
+
+def shared(model):
+    """A model that no test may leave changed, whatever it says of itself."""
+    SHARED_MODELS.add(model)
+    return model
 
 
 @pytest.fixture(autouse=True, scope="session")

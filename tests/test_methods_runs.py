@@ -330,7 +330,7 @@ def test_no_steps_are_refused(tiny_gpt2):
 @pytest.mark.changes("requires_grad", "the gradients (.grad)")
 @pytest.mark.parametrize("flag", [True, False])
 def test_flags_and_gradients_of_the_weights_stay_as_they_are(flag):
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     wanted = METHODS["gradient_activation"](case_of(model), "ffn", None)
     weights = [*model.parameters()]
     for weight in weights:

@@ -110,7 +110,10 @@ def execute(path, directory, manager):
     judge = nbformat.v4.new_code_cell(JUDGE.format(claims=CLAIMS[path.stem]))
     notebook.cells = [alone, *notebook.cells, judge]
     client = NotebookClient(notebook, km=manager, timeout=SECONDS_A_CELL)
-    client.execute()  # raises CellExecutionError, with the traceback, at the first failure
+    try:
+        client.execute()  # raises CellExecutionError, with the traceback, at the first failure
+    finally:
+        client.kc.stop_channels()
     assert notebook.cells.pop(0).outputs == []
     (told,) = notebook.cells.pop().outputs
     return Executed(notebook=notebook, claims=json.loads(told.text))

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS, bundled_model, own_bridge_of, watched
+from conftest import TOKENS, WATCHED, bridge_of, bundled_model, look_at, own_bridge_of, watched
 from typer.testing import CliRunner
 
 import tl_neuron_attr as tlna
@@ -254,6 +254,15 @@ def test_what_a_test_changes_on_purpose_it_says_and_nothing_else_may_change():
             model.requires_grad_(False)
 
 
+def test_a_model_for_all_tests_may_not_be_left_changed_whatever_the_test_says():
+    model = bridge_of("gpt2", seed=99)
+    with pytest.raises(AssertionError, match="training mode of a model for all tests"):
+        with watched(model, except_for=["training mode"]):
+            model.train()
+    model.eval()
+    WATCHED.looks[model] = look_at(model)
+
+
 def test_the_bundled_model_of_commands_and_runs_is_watched(tmp_path):
     def ask():
         shown = CliRunner().invoke(cli.app, ["attribute", "The capital of France is", "--top", "2"])
@@ -266,8 +275,8 @@ def test_the_bundled_model_of_commands_and_runs_is_watched(tmp_path):
         with watched():
             ask()
             model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda value, hook: None)
-    with watched(model, except_for=["the hooks", "the modules' own hooks"]):
-        model.reset_hooks()
+    model.reset_hooks()
+    WATCHED.looks[model] = look_at(model)
 
 
 def test_the_fixture_watches_every_test(request):
