@@ -5,6 +5,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
+import gc
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -334,6 +335,12 @@ def tiny_gpt2():
 def any_model(request):
     """One model of each supported family."""
     return bridge_of(request.param)
+
+
+def pytest_collection_finish():
+    """What the libraries made at their import stays: it need not be searched again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 # --- what every test leaves alone -------------------------------------------------------------

@@ -13,10 +13,10 @@ from types import CodeType
 
 import jaxtyping
 
-CALLS = float("inf") if os.environ.get("CHECK_EVERY_CALL") else 8
+CALLS = float("inf") if os.environ.get("CHECK_EVERY_CALL") else 4
 """How many calls of a function are checked in one test."""
 
-INNER_CALLS = 8 * CALLS
+INNER_CALLS = 16 * CALLS
 """How many in all tests, of one that another function defines anew each time it runs: to make it
 ready takes a hundred times as long as to call it."""
 
