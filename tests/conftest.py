@@ -5,17 +5,25 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import functools
+import gc
 import tempfile
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import pytest
+import shape_checks  # before the package
 import torch
 import transformers
+from hypothesis import HealthCheck, settings
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
+from tl_neuron_attr import models
+from tl_neuron_attr.cli import options
+from tl_neuron_attr.host import Host
+from tl_neuron_attr.methods import conformance
+from tl_neuron_attr.runs import run as runs_run
 from tl_neuron_attr.state import (
     changed,
     model_state,
@@ -31,6 +39,14 @@ except ImportError:
 
 # tiny models: a second thread costs more than it brings
 torch.set_num_threads(1)
+
+# How many examples a property is tried on; no test chooses for itself. Those of ``ci`` are the
+# same every time, so that a change is to blame for what fails; ``nightly`` draws new ones. That the
+# machine is busy is no fault of a test's.
+_PATIENT = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("ci", max_examples=50, derandomize=True, **_PATIENT)
+settings.register_profile("nightly", max_examples=1000, **_PATIENT)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(__file__).parents[2] / "shared"
 TOKENS = (3, 17, 5, 40, 8, 22)
@@ -198,9 +214,22 @@ def leaving_the_random_state(build):
     return wrapped
 
 
-@leaving_the_random_state
 def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
-    """A TransformerBridge of one family, its weights raw or folded."""
+    """A TransformerBridge of one family, its weights raw or folded: one for all tests.
+
+    A test that changes the model it asks for takes ``own_bridge_of``.
+    """
+    return _shared_bridge(family, processed, dtype, seed)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _shared_bridge(family, processed, dtype, seed):
+    return shared(own_bridge_of(family, processed=processed, dtype=dtype, seed=seed))
+
+
+def own_bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
+    """The same, for one test alone, which may do with it what it likes."""
     class_name, config, *_ = {**SUPPORTED, **REFUSED}[family]
     return bridge_from(class_name, config(), processed=processed, dtype=dtype, seed=seed)
 
@@ -219,9 +248,21 @@ def bridge_from(class_name, config, *, processed=False, dtype=torch.float32, see
     return bridge
 
 
-@leaving_the_random_state
 def hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
-    """A HookedTransformer with the very weights of ``bridge_of`` (TransformerLens 3.9)."""
+    """A HookedTransformer with the very weights of ``bridge_of``, one for all tests (3.9)."""
+    return _shared_hooked(family, processed, fold_value_biases, seed)
+
+
+@functools.cache
+@torch.inference_mode(False)
+def _shared_hooked(family, processed, fold_value_biases, seed):
+    options = dict(processed=processed, fold_value_biases=fold_value_biases, seed=seed)
+    return shared(own_hooked_of(family, **options))
+
+
+@leaving_the_random_state
+def own_hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
+    """The same, for one test alone."""
     import transformer_lens.loading_from_pretrained as loading
 
     class_name, config, *_ = FAMILIES[family]
@@ -247,44 +288,140 @@ def hooked_of(family, *, processed=False, fold_value_biases=None, seed=0):
     return model
 
 
+@functools.cache
+@torch.inference_mode(False)
+def bundled_model(**options):
+    """The bundled model, loaded once: the commands and runs of all tests are given it too."""
+    return shared(models.load_model("tiny-facts", **options))
+
+
+def _load_once(name="tiny-facts", **options):
+    if name != "tiny-facts" or options.get("device", "cpu") not in (None, "cpu"):
+        return models.load_model(name, **options)
+    dtype = models.weight_dtype(options.get("dtype", "float32"))
+    return bundled_model() if dtype == torch.float32 else bundled_model(dtype=dtype)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_bundled_model_is_loaded_once():
+    """By whoever asks for it by its name; ``models.load_model`` itself loads it anew."""
+    with pytest.MonkeyPatch.context() as patch:
+        for asking in (options, runs_run, conformance):
+            patch.setattr(asking, "load_model", _load_once)
+        yield
+
+
 needs_hooked_transformer = pytest.mark.skipif(
     HookedTransformer is None, reason="HookedTransformer was removed in TransformerLens 4"
 )
 
 
-@pytest.fixture(scope="session", params=["gpt2", "llama"])
+# not of the session: pytest would then sort the tests of all files by model, and what a file's own
+# fixtures made would be made again and again
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
 def tiny_model(request):
     """One GPT-2-like model (biases, LayerNorm), one Llama-like (gated, RMSNorm, grouped heads)."""
     return bridge_of(request.param)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def tiny_gpt2():
     return bridge_of("gpt2")
 
 
-@pytest.fixture(scope="session", params=list(FAMILIES))
+@pytest.fixture(scope="module", params=list(FAMILIES))
 def any_model(request):
     """One model of each supported family."""
     return bridge_of(request.param)
 
 
-_MODELS = ("tiny_model", "tiny_gpt2", "any_model")
-_DIGESTED = 20  # every so many uses of a model all its weights are read
+def pytest_collection_finish():
+    """What the libraries made at their import stays: it need not be searched again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+# --- what every test leaves alone -------------------------------------------------------------
+
+BYTES = "the bytes of the weights"
+_MOST = 2**23  # weights beyond this many bytes are watched by torch's count of their edits alone
+
+
+def look_at(model):
+    """All of a model that no public call may change: its state, and a hash of what it holds.
+
+    Edits are known by torch's count of them; those that go behind its back by the hash.
+    """
+    held = (*model.parameters(), *model.buffers())
+    small = sum(tensor.nbytes for tensor in held) < _MOST and not any(t.is_meta for t in held)
+    return {**model_state(model), BYTES: weights_digest(model) if small else None}
+
+
+class Watched:
+    """What each model that the package was given looked like when a test was last done with it."""
+
+    def __init__(self):
+        self.looks = WeakKeyDictionary()
+        self.given = WeakSet()
+
+    def give(self, model):
+        """The package gets to see a model."""
+        if model not in self.looks:
+            self.looks[model] = look_at(model)
+        self.given.add(model)
+
+    def changed(self):
+        """What changed of all models that were given since the last time."""
+        left = []
+        for model in list(self.given):
+            before, self.looks[model] = self.looks[model], look_at(model)
+            shared = " of a model for all tests" if model in SHARED_MODELS else ""
+            for what in changed(before, self.looks[model]):
+                # edited and put back it is as it was: the hash sees to that
+                left.append(what if what == "the weights" else what + shared)
+        self.given.clear()
+        return left
+
+
+SHARED_MODELS = WeakSet()
+WATCHED = Watched()
+
+
+def shared(model):
+    """A model that no test may leave changed, whatever it says of itself."""
+    SHARED_MODELS.add(model)
+    return model
+
+
+@pytest.fixture(autouse=True, scope="session")
+def every_model_is_watched():
+    """From the moment on that the package opens it, whoever made or loaded it."""
+    opened = Host.__init__
+
+    def opening(host, *arguments, **facts):
+        opened(host, *arguments, **facts)
+        WATCHED.give(host.model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Host, "__init__", opening)
+        yield
 
 
 @contextmanager
-def watched(*models):
-    """Fails at its end if something of ``models``, of torch's modes or random numbers changed."""
-    before = [model_state(model) for model in models]
-    digests = [_digest_now_and_then(model) for model in models]
+def watched(*given, except_for=()):
+    """Fails at its end if something of a model, of torch's modes or of random numbers changed.
+
+    Of ``given`` and of every model that the package opens inside. ``except_for``: what is meant to.
+    """
+    for model in given:
+        WATCHED.give(model)
     modes, numbers = torch_modes(), random_states()
     yield
     left = [*changed(modes, torch_modes()), *changed(numbers, random_states())]
-    for model, state, digest in zip(models, before, digests, strict=True):
-        left += changed(state, model_state(model))
-        if digest is not None and weights_digest(model) != digest:
-            left.append("the bytes of the weights")
+    left += WATCHED.changed()
+    left = [what for what in dict.fromkeys(left) if what not in except_for]
     assert not left, f"the test changed {', '.join(left)}"
 
 
@@ -292,20 +429,19 @@ def watched(*models):
 def all_is_left_alone(request):
     """After every test, whatever it raised on the way: models, torch's modes, random numbers.
 
-    Of each model that fixtures share: weights, hooks, flags, training mode, gradients. Edits are
-    known by torch's count of them; those behind its back by a hash, now and then.
+    Of each model that the package was given: weights, hooks, flags, training mode, gradients. A
+    test that changes one itself says what: ``@pytest.mark.changes("the weights")``.
     """
-    shared = [name for name in _MODELS if name in request.fixturenames]
-    with watched(*map(request.getfixturevalue, shared)):
+    shape_checks.begin_test()
+    own = [what for mark in request.node.iter_markers("changes") for what in mark.args]
+    with watched(except_for=own):
         yield
-
-
-_uses: WeakKeyDictionary = WeakKeyDictionary()
-
-
-def _digest_now_and_then(model):
-    _uses[model] = _uses.get(model, -1) + 1
-    return weights_digest(model) if _uses[model] % _DIGESTED == 0 else None
+        for (
+            value
+        ) in request.node.funcargs.values():  # results of fixtures hold models opened before
+            model = getattr(getattr(value, "host", None), "model", value)
+            if isinstance(model, torch.nn.Module) and model in WATCHED.looks:
+                WATCHED.given.add(model)
 
 
 def count_forward_passes(model, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pandas as pd
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, layers_by_type, overlap_table
@@ -39,7 +39,6 @@ ATTN = st.lists(
 PROMPTS = st.lists(st.tuples(st.sampled_from(["a", "b", "c"]), FFN, ATTN), min_size=1, max_size=5)
 
 
-@settings(max_examples=15, deadline=None)
 @given(PROMPTS, st.sampled_from([None, 2]))
 def test_overlap_of_prompts_is_that_of_sets(prompts, top):
     found = overlap_table(table_of(prompts), top)
@@ -52,7 +51,6 @@ def test_overlap_of_prompts_is_that_of_sets(prompts, top):
         assert row["jaccard"] == pytest.approx(jaccard)
 
 
-@settings(max_examples=15, deadline=None)
 @given(PROMPTS)
 def test_overlap_of_types_is_the_mean_over_pairs_of_different_prompts(prompts):
     found = overlap_table(table_of(prompts), by="knowledge_type")

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOKENS, bridge_of, count_forward_passes
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import random_ffns, random_read_out
 
@@ -78,7 +78,6 @@ def test_every_convention_and_kind_of_target_goes_in_one_batch(tiny_gpt2, conven
     st.sampled_from([4_000, 50_000, 2**30]),
     st.permutations(range(6)),
 )
-@settings(max_examples=20, deadline=None)
 def test_neither_order_nor_batch_size_nor_budget_changes_a_score(asked, size, budget, order):
     model = bridge_of("gpt2", dtype=torch.float64)
     order = [place for place in order if place < len(asked)]

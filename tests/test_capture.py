@@ -7,7 +7,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import FAMILIES, SUPPORTED, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import (
+    FAMILIES,
+    SUPPORTED,
+    TOKENS,
+    bridge_of,
+    hooked_of,
+    needs_hooked_transformer,
+    own_bridge_of,
+    own_hooked_of,
+)
 
 from tl_neuron_attr import (
     Capture,
@@ -233,7 +242,7 @@ def test_hooks_are_removed_when_the_forward_pass_fails(tiny_gpt2):
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_activations_that_are_not_finite_name_their_layer(poison):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():
         model.blocks[1].mlp.b_in[3] = poison
     with pytest.raises(NonFiniteError, match="mlp_(post|out) of layer 1"):
@@ -402,9 +411,10 @@ def long_rope(monkeypatch):
         )
 
     monkeypatch.setitem(SUPPORTED, "phi3", (class_name, longer))
-    return bridge_of("phi3")
+    return own_bridge_of("phi3")
 
 
+@pytest.mark.changes("the weights")  # the frequencies, which the model chooses by length
 def test_a_long_prompt_does_not_change_the_rotary_positions_of_a_short_one(long_rope, monkeypatch):
     host = open_host(long_rope)
     prompts = asked_of(host)
@@ -416,7 +426,7 @@ def test_a_long_prompt_does_not_change_the_rotary_positions_of_a_short_one(long_
 
 @needs_hooked_transformer
 def test_a_hooked_transformers_dynamic_rotary_positions_are_kept_apart_too():
-    model = hooked_of("llama").eval()
+    model = own_hooked_of("llama").eval()
     model.cfg.use_dynamic_ntk_rope, model.cfg.train_seq_length = True, 4
     host = open_host(model)
     prompts = asked_of(host)
@@ -438,7 +448,7 @@ def test_left_padding_that_would_give_nan_is_refused_before_the_run(monkeypatch)
 
 @pytest.mark.parametrize("side", SIDES)
 def test_activations_that_are_not_finite_name_their_prompt(side):
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     host = open_host(model)
     batch = [(TOKENS, -1), ((9, 5), -1), ((7, 2, 31), -1), ((7, 31, 2), 0)]
     prompts = [

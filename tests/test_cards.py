@@ -16,8 +16,9 @@ from conftest import (
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
+    own_bridge_of,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 
@@ -673,7 +674,6 @@ def cards():
 
 
 @given(width=st.integers(-5, 200))
-@settings(max_examples=25, deadline=None)
 def test_no_line_is_longer_than_asked(cards, width):
     for card in cards:
         lines = card.text(width).splitlines()
@@ -764,7 +764,7 @@ def test_prompts_of_another_model_or_convention_are_refused(tiny_gpt2):
 def test_a_model_that_changed_since_is_noticed():
     from tl_neuron_attr import IdentityError
 
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attributed(model)
     neuron_card(result, "L1.N3")
     with torch.no_grad():

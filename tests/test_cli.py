@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import safetensors.torch
 import torch
-from conftest import bridge_of
+from conftest import own_bridge_of
 from typer.testing import CliRunner
 
 import tl_neuron_attr
@@ -255,7 +255,7 @@ def test_a_place_that_cannot_be_written_is_found_before_the_model_is_loaded(
 
 
 def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_path):
-    broken = bridge_of("gpt2")
+    broken = own_bridge_of("gpt2")
     with torch.no_grad():
         broken.blocks[2].mlp.b_in[0] = float("nan")
     monkeypatch.setattr(options, "load_model", lambda name, **options: broken)
@@ -263,7 +263,9 @@ def test_nan_activations_and_training_mode_are_errors_too(run, monkeypatch, tmp_
     assert shown.exit_code == 2
     assert "layer 2" in shown.stderr
     assert list(tmp_path.iterdir()) == []
-    monkeypatch.setattr(options, "load_model", lambda name, **options: bridge_of("gpt2").train())
+    monkeypatch.setattr(
+        options, "load_model", lambda name, **options: own_bridge_of("gpt2").train()
+    )
     shown = run("attribute", "--tokens", "3,4")
     assert (shown.exit_code, "training mode" in shown.stderr) == (2, True)
 

@@ -4,7 +4,7 @@ import json
 
 import pandas as pd
 import pytest
-from conftest import bridge_of
+from conftest import own_bridge_of
 from typer.testing import CliRunner
 
 from tl_neuron_attr import cli
@@ -213,7 +213,7 @@ def test_bad_labels_are_one_sentence_and_nothing_written(run, tmp_path, case):
 
 
 def test_nothing_is_run_before_the_request_is_known_to_be_good(run, monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     monkeypatch.setattr(options, "load_model", lambda name, **options: model)
     monkeypatch.setattr(model, "run_with_hooks", lambda *a, **o: pytest.fail("the model was run"))
     one_sentence(run("card", "L1.N96", "--tokens", "1,2"), "there is no neuron L1.N96")

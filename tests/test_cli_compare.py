@@ -4,6 +4,7 @@ import json
 
 import pandas as pd
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
 from tl_neuron_attr import (
@@ -13,7 +14,6 @@ from tl_neuron_attr import (
     cli,
     compare,
     head_scan,
-    load_model,
 )
 from tl_neuron_attr.tables import COMPARED_NEURON_COLUMNS
 
@@ -57,7 +57,7 @@ def test_json_has_the_tables_of_the_comparison(run):
     )
     assert shown.exit_code == 0 and shown.stderr == ""
     found = json.loads(shown.stdout)
-    result = attribute(load_model("tiny-facts"), PROMPT, top=1)
+    result = attribute(bundled_model(), PROMPT, top=1)
     comparison = compare(result, "The capital of Spain is", top=5)
     for kind in ("ffn", "attn"):
         rows = [row for row in found["neurons"] if row["kind"] == kind]
@@ -132,7 +132,7 @@ def test_the_head_scan_is_printed_and_written(run, tmp_path):
     assert shown.exit_code == 0, shown.output
     assert "the lowest 3 of 24" in " ".join(shown.output.split())
     assert max(len(line) for line in shown.output.splitlines()) <= 100
-    result = attribute(load_model("tiny-facts"), PROMPT, top=1)
+    result = attribute(bundled_model(), PROMPT, top=1)
     changes = head_scan(result.host, result.captured, result.target)
     table = pd.read_parquet(tmp_path / "heads.parquet")
     assert [*table.columns] == ["layer", "head", "change", "score"]
@@ -150,7 +150,7 @@ def test_the_head_scan_is_printed_and_written(run, tmp_path):
 
 
 def test_the_head_scan_agrees_with_comparing_without_the_head():
-    result = attribute(load_model("tiny-facts"), PROMPT, top=1)
+    result = attribute(bundled_model(), PROMPT, top=1)
     changes = head_scan(result.host, result.captured, result.target)
     comparison = compare(result, Zeroed((Head(0, 2),)), top=1)
     assert comparison.own_log_prob - result.log_prob == pytest.approx(

@@ -4,9 +4,10 @@ import json
 
 import pandas as pd
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import cli, evaluate, load_model
+from tl_neuron_attr import cli, evaluate
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.evaluate.evaluation import EFFECT_COLUMNS
 from tl_neuron_attr.knowledge import load_prompts, save_prompts
@@ -14,7 +15,7 @@ from tl_neuron_attr.knowledge import load_prompts, save_prompts
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import cli, known_prompts, load_model, load_prompts
+from tl_neuron_attr import cli, known_prompts, load_prompts
 from tl_neuron_attr.knowledge.known import Reason
 
 ROWS = [
@@ -73,7 +74,7 @@ def test_out_holds_the_prompts_kept_which_can_be_asked_again(run, mine, tmp_path
     kept = load_prompts(out)
     assert [prompt.text for prompt in kept] == [ROWS[0]["text"], ROWS[3]["text"]]
     with pytest.warns(UserWarning, match="tint"):
-        again = known_prompts(load_model("tiny-facts"), kept)
+        again = known_prompts(bundled_model(), kept)
     assert again.dropped == ()
 
 

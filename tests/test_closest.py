@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
-from hypothesis import given, settings
+from conftest import TOKENS, bridge_of, bundled_model, hooked_of, needs_hooked_transformer
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, attribute
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.methods.carried import carried_back, carried_once
 from tl_neuron_attr.methods.curved import answer_and_rivals, bent, curved_gradient
-from tl_neuron_attr.models import load_model
 from tl_neuron_attr.readout import read_out
 
 KINDS = ("ffn", "attn")
@@ -200,7 +199,6 @@ def test_the_rivals_gradient_is_that_of_the_model(tiny_model):
             assert float(rivals.prob.sum()) == pytest.approx(1)
 
 
-@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.floats(-30, 30), min_size=2, max_size=9),
     st.integers(1, 40),
@@ -256,7 +254,7 @@ def agreement(scores, exact):
 
 
 def test_on_the_bundled_model_they_come_closer_to_zeroing_in_this_order():
-    model = load_model("tiny-facts", device="cpu", dtype="float64")
+    model = bundled_model(dtype=torch.float64)
     case = Case(result=attribute(model, "The capital of France is", target=" Paris", top=5))
     order = ("log_prob_increase", "carried_once", "carried_back", "curved_gradient")
     for kind in KINDS:

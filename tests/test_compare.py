@@ -13,11 +13,13 @@ from conftest import (
     FAMILIES,
     TOKENS,
     bridge_of,
+    bundled_model,
     count_forward_passes,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import build, cases
 
@@ -35,7 +37,6 @@ from tl_neuron_attr import (
     capture,
     capture_zeroed,
     compare,
-    load_model,
     neuron_scores,
     open_host,
     projection_index,
@@ -179,7 +180,6 @@ def sides_of(case, dtype=torch.float32):
 
 
 @given(cases, st.integers(1, 30), st.booleans())
-@settings(max_examples=40, deadline=None)
 def test_the_differences_listed_are_those_of_scoring_every_neuron(case, top, lowest):
     first, second, dense = sides_of(case)
     found = top_differences(first, second, top, lowest=lowest)
@@ -212,7 +212,6 @@ def in_float64(value):
 
 
 @given(cases)
-@settings(max_examples=60, deadline=None)
 def test_intervals_from_norms_hold_every_score(case):
     out, blocks, target = build(case)
     before = out.baseline(torch.stack([block.base for block in blocks]), target)
@@ -224,7 +223,6 @@ def test_intervals_from_norms_hold_every_score(case):
 
 
 @given(cases)
-@settings(max_examples=30, deadline=None)
 def test_no_direction_is_farther_than_said(case):
     out, blocks, target = build(case, torch.float64)
     before = out.baseline(torch.stack([block.base for block in blocks]), target)
@@ -244,7 +242,7 @@ def test_no_direction_is_farther_than_said(case):
 
 
 def test_bounds_spare_most_neurons_and_an_index_more(tmp_path):
-    model = load_model("tiny-facts")
+    model = bundled_model()
     index = projection_index(model, tmp_path)
     evaluated = {}
     for name, given_index in (("norms", None), ("index", index)):
@@ -395,7 +393,7 @@ def test_another_prompt_in_every_form_gives_the_same(tiny_gpt2):
 
 
 def test_another_prompt_is_scored_at_the_originals_scale():
-    model = load_model("tiny-facts")
+    model = bundled_model()
     result = attribute(model, "The capital of France is", target=" Paris", top=5)
     comparison = compare(result, "The capital of Spain is", top=5)
     run = comparison.other.captured
@@ -414,7 +412,7 @@ def test_another_prompt_is_scored_at_the_originals_scale():
 
 
 def test_raises_and_lowers_have_the_sign_of_the_run_that_the_neuron_is_on_in():
-    model = load_model("tiny-facts")
+    model = bundled_model()
     whole = attribute(model, "The capital of France is", target=" Paris", top=300)
     host, prompt = whole.host, whole.captured.prompt
     (without,) = capture_zeroed(host, [prompt], [Zeroed((Head(3, 2),))])
@@ -591,7 +589,7 @@ def test_other_misfits_are_refused(tiny_gpt2):
     with pytest.raises(InputError, match="top must be at least 1"):
         compare(result, WITHOUT, top=0)
     with pytest.raises(InputError, match="no longer gives"):
-        changed = bridge_of("gpt2")
+        changed = own_bridge_of("gpt2")
         old = attribute(changed, TOKENS, target=9, top=1)
         with torch.no_grad():
             changed.blocks[0].mlp.W_out[3] += 1
@@ -614,7 +612,7 @@ def test_the_targets_are_the_originals(tiny_gpt2):
 
 
 def test_a_checkpoint_with_another_final_norm_changes_every_score():
-    one, other = bridge_of("gpt2"), bridge_of("gpt2")
+    one, other = bridge_of("gpt2"), own_bridge_of("gpt2")
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():  # no coefficient and no base differ, only what they are read out with
         gain = other.ln_final.weight

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import leaving_the_random_state
+from conftest import bundled_model, leaving_the_random_state
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tl_neuron_attr import attribute, load_model, open_host
+from tl_neuron_attr import attribute, open_host
 from tl_neuron_attr.knowledge import knowledge_prompts
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 from tl_neuron_attr.tiny_facts.editing import (
@@ -36,7 +36,7 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 @pytest.fixture(scope="module")
 def bridge():
-    return leaving_the_random_state(lambda: load_model("tiny-facts", device="cpu"))()
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, TOKENS, bridge_of, count_forward_passes
+from conftest import FAMILIES, TOKENS, bridge_of, count_forward_passes, own_bridge_of
 
 from tl_neuron_attr import (
     AttnNeuron,
@@ -145,7 +145,7 @@ def test_what_cannot_be_drawn_is_refused(tiny_gpt2, monkeypatch):
     passes = count_forward_passes(tiny_gpt2, monkeypatch)
     for arguments, message in (
         (([],), "no attributions"),
-        (([result, attribute(bridge_of("gpt2"), TOKENS, top=1)],), "of several models"),
+        (([result, attribute(own_bridge_of("gpt2"), TOKENS, top=1)],), "of several models"),
         ((result, "ffn", [11]), "only 10 ffn neurons are ranked in the chosen layers, fewer than"),
         ((result, "ffn", [-1]), "0 or more"),
         ((result, "ffn", []), "numbers of neurons"),

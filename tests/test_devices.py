@@ -276,6 +276,7 @@ def built(name):
     return build(family), spread
 
 
+@pytest.mark.changes("the weights")  # interventions edit rows, and undo it
 @pytest.mark.parametrize(
     ("name", "use"),
     [(name, use) for name, uses in BUILDS.items() for use in uses],

@@ -6,7 +6,7 @@ from html.parser import HTMLParser
 import nbformat
 import pandas as pd
 import pytest
-from conftest import bridge_of, count_forward_passes
+from conftest import bridge_of, bundled_model, count_forward_passes
 from nbclient import NotebookClient
 
 from tl_neuron_attr import (
@@ -16,7 +16,6 @@ from tl_neuron_attr import (
     evaluate,
     in_context_heads,
     known_prompts,
-    load_model,
     load_prompts,
     neuron_card,
     plan,
@@ -55,7 +54,7 @@ def tags_of(html):
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HookedTransformer
+from conftest import BYTES, HookedTransformer
 from typer.testing import CliRunner
 
 import tl_neuron_attr
@@ -38,6 +38,14 @@ NOT_RUN = {
     "HookedTransformer.from_pretrained_no_processing": (
         "HookedTransformer left TransformerLens at 4.0, and loads by name from the network"
     ),
+}
+
+# What a reader does to the model of his own: edits, undone; weights folded in place.
+_FOLDED = ("the weights", "requires_grad", "the gradients (.grad)", BYTES)
+CHANGES = {
+    "interventions": ("the weights",),
+    "models": (*_FOLDED, "the flags of its configuration"),
+    "recipes": (*_FOLDED, "the flags of its configuration"),
 }
 
 COMMAND = "tl-neuron-attr"
@@ -146,7 +154,13 @@ def reader(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
+PAGES_TO_RUN = [
+    pytest.param(page, marks=[pytest.mark.changes(*CHANGES.get(page.stem, ()))], id=page.stem)
+    for page in (README, *PAGES)
+]
+
+
+@pytest.mark.parametrize("page", PAGES_TO_RUN)
 def test_every_example_of_a_page_runs(page, reader):
     run_page(blocks_of(page))
 

@@ -17,6 +17,7 @@ from conftest import (
     bridge_of,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 from family_table import NAMES
 from typer.testing import CliRunner
@@ -286,7 +287,7 @@ NEVER_FAILING = {"check_weights", "check_text", "check_limits"}  # they say what
     [(name, *each) for name, cases in FAILING.items() for each in cases],
 )
 def test_every_check_can_fail(name, sabotage, says, monkeypatch):
-    examined = sabotage(bridge_of("gpt2"), monkeypatch)
+    examined = sabotage(own_bridge_of("gpt2"), monkeypatch)
     with torch.random.fork_rng():
         found = getattr(module, name)(examined)
     failed = [each for each in found if each.status == "fails"]
@@ -302,7 +303,7 @@ def test_of_no_check_is_it_unknown_whether_it_can_fail():
 
 
 def test_where_an_identity_fails_scores_are_not_checked_rather_than_fine():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda value, hook: value * 1.5)
     found = check_model(model, TOKENS)
     assert not found.holds
@@ -316,12 +317,12 @@ def test_where_an_identity_fails_scores_are_not_checked_rather_than_fine():
 
 
 def test_a_model_that_raises_or_gives_nan_has_a_line_for_it(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():
         model.blocks[1].mlp.W_out[0, 0] = math.nan
     found = check_model(model, TOKENS)
     assert "not finite" in found.findings[0].says and not found.holds
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     monkeypatch.setattr(model, "run_with_hooks", lambda *_, **__: {}["absent"])
     found = check_model(model, TOKENS)
     assert (found.findings[0].status, found.holds) == ("fails", False)
@@ -413,7 +414,7 @@ def test_the_command_shows_writes_and_exits_with_0(tmp_path, bundled, monkeypatc
 
 
 def test_the_command_exits_with_1_where_something_fails(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda value, hook: value * 1.5)
     monkeypatch.setattr(command, "load", lambda *_: model)
     shown = run("--tokens", "3,17,5", "--json")

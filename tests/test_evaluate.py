@@ -13,12 +13,14 @@ import torch
 from conftest import (
     FAMILIES,
     bridge_of,
+    bundled_model,
     count_forward_passes,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 
-from tl_neuron_attr import InputError, attribute, load_model
+from tl_neuron_attr import InputError, attribute
 from tl_neuron_attr.evaluate import CONTROLS, METRICS, evaluate, load_evaluation
 from tl_neuron_attr.evaluate.effects import conditions, ranked
 from tl_neuron_attr.evaluate.evaluation import (
@@ -180,7 +182,7 @@ def test_controls_are_of_the_first_methods_layers_and_measured_like_it(tiny_mode
 
 
 def test_a_planted_neuron_is_what_the_answer_rests_on():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():
         model.blocks[1].mlp.W_out[7] = 40 * model.W_U[:, 9] / model.W_U[:, 9].norm()
         model.blocks[1].mlp.b_in[7] += 3.0
@@ -328,7 +330,7 @@ def test_what_reading_a_file_had_to_say_is_kept_with_the_result(tmp_path):
     other = '{"text": "The capital of Italy is", "answer": "Rome"}\n'
     path.write_text(line + other + line)
     with pytest.warns(UserWarning) as caught:
-        found = evaluate(load_model("tiny-facts"), path, "d", top=2)
+        found = evaluate(bundled_model(), path, "d", top=2)
     said = [message for message in found.facts["warnings"] if "line" in message]
     assert len(said) == 1 and any(said[0] in str(warning.message) for warning in caught)
     assert found.facts["prompts"]["measured"] == 2
@@ -338,7 +340,7 @@ def test_each_prompt_is_patched_from_another_of_its_wording():
     asked = known(bridge_of("gpt2")).kept
     assert corrupted_in(asked, asked, 0) == [None, None, None]  # none is as long, or all one answer
     some = [each for each in load_prompts("month") if each.phrasing == "{subject} falls in"]
-    found = evaluate(load_model("tiny-facts"), some[:12], "d,attribution_patching", top=3)
+    found = evaluate(bundled_model(), some[:12], "d,attribution_patching", top=3)
     counts = found.effects.groupby("method")["prompt_id"].nunique()
     assert counts["norm"] == 12 and counts["attribution_patching"] >= 10
 
@@ -459,7 +461,7 @@ def test_prompts_about_one_fact_can_be_drawn_together():
 
 
 def test_the_rankings_are_the_neurons_that_were_zeroed_best_first(tmp_path):
-    model = load_model("tiny-facts")
+    model = bundled_model()
     prompts = load_prompts("color")[:4]
     found = evaluate(model, prompts, "a,e", neurons="both", top=(2, 5), filtered=False)
     of_prompt = found.rankings[found.rankings["prompt_id"] == found.prompts["prompt_id"][1]]
@@ -548,7 +550,7 @@ def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path, monkeypat
     ],
 )
 def test_a_wrong_request_is_refused_before_the_model_runs(monkeypatch, arguments, message):
-    model = bridge_of("phi3")
+    model = own_bridge_of("phi3")
     asked = known(model)
     passes = count_forward_passes(model, monkeypatch)
     arguments = {"prompts": asked, "methods": "a", **arguments}
@@ -582,7 +584,7 @@ def prompt(number, answer, text="The capital of France is", kind="capital"):
 
 
 def test_prompts_that_fall_out_are_listed_and_counted():
-    model = load_model("tiny-facts")
+    model = bundled_model()
     unsure = "number/addition/1 plus 2/h1"
     asked = [
         prompt(0, "Paris"),
@@ -603,7 +605,7 @@ def test_prompts_that_fall_out_are_listed_and_counted():
 
 
 def test_a_set_without_survivors_and_doubled_ids_are_refused_and_one_answer_is_told():
-    model = load_model("tiny-facts")
+    model = bundled_model()
     with pytest.raises(InputError, match="no prompt remains: 0 of 1 prompts kept"):
         evaluate(model, [prompt(0, "Unguessable")], "d")
     with pytest.raises(InputError, match="two prompts have the prompt_id 'capital/0'"):
@@ -620,7 +622,7 @@ def test_on_the_bundled_model_the_method_beats_norm_and_both_controls():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # at 100 some controls are smaller than the method's choice
         prompts = [each for each in load_prompts("paper") if each.fact.trained][::60]
-        found = evaluate(load_model("tiny-facts"), prompts, "a,norm", top=(10, 100))
+        found = evaluate(bundled_model(), prompts, "a,norm", top=(10, 100))
     table = found.summary()
     rows = table[(table["knowledge_type"] == "all") & (table["metric"] == "prob")]
     at_100 = rows[rows["top"] == 100].set_index("method")

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from conftest import FAMILIES, TOKENS, bridge_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, attribute
@@ -60,7 +60,6 @@ chosen_neurons = st.sets(st.integers(0, LAYERS * WIDTH - 1), max_size=30).map(
 )
 
 
-@settings(max_examples=60)
 @given(chosen_neurons, st.integers(0, 5))
 def test_controls_are_as_many_others_of_the_same_layers(chosen, seed):
     keys = random_keys((LAYERS, WIDTH), seed, "prompt")

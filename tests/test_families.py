@@ -276,6 +276,7 @@ def test_intervals_and_tokens_from_the_index_are_those_computed(model, whole, ki
     torch.testing.assert_close(lowest.score, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.changes("the weights")
 def test_zeroing_is_zeroing_the_row_and_is_undone(model, whole):
     neuron = next(each for each in whole.ffn_neurons.neurons() if each.layer == 1)
     tokens = torch.tensor([TOKENS])

@@ -13,13 +13,15 @@ from conftest import (
     FAMILIES,
     TOKENS,
     bridge_of,
+    bundled_model,
     count_forward_passes,
     hooked_of,
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
+    own_bridge_of,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformer_lens.model_bridge.sources import build_bridge_from_module
 from typer.testing import CliRunner
@@ -31,7 +33,6 @@ from tl_neuron_attr import (
     attribute,
     capture_sources,
     cli,
-    load_model,
     query_scores,
     top_query_neurons,
     value_query_graph,
@@ -396,7 +397,6 @@ def kept_shares(result, values, sources, **asked):
     return [sorted(each, reverse=True) for each in shares], got.reached.tolist()
 
 
-@settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.01, 1.0), most=st.integers(1, 60))
 def test_the_inputs_kept_are_the_largest_and_no_fewer_hold_the_share(found, share, most):
     result, values, sources = found
@@ -410,7 +410,6 @@ def test_the_inputs_kept_are_the_largest_and_no_fewer_hold_the_share(found, shar
         assert (held - kept[-1] / total) < share + 1e-4
 
 
-@settings(max_examples=30, deadline=None)
 @given(share=st.floats(0.01, 1.0), most=st.integers(1, 80))
 def test_the_value_neurons_kept_are_the_best_and_no_fewer_hold_the_share(found, share, most):
     result, _, _ = found
@@ -622,7 +621,7 @@ def test_narrow_weights_and_both_dtypes(tiny_gpt2):
 
 
 def test_the_prompt_is_run_again_once_for_each_step_that_needs_other_positions(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attributed(model)
     value_query_graph(result, "ffn")
     passes = count_forward_passes(model, monkeypatch)
@@ -894,7 +893,7 @@ def test_a_limit_beyond_all_candidates_takes_no_more_memory(tiny_model):
 
 
 def test_a_chosen_share_is_reached_and_the_default_stays_readable():
-    result = attribute(load_model("tiny-facts"), PROMPT, top=300)
+    result = attribute(bundled_model(), PROMPT, top=300)
     plain = value_query_graph(result)
     assert len(plain.inputs("answer")) == 10 and plain.answer.reached < 0.5
     assert all(len(plain.inputs(node.id)) <= 4 for node in plain.nodes[1:])

@@ -12,6 +12,7 @@ from conftest import (
     bridge_of,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 
 from tl_neuron_attr import (
@@ -132,13 +133,13 @@ def test_something_else_than_a_transformer_lens_model_is_refused():
 
 
 def test_a_bridge_in_training_mode_is_refused():
-    model = bridge_of("gpt2").train()
+    model = own_bridge_of("gpt2").train()
     with pytest.raises(InputError, match=r"training mode.*eval\(\)"):
         attribute(model, TOKENS)
 
 
 def test_a_weight_that_is_not_what_the_model_uses_fails_its_identity():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     block = model.blocks[1]
     assert attribute(model, TOKENS, top=1) is not None  # verified; hooks are looked at all the same
     # a hook that edits the FFN's output: the neurons no longer add up to it
@@ -153,7 +154,7 @@ def test_a_weight_that_is_not_what_the_model_uses_fails_its_identity():
 
 
 def test_a_model_changed_in_place_is_verified_again(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     checks = []
 
     def counted(*args):
@@ -202,7 +203,7 @@ def test_a_cache_or_capture_of_other_weights_is_found_out():
 
 
 def test_part_of_a_bridge_in_training_mode_is_found_too():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     model.blocks[0].train()
     assert not model.training
     with pytest.raises(InputError, match="training mode"):
@@ -217,7 +218,7 @@ def test_an_autocast_around_the_call_changes_nothing(tiny_model):
 
 
 def test_inference_mode_and_frozen_weights_will_do():
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     wanted = attribute(model, TOKENS, top=5).neurons()
     model.requires_grad_(False)
     with torch.inference_mode():
@@ -256,7 +257,7 @@ def test_what_is_no_decoder_with_a_final_norm_is_refused():
     ],
 )
 def test_a_configuration_that_says_unsupported_is_believed(monkeypatch, field, value, reason):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     monkeypatch.setattr(model.cfg, field, value, raising=False)
     with pytest.raises(UnsupportedModelError, match=f"GPT2LMHeadModel.*{reason}"):
         open_host(model)

@@ -8,11 +8,13 @@ import torch
 from conftest import (
     FAMILIES,
     bridge_of,
+    bundled_model,
     count_forward_passes,
     hooked_of,
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
@@ -25,7 +27,6 @@ from tl_neuron_attr import (
     head_inputs,
     head_scan,
     in_context_heads,
-    load_model,
 )
 from tl_neuron_attr.prompts import Prompt
 
@@ -203,7 +204,7 @@ def test_what_a_head_reads_is_the_sum_of_its_parts(family):
 
 
 def test_the_read_position_needs_no_other_run(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attributed(model)
     passes = count_forward_passes(model, monkeypatch)
     query = head_inputs(result, "L2.H1")
@@ -376,7 +377,7 @@ def test_heads_and_positions_that_cannot_be_are_one_sentence(
 
 def test_labels_of_a_text_are_tokens_of_it():
     with torch.random.fork_rng():
-        model = load_model("tiny-facts")
+        model = bundled_model()
     text = "The capital of France is Paris. The capital of Italy is Rome. The capital of Spain is"
     result = attribute(model, Prompt(text=text, target=" Madrid"), top=5)
     found = in_context_heads(result, (" Paris", " Rome"), top=4, scan=False)

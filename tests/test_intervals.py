@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOKENS, bridge_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import random_attns, random_ffns
 
@@ -191,7 +191,6 @@ STAGES = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("stage", STAGES)
 @given(cases, st.sampled_from([None, 1, 5, 30]))
-@settings(max_examples=80, deadline=None)
 def test_an_interval_contains_the_exact_score(dtype, stage, case, likely):
     out, blocks, target = build(case, dtype)
     found = score_intervals(
@@ -215,7 +214,6 @@ def test_an_interval_contains_the_exact_score(dtype, stage, case, likely):
 
 
 @given(cases, st.sampled_from([1_000, 20_000]))
-@settings(max_examples=40, deadline=None)
 def test_a_small_budget_gives_other_stages_and_no_wrong_interval(case, budget):
     out, blocks, target = build(case, torch.float32)
     index = index_of(blocks, out)
@@ -366,7 +364,6 @@ def test_no_more_is_scored_than_is_wide():
 
 
 @given(cases, st.integers(1, 60), st.sampled_from([1e-6, 1e-3, 1.0, math.inf]))
-@settings(max_examples=40, deadline=None)
 def test_sums_and_shares_contain_the_true_ones(case, top, tolerance):
     out, blocks, target = build(case, torch.float64)
     found = score_intervals(blocks, out, target, index_of(blocks, out), tolerance=tolerance)
@@ -402,7 +399,6 @@ def test_a_share_is_close_where_intervals_are_narrow():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(cases, st.integers(1, 17), st.sampled_from([None, 0, 3]))
-@settings(max_examples=50, deadline=None)
 def test_the_most_suppressing_neurons_are_those_a_dense_evaluation_lists_last(
     dtype, case, top, likely
 ):
@@ -472,7 +468,6 @@ def test_neurons_that_are_off_stand_between_the_signs():
 
 
 @given(cases)
-@settings(max_examples=30, deadline=None)
 def test_scores_of_a_contrast_are_known_at_once(case):
     out, blocks, target = build(case, torch.float64)
     other = Target((target.id + 1) % case["d_vocab"])

@@ -6,13 +6,8 @@ import sys
 
 import pytest
 import torch
-from conftest import (
-    TOKENS,
-    bridge_of,
-    hooked_of,
-    needs_hooked_transformer,
-)
-from hypothesis import given, settings
+from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer, own_bridge_of
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import (
@@ -242,7 +237,6 @@ def made(maker, parts, position, first, second, means):
     return replace_mean(parts, means, position=position)
 
 
-@settings(max_examples=25, deadline=None)
 @given(several=st.lists(st.tuples(makers, labels, positions, numbers, numbers), max_size=5))
 def test_several_act_one_after_the_other_in_the_order_given(tiny_gpt2, some_means, several):
     host, means = open_host(tiny_gpt2), some_means
@@ -270,7 +264,7 @@ def test_several_act_one_after_the_other_in_the_order_given(tiny_gpt2, some_mean
     assert torch.equal(nested, wanted)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def some_means(tiny_gpt2):
     return mean_coefficients(tiny_gpt2, [TOKENS, (9, 2, 30)])
 
@@ -310,7 +304,7 @@ def hooks_on(model):
 
 @pytest.mark.parametrize("family", ["llama", "gptj"])
 def test_only_its_own_hooks_are_taken_away(family):
-    model = bridge_of(family)
+    model = own_bridge_of(family)
     seen = []
     name = hook_names(open_host(model), 0)["mlp_post"]
     model.add_hook(name, lambda activation, hook: seen.append(float(activation[0, 0, 3])))
@@ -497,7 +491,7 @@ def test_means_of_prompts_in_every_form(tiny_gpt2):
 
 
 def test_means_that_are_not_finite_are_refused():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():
         model.blocks[1].mlp.W_out[3] = torch.nan
     with pytest.raises(NonFiniteError, match="no mean"):

@@ -11,6 +11,7 @@ from conftest import (
     count_forward_passes,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 
 from tl_neuron_attr import (
@@ -104,7 +105,7 @@ def run_by_hand(host, prompt, zeroed, wanted):
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "neox-parallel", "gptj", "opt", "bloom"])
 def test_zeroing_equals_zeroing_the_rows_of_the_weights(family):
-    model = bridge_of(family)
+    model = own_bridge_of(family)
     host = open_host(model)
     cases = (
         (Zeroed((FFNNeuron(1, 7), FFNNeuron(0, 2))), lambda m: m.blocks[1].mlp, None),
@@ -357,7 +358,7 @@ def test_a_forward_that_someone_put_on_a_block_is_put_back(tiny_gpt2):
 
 
 def test_a_run_that_is_no_longer_the_captured_one_is_refused():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attribute(model, TOKENS, target=9, top=1)
     with torch.no_grad():
         model.blocks[0].mlp.W_out[3] += 1
@@ -366,7 +367,7 @@ def test_a_run_that_is_no_longer_the_captured_one_is_refused():
 
 
 def test_activations_that_are_not_finite_are_refused():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     host = open_host(model)
     with torch.no_grad():
         model.blocks[2].mlp.W_out[3] = torch.inf

@@ -11,11 +11,13 @@ import torch
 from conftest import (
     FAMILIES,
     bridge_of,
+    bundled_model,
     count_forward_passes,
-    hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
+    own_hooked_of,
 )
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -27,7 +29,6 @@ from tl_neuron_attr import (
     attribute_all,
     corrupted_of,
     known_prompts,
-    load_model,
     open_host,
     paper_prompts,
     tokenize,
@@ -40,7 +41,7 @@ WORDS = [a + b for a in "bcdfghjk" for b in "aeiouxyz"][:61]
 
 @pytest.fixture(scope="module")
 def tiny_facts():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")
@@ -181,7 +182,7 @@ def assert_as_defined(known, wanted):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_kept_is_what_a_loop_over_plain_logits_keeps(family):
-    model = with_words(bridge_of(family))
+    model = with_words(own_bridge_of(family))
     prompts = random_prompts(seed=len(family))
     known = known_prompts(model, prompts, top=20)
     reasons = {each.reason for each in known.dropped}
@@ -196,7 +197,7 @@ def test_what_is_kept_is_what_a_loop_over_plain_logits_keeps(family):
 @needs_hooked_transformer
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 def test_a_hooked_transformer_keeps_what_the_loop_keeps(family):
-    model = with_words(hooked_of(family))
+    model = with_words(own_hooked_of(family))
     prompts = random_prompts(seed=3)
     known = known_prompts(model, prompts, top=20)
     assert_as_defined(known, by_definition(plain_answers(model, prompts), top=20))
@@ -221,7 +222,6 @@ def test_the_bundled_model_knows_nearly_all_it_was_trained_on_and_little_else(fo
     assert (len(kept) - sum(kept)) / (len(paper) - trained) < 0.2
 
 
-@settings(deadline=None, max_examples=10)
 @given(choice=st.sets(st.integers(0, 128), min_size=5, max_size=30))
 def test_what_is_kept_of_the_six_types_does_not_depend_on_what_is_asked_beside(
     tiny_facts, paper, found, choice
@@ -425,7 +425,6 @@ def test_a_corrupted_prompt_asks_the_same_of_another_subject_in_as_many_tokens(c
             assert other.read_pos == asked.tokenized.read_pos
 
 
-@settings(deadline=None, max_examples=20)
 @given(seed=st.integers(0, 5), order=st.randoms(use_true_random=False))
 def test_which_one_is_taken_depends_on_the_seed_alone(capitals, seed, order):
     shuffled = list(capitals)

@@ -13,6 +13,7 @@ from conftest import (
     count_forward_passes,
     hooked_of,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 
 from tl_neuron_attr import InputError, Prompt, attribute, capture, open_host, tokenize
@@ -147,7 +148,7 @@ def test_only_what_comes_before_the_read_position_is_listed(tiny_gpt2):
 
 
 def test_a_run_that_is_not_the_one_captured_is_refused_and_saving_says_so(tmp_path):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     captured = capture(open_host(model), tokenize(open_host(model), Prompt(tokens=TOKENS)))
     result = attributed(model, captured)
     result.save(tmp_path / "out")

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
-from hypothesis import given, settings
+from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer, own_bridge_of
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import (
@@ -188,7 +188,7 @@ def test_a_neuron_that_is_off_raises_nothing_and_has_the_last_place():
 
 
 def test_a_planted_neuron_ranks_first_by_what_it_says():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attribute(model, TOKENS, target=TARGET, top=1)
     index = int(result.captured.mlp_post[2].abs().argmax())
     sign = float(result.captured.mlp_post[2, index].sign())
@@ -212,7 +212,6 @@ def test_scores_do_not_depend_on_the_batch_the_prompt_was_attributed_in(tiny_mod
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-@settings(max_examples=8, deadline=None)
 @given(st.integers(2_000, 200_000), st.sampled_from(STATIC), st.sampled_from(KINDS))
 def test_the_budget_changes_no_score(tiny_gpt2, budget, name, kind):
     one = METHODS[name](case_of(tiny_gpt2), kind, None)
@@ -317,7 +316,6 @@ def test_the_tables_on_the_page_are_what_was_measured():
     top=st.integers(1, 30),
     seed=st.integers(0, 10**6),
 )
-@settings(deadline=None, max_examples=60)
 def test_the_best_neurons_are_those_of_a_stable_sort(shape, top, seed):
     # few values, so that there are ties
     scores = torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(seed)).float()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of
+from conftest import TOKENS, own_bridge_of
 from test_methods import case_of
 
 from tl_neuron_attr import Case, ConformanceError, InputError, check_method
@@ -12,7 +12,7 @@ from tl_neuron_attr.methods.static import coefficient, norm
 
 @pytest.fixture(scope="module")
 def cases():
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     return tuple(case_of(model, tokens) for tokens in (TOKENS[:3], TOKENS[:4]))
 
 
@@ -177,6 +177,10 @@ def by_batch(case, kind, top):
     return scores(case, kind) + case.result.seconds
 
 
+@pytest.mark.changes(
+    *("training mode", "the modules' own hooks", "the weights"),
+    *("the gradients (.grad)", "requires_grad"),
+)
 @pytest.mark.parametrize(
     ("method", "message"),
     [
@@ -210,7 +214,7 @@ def by_batch(case, kind, top):
     ],
 )
 def test_what_is_no_method_is_told_why(method, message):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     cases = [case_of(model, tokens) for tokens in (TOKENS, TOKENS[:4])]
     with torch.random.fork_rng(), pytest.raises(ConformanceError, match=message) as raised:
         try:

@@ -6,7 +6,14 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import (
+    TOKENS,
+    bridge_of,
+    bundled_model,
+    hooked_of,
+    needs_hooked_transformer,
+    own_bridge_of,
+)
 from test_methods import KINDS, TARGET, case_of
 
 from tl_neuron_attr import (
@@ -14,7 +21,6 @@ from tl_neuron_attr import (
     NonFiniteError,
     Prompt,
     attribute,
-    load_model,
     open_host,
     tokenize,
 )
@@ -135,7 +141,7 @@ def test_ablation_of_a_contrast_is_the_difference_of_two():
 
 
 def test_a_model_that_breaks_without_a_neuron_is_refused():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     case = case_of(model)
     with torch.no_grad():
         for name in ("ablation", "gradient_activation", "integrated_gradients"):
@@ -205,8 +211,9 @@ def test_without_a_corrupted_prompt_there_is_no_attribution_patching(tiny_gpt2):
         METHODS["attribution_patching"](case, "ffn", None)
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_a_neuron_that_speaks_for_the_answer_in_the_clean_prompt_alone_is_patched_first():
-    model = bridge_of("opt")  # ReLU: some neurons are off in one of the prompts
+    model = own_bridge_of("opt")  # ReLU: some neurons are off in one of the prompts
     case = case_of(model)
     host = case.result.host
     with torch.no_grad():
@@ -320,9 +327,10 @@ def test_no_steps_are_refused(tiny_gpt2):
 # --- what gradients leave behind --------------------------------------------------------------
 
 
+@pytest.mark.changes("requires_grad", "the gradients (.grad)")
 @pytest.mark.parametrize("flag", [True, False])
 def test_flags_and_gradients_of_the_weights_stay_as_they_are(flag):
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     wanted = METHODS["gradient_activation"](case_of(model), "ffn", None)
     weights = [*model.parameters()]
     for weight in weights:
@@ -446,7 +454,7 @@ def test_a_partial_of_a_method_is_a_method(tiny_gpt2):
 )
 def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name):
     with torch.inference_mode():
-        model = bridge_of("gpt2")
+        model = own_bridge_of("gpt2")
         result = attribute(model, TOKENS, top=2)
     case = Case(
         result=result, corrupted=tokenize(open_host(model), Prompt(tokens=(4, *TOKENS[1:])))
@@ -457,11 +465,11 @@ def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name
 
 def test_ablation_of_a_confident_answer_is_not_lost_in_the_rounding_of_its_log_probability():
     """In float32, what most neurons do to an answer of p = .999 is less than log p's rounding."""
-    model = load_model("tiny-facts")
+    model = bundled_model()
     result = attribute(model, "The color of snow is", target=" white", top=2)
     assert result.log_prob > -0.01
     found = METHODS["ablation"](Case(result=result), "ffn", None).flatten().double()
-    wide = load_model("tiny-facts", dtype=torch.float64)
+    wide = bundled_model(dtype=torch.float64)
     exact = attribute(wide, "The color of snow is", target=" white", top=2)
     exact = METHODS["ablation"](Case(result=exact), "ffn", None).flatten()
     live = exact.abs() > 0

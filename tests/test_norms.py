@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import FAMILIES, TOKENS, bridge_of, needs_hooked_transformer
+from conftest import FAMILIES, TOKENS, bridge_of, needs_hooked_transformer, own_bridge_of
 
 import tl_neuron_attr.norms as norms_module
 from tl_neuron_attr import (
@@ -55,7 +55,7 @@ def test_narrow_weights_have_norms_of_full_precision():
 
 
 def test_norms_are_measured_once_for_all_runs_of_a_model(monkeypatch):
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     measured = []
     real = norms_module.row_norms
     monkeypatch.setattr(
@@ -68,10 +68,11 @@ def test_norms_are_measured_once_for_all_runs_of_a_model(monkeypatch):
     assert len(measured) == 2 * open_host(model).n_layers
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 @pytest.mark.parametrize("behind_its_back", [False, True])
 @pytest.mark.parametrize("edited", ["W_U", "W_out", "W_O", "gain"])
 def test_weights_edited_in_place_are_measured_anew(edited, behind_its_back):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     host = open_host(model)
     assert all(assert_right(host))
     weight = {
@@ -86,17 +87,19 @@ def test_weights_edited_in_place_are_measured_anew(edited, behind_its_back):
     assert_right(open_host(model))  # and one opened now
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_a_weight_replaced_by_another_is_measured_anew():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     assert_right(open_host(model))
     linear = model.blocks[0].mlp.out.original_component
     linear.weight = torch.nn.Parameter(linear.weight.detach() * 3)
     assert all(assert_right(open_host(model)))
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_weights_made_under_inference_mode_are_measured_anew_when_edited():
     with torch.inference_mode():
-        model = bridge_of("gpt2")
+        model = own_bridge_of("gpt2")
         assert all(assert_right(open_host(model)))
         open_host(model).W_out(1).mul_(3.0)
         assert all(assert_right(open_host(model)))
@@ -118,7 +121,7 @@ def test_most_weights_are_known_where_they_lie(family):
 
 def test_an_interval_and_a_score_by_norm_take_them_anew():
     """A row written behind torch's back, which no sample sees: slack may be old, no score is."""
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     host = open_host(model)
     weight_norms(host)
     host.W_out(1).data[5] *= 100.0

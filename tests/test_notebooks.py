@@ -10,6 +10,7 @@ from pathlib import Path
 import nbformat
 import pytest
 from nbclient import NotebookClient
+from nbclient.util import run_sync
 from notebook_claims import CLAIMS
 
 ROOT = Path(__file__).parents[1]
@@ -75,11 +76,10 @@ def tables_of(notebook):
     ]
 
 
-def execute(path, directory):
-    """The notebook, run by a kernel of this very Python, offline."""
-    notebook = nbformat.read(path, as_version=4)
-    judge = nbformat.v4.new_code_cell(JUDGE.format(claims=CLAIMS[path.stem]))
-    notebook.cells.append(judge)
+@pytest.fixture(scope="module")
+def kernel(tmp_path_factory):
+    """One kernel of this very Python, offline, for all notebooks: to start one takes seconds."""
+    directory = tmp_path_factory.mktemp("kernel")
     search_path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PYTHONPATH", search_path)
@@ -88,13 +88,33 @@ def execute(path, directory):
         environment.setenv("IPYTHONDIR", str(directory / "ipython"))  # no start-up files
         environment.setenv("JUPYTER_RUNTIME_DIR", str(directory / "runtime"))
         environment.setenv("OMP_NUM_THREADS", "1")  # beside another worker, a second one costs
-        client = NotebookClient(
-            notebook,
-            timeout=SECONDS_A_CELL,
-            kernel_name="python3",
-            resources={"metadata": {"path": str(directory)}},
-        )
+        client = NotebookClient(nbformat.v4.new_notebook(), kernel_name="python3")
+        manager = client.create_kernel_manager()
+        client.start_new_kernel(cwd=str(directory))
+    yield manager
+    run_sync(manager.shutdown_kernel)(now=True)
+
+
+# Before a notebook: nothing of the one before has a name, and it stands where it was put.
+ALONE = """
+import os as _os
+_os.chdir({directory!r})
+get_ipython().run_line_magic("reset", "-f")
+"""
+
+
+def execute(path, directory, manager):
+    """The notebook, run by the kernel, which has forgotten the others."""
+    notebook = nbformat.read(path, as_version=4)
+    alone = nbformat.v4.new_code_cell(ALONE.format(directory=str(directory)))
+    judge = nbformat.v4.new_code_cell(JUDGE.format(claims=CLAIMS[path.stem]))
+    notebook.cells = [alone, *notebook.cells, judge]
+    client = NotebookClient(notebook, km=manager, timeout=SECONDS_A_CELL)
+    try:
         client.execute()  # raises CellExecutionError, with the traceback, at the first failure
+    finally:
+        client.kc.stop_channels()
+    assert notebook.cells.pop(0).outputs == []
     (told,) = notebook.cells.pop().outputs
     return Executed(notebook=notebook, claims=json.loads(told.text))
 
@@ -144,10 +164,9 @@ def test_what_the_text_claims_is_in_the_text(path):
     assert [words for words in CLAIMS[path.stem] if words not in text] == []
 
 
-# one test a notebook, so that with several workers each still runs once
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebooks_run_show_tables_and_figures_and_tell_the_truth(path, tmp_path):
-    executed = execute(path, tmp_path)
+def test_notebooks_run_show_tables_and_figures_and_tell_the_truth(path, tmp_path, kernel):
+    executed = execute(path, tmp_path, kernel)
     notebook = executed.notebook
     for cell in code_cells(notebook):
         for output in cell.outputs:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import attribute, load_evaluation, load_model, neuron_card, value_query_graph
+from tl_neuron_attr import attribute, load_evaluation, neuron_card, value_query_graph
 from tl_neuron_attr.cli import app
 from tl_neuron_attr.errors import InputError, OutputError
 from tl_neuron_attr.knowledge import load_prompts, save_prompts
@@ -243,7 +244,7 @@ def test_hostile_tokens_are_text_on_every_page(written, name):
 
 @pytest.fixture(scope="module")
 def result():
-    return attribute(load_model("tiny-facts"), PROMPT, top=20)
+    return attribute(bundled_model(), PROMPT, top=20)
 
 
 def test_a_page_is_replaced_with_its_tables_or_not_at_all(written, tmp_path, monkeypatch):

@@ -3,8 +3,9 @@
 from dataclasses import replace
 
 import pytest
+from conftest import bundled_model
 
-from tl_neuron_attr import InputError, attribute, load_model
+from tl_neuron_attr import InputError, attribute
 from tl_neuron_attr.paper.check import check_published, compare_example
 from tl_neuron_attr.paper.published import MODELS, Example, Scores, published_example
 
@@ -13,7 +14,7 @@ PROMPT = "The capital of France is"
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

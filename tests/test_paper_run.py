@@ -10,9 +10,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import InputError, cli, load_model
+from tl_neuron_attr import InputError, cli
 from tl_neuron_attr.knowledge import load_prompts
 from tl_neuron_attr.markup import Shown, number
 from tl_neuron_attr.paper import Settings, run, write_paper
@@ -23,7 +24,7 @@ SETTINGS = Settings(batch_size=2, sample=1, seed=5)
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

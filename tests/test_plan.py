@@ -13,6 +13,7 @@ import transformers
 from conftest import (
     FAMILIES,
     bridge_of,
+    bundled_model,
     hooked_of,
     hugging_face_model,
     leaving_the_random_state,
@@ -192,7 +193,7 @@ def test_only_the_configuration_is_read(tmp_path):
         load_model(str(tmp_path))
     by_name = quick("tiny-facts", n_tokens=6)
     assert quick(tmp_path, n_tokens=6) == quick(str(tmp_path), n_tokens=6) == by_name
-    model = quick(load_model("tiny-facts"), n_tokens=6)
+    model = quick(bundled_model(), n_tokens=6)
     assert replace(model, weight_bytes=by_name.weight_bytes) == by_name
 
 
@@ -218,7 +219,7 @@ def test_operations_are_those_that_torch_counts(family):
 
 
 def test_certified_operations_on_a_trained_model():
-    model = load_model("tiny-facts")
+    model = bundled_model()
     captured = attribute(model, "The capital of France is").captured
     with FlopCounterMode(display=False) as scoring:
         found = attribute(model, captured, top=5)

@@ -9,7 +9,7 @@ from collections import Counter
 
 import pytest
 from conftest import SHARED
-from hypothesis import example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, knowledge_prompts, load_prompts, paper_prompts, save_prompts
@@ -387,7 +387,6 @@ def only_input_errors(path):
 KINDS = st.sampled_from([".jsonl", ".csv", ".json"])
 
 
-@settings(deadline=None, max_examples=60)
 @given(kind=KINDS, content=st.binary(max_size=80))
 @example(kind=".csv", content=b"text,answer\n\x00,\x00\n")
 def test_of_any_bytes_only_input_errors_come(tmp_path_factory, kind, content):
@@ -408,7 +407,6 @@ VALUES = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=40)
 @given(
     kind=st.sampled_from([".jsonl", ".json"]),
     value=VALUES,
@@ -423,7 +421,6 @@ def test_of_any_json_only_input_errors_come(tmp_path_factory, kind, value, row, 
     only_input_errors(path)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     kind=KINDS,
     place=st.integers(0, 250),

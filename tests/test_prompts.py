@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import SHARED, TOKENS, bridge_of
+from conftest import SHARED, TOKENS, bridge_of, bundled_model
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +14,7 @@ from tl_neuron_attr.prompts import as_prompt, visible
 
 @pytest.fixture(scope="module")
 def facts_host():
-    return open_host(load_model("tiny-facts"))
+    return open_host(bundled_model())
 
 
 @pytest.fixture(scope="module")

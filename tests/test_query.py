@@ -16,6 +16,7 @@ from conftest import (
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
+    own_bridge_of,
 )
 from transformer_lens.model_bridge import TransformerBridge
 from transformer_lens.model_bridge.sources import build_bridge_from_module
@@ -693,7 +694,7 @@ def test_in_published_they_stay_and_dominate(with_ill_conditioned):
 
 @pytest.mark.parametrize("convention", ["exact", "published"])
 def test_a_neuron_that_reads_nothing_has_no_shares_in_any_convention(convention):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with torch.no_grad():  # its pre-activation is 0, of parts that are 0
         model.blocks[1].mlp.W_in[:, 7] = 0.0
         model.blocks[1].mlp.b_in[7] = 0.0
@@ -711,7 +712,7 @@ def test_a_neuron_that_reads_nothing_has_no_shares_in_any_convention(convention)
 
 
 def test_the_prompt_is_run_again_once_and_only_for_attention(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attributed(model)
     passes = count_forward_passes(model, monkeypatch)
     result.query_layers("ffn")
@@ -793,7 +794,7 @@ def test_sources_are_what_a_capture_at_their_position_holds(tiny_model):
 
 
 def test_a_model_that_changed_since_is_noticed():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attributed(model)
     with torch.no_grad():
         model.blocks[1].mlp.W_out.mul_(1.1)

@@ -14,6 +14,7 @@ from conftest import (
     bridge_of,
     count_forward_passes,
     leaving_the_random_state,
+    own_bridge_of,
 )
 from test_golden import assert_same_ranking
 from typer.testing import CliRunner
@@ -378,7 +379,7 @@ def test_of_which_value_neurons_does_not_depend_on_how_many_are_listed(written):
 
 
 def test_what_is_saved_does_not_fail_where_the_run_cannot_be_repeated(tmp_path):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attribute(model, TOKENS, target=7, top=5)
     with torch.no_grad():
         model.blocks[1].mlp.W_out.mul_(1.1)
@@ -413,7 +414,7 @@ def test_a_cache_and_a_capture_have_query_neurons_too(tmp_path):
 
 
 def test_edited_runs_are_saved_without_query_neurons(tmp_path):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     with model.hooks(fwd_hooks=[("blocks.1.attn.hook_v", lambda value, hook: value / 2)]):
         edited = attribute(model, TOKENS, target=7, top=5)
         edited.save(tmp_path / "in-force")
@@ -443,7 +444,7 @@ def test_ill_conditioned_values_alone_are_not_ranked(tmp_path, run, monkeypatch)
 
 
 def test_the_prompt_is_run_once_more_for_files_json_and_screen_together(monkeypatch, tmp_path):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     result = attribute(model, TOKENS, target=7, top=5)
     result.query_layers("ffn")  # which checks the model's subkeys
     passes = count_forward_passes(model, monkeypatch)

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import leaving_the_random_state
+from conftest import bundled_model, leaving_the_random_state
 from transformers import AutoTokenizer, GPT2LMHeadModel
 
-from tl_neuron_attr import attribute, load_model
+from tl_neuron_attr import attribute
 from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 from tl_neuron_attr.tiny_facts.zeroing import query_neurons, zeroing_effects
@@ -23,7 +23,7 @@ def bundled():
     return leaving_the_random_state(
         lambda: (
             GPT2LMHeadModel.from_pretrained(tiny_facts_dir(), local_files_only=True),
-            load_model("tiny-facts", device="cpu"),
+            bundled_model(),
             AutoTokenizer.from_pretrained(tiny_facts_dir(), local_files_only=True),
         )
     )()

@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 
 import pandas as pd
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import attribute, load_model, projection_index
+from tl_neuron_attr import attribute, projection_index
 from tl_neuron_attr.cli import app
 from tl_neuron_attr.errors import InputError, OutputError
 from tl_neuron_attr.report import (
@@ -39,7 +40,7 @@ HOSTILE = (
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")
@@ -416,7 +417,7 @@ def test_bad_requests_are_refused_in_one_sentence(arguments, message, tmp_path, 
 
 
 def test_log_probs_of_another_run_are_refused(tmp_path):
-    result = attribute(load_model("tiny-facts"), "The capital of France is", top=3)
+    result = attribute(bundled_model(), "The capital of France is", top=3)
     result.save(tmp_path)
     place = tmp_path / "log_probs.parquet"
     pd.read_parquet(place).assign(token="zzz").to_parquet(place, index=False)
@@ -427,7 +428,7 @@ def test_log_probs_of_another_run_are_refused(tmp_path):
 def test_a_card_that_cannot_be_made_leaves_the_others(tmp_path, monkeypatch):
     import tl_neuron_attr.report.cards as cards_module
 
-    result = attribute(load_model("tiny-facts"), "The capital of France is", top=3)
+    result = attribute(bundled_model(), "The capital of France is", top=3)
     saved = result.saved()
     whole = cards_module.best_cards(result, saved, 2)
     real = cards_module.neuron_card

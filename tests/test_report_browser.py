@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import bundled_model
 
-from tl_neuron_attr import attribute, load_model
+from tl_neuron_attr import attribute
 from tl_neuron_attr.report import prompt_set, read_saved, report_html, report_set
 
 CHROMIUM = os.environ.get("CHROMIUM") or next(
@@ -30,7 +31,7 @@ PROMPT = "The capital of France is"
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
     place = tmp_path_factory.mktemp("saved")
-    attribute(load_model("tiny-facts"), PROMPT, top=60).save(place, report=True)
+    attribute(bundled_model(), PROMPT, top=60).save(place, report=True)
     return place
 
 
@@ -203,7 +204,7 @@ def test_on_a_narrow_screen_only_tables_scroll_sideways(directory, open_page, ke
 
 
 def test_the_index_of_a_set_opens_a_prompts_page_when_asked(open_page, keep, tmp_path, monkeypatch):
-    attribute(load_model("tiny-facts"), PROMPT, top=5).save(tmp_path / "small")
+    attribute(bundled_model(), PROMPT, top=5).save(tmp_path / "small")
     # eleven times the same prompt, drawn once
     monkeypatch.setattr(prompt_set, "_page", functools.cache(prompt_set._page))
     page = open_page(report_set([tmp_path / "small"] * 11, tmp_path / "set"))

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from conftest import bundled_model
 
 import tl_neuron_attr.runs.run as run_module
 import tl_neuron_attr.runs.shard as shard_module
@@ -46,7 +47,7 @@ WHAT = ("neurons", "query_neurons", "layers", "heads")
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 def two_types():

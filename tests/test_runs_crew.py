@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from conftest import bundled_model
 
 import tl_neuron_attr.runs.run as run_module
 import tl_neuron_attr.runs.shard as shard_module
@@ -210,7 +211,7 @@ def test_a_worker_that_says_what_is_no_message_is_gone(monkeypatch, prints, word
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

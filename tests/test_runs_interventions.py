@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import bundled_model
 
 from tl_neuron_attr import (
     InputError,
@@ -12,7 +13,6 @@ from tl_neuron_attr import (
     attribute,
     diff_runs,
     evaluate,
-    load_model,
     load_prompts,
     neurons_of,
     read_out,
@@ -26,7 +26,7 @@ KEY = ["role", "set", "kind", "count"]
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import bridge_of, count_forward_passes
+from conftest import bundled_model, count_forward_passes, own_bridge_of
 
 import tl_neuron_attr.runs.measured as measured
 from tl_neuron_attr import (
@@ -18,7 +18,6 @@ from tl_neuron_attr import (
     attribute,
     best_neurons,
     diff_runs,
-    load_model,
     load_prompts,
     run_prompts,
 )
@@ -31,7 +30,7 @@ NAMES = ("log_prob_increase", "prob_increase", "norm", "coefficient_rank", "grad
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +143,7 @@ def test_a_function_of_ones_own_is_refused():
 
 
 def test_a_method_the_model_does_not_admit_is_refused_before_it_is_run(tmp_path, monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     passes = count_forward_passes(model, monkeypatch)
     with torch.inference_mode():
         frozen = torch.zeros(3)

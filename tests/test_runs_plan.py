@@ -6,14 +6,13 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import bridge_of
+from conftest import bridge_of, bundled_model
 
 from tl_neuron_attr import (
     InputError,
     Prompt,
     Share,
     known_prompts,
-    load_model,
     load_prompts,
     open_host,
     plan,
@@ -35,7 +34,7 @@ def settings_of(*, what="neurons", batch_size=None, shard_size=256, **given):
 
 @pytest.fixture(scope="module")
 def host():
-    return open_host(load_model("tiny-facts"))
+    return open_host(bundled_model())
 
 
 @pytest.fixture(scope="module")

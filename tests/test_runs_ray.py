@@ -8,12 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import bundled_model
 
 import tl_neuron_attr.runs.ray_actors as ray_actors
 import tl_neuron_attr.runs.run as run_module
 from tl_neuron_attr import (
     InputError,
-    load_model,
     load_prompts,
     load_run,
     run_prompts,
@@ -28,7 +28,7 @@ PACKAGE = Path(run_module.__file__).parents[2]
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

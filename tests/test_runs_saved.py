@@ -7,6 +7,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
 import tl_neuron_attr.runs.run as run_module
@@ -14,7 +15,6 @@ from tl_neuron_attr import (
     InputError,
     cli,
     diff_runs,
-    load_model,
     load_prompts,
     load_run,
     run_prompts,
@@ -26,7 +26,7 @@ WHAT = ("neurons", "query_neurons", "layers")
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from conftest import bundled_model
 from typer.testing import CliRunner
 
 import tl_neuron_attr.runs.planned as planned_module
@@ -22,7 +23,6 @@ from tl_neuron_attr import (
     InputError,
     cli,
     diff_runs,
-    load_model,
     load_prompts,
     load_run,
     run_prompts,
@@ -37,7 +37,7 @@ SETTINGS = {"what": "neurons,layers", "top": 3, "shard_size": 2, "batch_size": 2
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model("tiny-facts")
+    return bundled_model()
 
 
 @pytest.fixture(scope="module")

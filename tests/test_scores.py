@@ -5,8 +5,8 @@ from unittest import mock
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of
-from hypothesis import given, settings
+from conftest import TOKENS, bridge_of, own_bridge_of
+from hypothesis import given
 from hypothesis import strategies as st
 from oracle import log_prob as oracle_log_prob
 from oracle import norm_scale
@@ -143,7 +143,7 @@ def test_adding_nothing_raises_nothing(tiny_model):
 
 
 def test_a_planted_ffn_neuron_ranks_first():
-    model = bridge_of("gpt2", seed=3)
+    model = own_bridge_of("gpt2", seed=3)
     with torch.no_grad():  # neuron 11 of layer 1 is always on and writes the target's direction
         mlp = model.blocks[1].mlp
         mlp.b_in[11] = 5.0
@@ -158,7 +158,7 @@ def test_a_planted_ffn_neuron_ranks_first():
 
 
 def test_a_planted_attention_neuron_ranks_first_at_its_source():
-    model = bridge_of("llama", seed=3)
+    model = own_bridge_of("llama", seed=3)
     with torch.no_grad():  # head 2, dimension 4: its value is one input direction, its output ours
         attn = model.blocks[2].attn
         direction = model.W_U[:, TARGET] - model.W_U.mean(1)
@@ -254,7 +254,6 @@ def increase_by_definition(out, before, which, vectors):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@settings(max_examples=40, deadline=None)
 @given(
     seed=st.integers(0, 10_000),
     size=st.sampled_from([1e-3, 1.0, 30.0, 200.0]),

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import build, cases
 
@@ -60,7 +60,6 @@ def by_definition(blocks, out, target):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(cases, CAPS, st.booleans(), st.integers(1, 17))
-@settings(max_examples=30, deadline=None)
 def test_bounds_are_above_scores_by_definition_and_the_certified_list_is_the_dense_one(
     dtype, case, cap, contrast, top
 ):

@@ -7,10 +7,11 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, watched
+from conftest import TOKENS, WATCHED, bridge_of, bundled_model, look_at, own_bridge_of, watched
+from typer.testing import CliRunner
 
 import tl_neuron_attr as tlna
-from tl_neuron_attr import NeuronAttrError
+from tl_neuron_attr import NeuronAttrError, cli
 from tl_neuron_attr.state import changed, model_state, random_states, torch_modes, weights_digest
 
 # --- every public call ------------------------------------------------------------------------
@@ -112,11 +113,16 @@ def grad_mode(request):
     return request.param
 
 
-@pytest.mark.parametrize("name", CALLS)
+EDITS = pytest.mark.changes("the weights")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[EDITS] * (name == "edit_weights")) for name in CALLS]
+)
 def test_a_public_call_leaves_all_alone_and_so_does_one_that_raises(name, tiny_gpt2, grad_mode):
     works, raises = CALLS[name]
     # editing, and undoing it, counts as two edits of the weights
-    model = bridge_of("gpt2") if name == "edit_weights" else tiny_gpt2
+    model = own_bridge_of("gpt2") if name == "edit_weights" else tiny_gpt2
     for call, raising in ((works, False), (raises, True)):
         if call is None:
             continue
@@ -147,7 +153,7 @@ def test_no_public_call_that_takes_a_model_is_forgotten():
 
 
 def test_calls_on_the_bundled_model_leave_all_alone():
-    model, prompts = tlna.load_model(), tlna.load_prompts("capital")[:2]
+    model, prompts = bundled_model(), tlna.load_prompts("capital")[:2]
     with watched(model):
         tlna.known_prompts(model, prompts)
         tlna.evaluate(model, prompts, methods=["a"], top=[3], filtered=False)
@@ -155,24 +161,35 @@ def test_calls_on_the_bundled_model_leave_all_alone():
 
 # --- what watches can fail --------------------------------------------------------------------
 
-SPOILING = {
-    "the weights": "next(model.parameters()).data.mul_(1).add_(0); "
-    "torch.no_grad().__enter__(); next(model.parameters()).add_(0.0); torch.set_grad_enabled(True)",
-    "requires_grad": "next(model.parameters()).requires_grad_(False)",
-    "the gradients (.grad)": "p = next(model.parameters()); p.grad = torch.zeros_like(p)",
-    "the hooks": "model.hook_dict['blocks.0.hook_resid_pre'].add_hook(lambda v, hook: None)",
-    "the modules' own hooks": "model.blocks[0].register_forward_hook(lambda *_: None)",
-    "training mode": "model.blocks[0].train()",
-    "the modules' forward": "model.blocks[0].forward = lambda *_: None",
-    "the flags of its configuration": "model.cfg.use_attn_result = True",
-    "the gradient mode": "torch.set_grad_enabled(False)",
-    "the default dtype": "torch.set_default_dtype(torch.float64)",
-    "the precision of float32 products": "torch.set_float32_matmul_precision('medium')",
-    "the number of threads": "torch.set_num_threads(torch.get_num_threads() + 1)",
-    "deterministic algorithms": "torch.use_deterministic_algorithms(True)",
-    "torch's random numbers": "torch.rand(1)",
-    "numpy's random numbers": "import numpy; numpy.random.rand()",
-}
+SPOILING = (
+    ("the weights", "with torch.no_grad(): next(model.parameters()).add_(0.0)"),
+    ("the weights", "with torch.no_grad(): next(model.buffers()).add_(0.0)"),
+    ("requires_grad", "next(model.parameters()).requires_grad_(False)"),
+    ("the gradients (.grad)", "p = next(model.parameters()); p.grad = torch.zeros_like(p)"),
+    ("the hooks", "model.hook_dict['blocks.0.hook_resid_pre'].add_hook(lambda v, hook: None)"),
+    ("the modules' own hooks", "model.blocks[0].register_forward_hook(lambda *_: None)"),
+    ("the modules' own hooks", "model.blocks[0].register_forward_pre_hook(lambda *_: None)"),
+    ("the modules' own hooks", "model.blocks[0].register_full_backward_hook(lambda *_: None)"),
+    ("the modules' own hooks", "model.blocks[0].register_full_backward_pre_hook(lambda *_: None)"),
+    ("training mode", "model.blocks[0].train()"),
+    ("the modules' forward", "model.blocks[0].forward = lambda *_: None"),
+    ("the flags of its configuration", "model.cfg.use_attn_result = True"),
+    ("the flags of its configuration", "model.original_model.config.architectures = ['Other']"),
+    ("the flags of its configuration", "model.original_model.config.rope_parameters['x'] = 1"),
+    ("the gradient mode", "torch.set_grad_enabled(False)"),
+    ("the default dtype", "torch.set_default_dtype(torch.float64)"),
+    ("the default device", "torch.set_default_device('meta')"),
+    ("the precision of float32 products", "torch.set_float32_matmul_precision('medium')"),
+    ("the number of threads", "torch.set_num_threads(torch.get_num_threads() + 1)"),
+    ("deterministic algorithms", "torch.use_deterministic_algorithms(True)"),
+    ("the search for anomalies", "torch.autograd.set_detect_anomaly(True)"),
+    (
+        "the hooks on all modules",
+        "torch.nn.modules.module.register_module_forward_hook(lambda *_: None)",
+    ),
+    ("torch's random numbers", "torch.rand(1)"),
+    ("numpy's random numbers", "import numpy; numpy.random.rand()"),
+)
 
 
 @contextmanager
@@ -185,6 +202,9 @@ def restored():
     finally:
         torch.set_grad_enabled(True)
         torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        torch.autograd.set_detect_anomaly(False)
+        torch.nn.modules.module._global_forward_hooks.clear()
         torch.set_float32_matmul_precision("highest")
         torch.set_num_threads(threads)
         torch.use_deterministic_algorithms(deterministic)
@@ -193,25 +213,70 @@ def restored():
 
 
 def test_an_edit_behind_torchs_back_changes_the_digest():
-    model = bridge_of("gpt2")
-    before, digest = model_state(model), weights_digest(model)
-    model.blocks[0].mlp.W_out.data[0, 0] += 1
-    assert changed(before, model_state(model)) == ()
-    assert weights_digest(model) != digest
+    for held in ("parameters", "buffers"):
+        model = own_bridge_of("llama")
+        before, digest = model_state(model), weights_digest(model)
+        next(getattr(model, held)()).data.view(-1)[0] += 1
+        assert changed(before, model_state(model)) == ()
+        assert weights_digest(model) != digest
 
 
-@pytest.mark.parametrize("what", SPOILING)
-def test_the_fixture_fails_a_test_that_leaves_something_behind(what):
+@pytest.mark.parametrize(("what", "spoil"), SPOILING)
+def test_the_fixture_fails_a_test_that_leaves_something_behind(what, spoil):
     with restored():
         with pytest.raises(AssertionError, match=re.escape(f"the test changed {what}")):
-            with watched(model := bridge_of("gpt2")):
-                exec(SPOILING[what], {"model": model, "torch": torch})
+            with watched(model := own_bridge_of("llama")):
+                exec(spoil, {"model": model, "torch": torch})
 
 
 def test_the_fixture_sees_an_edit_behind_torchs_back():
     with pytest.raises(AssertionError, match="the bytes of the weights"):
-        with watched(model := bridge_of("gpt2")):
+        with watched(model := own_bridge_of("gpt2")):
             model.blocks[0].mlp.W_out.data[0, 0] += 1
+
+
+def test_the_fixture_sees_models_that_no_fixture_made():
+    """Whatever the package opens, however it came to it: here one that nobody named."""
+    model = own_bridge_of("gpt2")
+    with pytest.raises(AssertionError, match="the test changed training mode"):
+        with watched():
+            tlna.attribute(model, TOKENS, top=1)
+            model.train()
+
+
+def test_what_a_test_changes_on_purpose_it_says_and_nothing_else_may_change():
+    model = own_bridge_of("gpt2")
+    with watched(model, except_for=["training mode"]):
+        model.train()
+    with pytest.raises(AssertionError, match=r"the test changed requires_grad\n"):
+        with watched(model, except_for=["training mode"]):
+            model.eval()
+            model.requires_grad_(False)
+
+
+def test_a_model_for_all_tests_may_not_be_left_changed_whatever_the_test_says():
+    model = bridge_of("gpt2", seed=99)
+    with pytest.raises(AssertionError, match="training mode of a model for all tests"):
+        with watched(model, except_for=["training mode"]):
+            model.train()
+    model.eval()
+    WATCHED.looks[model] = look_at(model)
+
+
+def test_the_bundled_model_of_commands_and_runs_is_watched(tmp_path):
+    def ask():
+        shown = CliRunner().invoke(cli.app, ["attribute", "The capital of France is", "--top", "2"])
+        assert shown.exit_code == 0, shown.output
+
+    model = bundled_model()
+    with watched():
+        ask()
+    with pytest.raises(AssertionError, match="the test changed the hooks"):
+        with watched():
+            ask()
+            model.hook_dict["blocks.0.hook_resid_pre"].add_hook(lambda value, hook: None)
+    model.reset_hooks()
+    WATCHED.looks[model] = look_at(model)
 
 
 def test_the_fixture_watches_every_test(request):

@@ -5,10 +5,11 @@ import shutil
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from conftest import bundled_model
+from hypothesis import given
 from hypothesis import strategies as st
 
-from tl_neuron_attr import attribute, load_model, token_strip
+from tl_neuron_attr import attribute, token_strip
 from tl_neuron_attr.display import Grid, box, grid, tinted
 from tl_neuron_attr.errors import InputError
 
@@ -47,7 +48,7 @@ def read(html):
 
 @pytest.fixture(scope="module")
 def result():
-    return attribute(load_model("tiny-facts"), "The capital of France is")
+    return attribute(bundled_model(), "The capital of France is")
 
 
 def shown_facts(count):
@@ -116,7 +117,6 @@ def test_as_text_every_token_stands_there_and_lines_fit(result):
 
 
 @given(st.lists(st.text(max_size=6), min_size=1, max_size=5), st.data())
-@settings(max_examples=12, deadline=None)
 def test_whatever_the_tokens_are_nothing_of_them_is_markup(tokens, data):
     values = data.draw(st.lists(st.none() | st.floats(-9, 9), max_size=len(tokens)))
     strip = token_strip(tokens, 0, values, facts=shown_facts(len(tokens)))

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOKENS, bridge_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import tl_neuron_attr.topk as topk
@@ -111,7 +111,6 @@ def dense_scores(blocks, out, target):
 
 
 @given(cases)
-@settings(max_examples=150, deadline=None)
 def test_a_bound_is_never_below_the_exact_score(case):
     out, blocks, target = build(case)
     before = out.baseline(torch.stack([block.base for block in blocks]), target)
@@ -121,7 +120,6 @@ def test_a_bound_is_never_below_the_exact_score(case):
 
 
 @given(cases)
-@settings(max_examples=50, deadline=None)
 def test_in_float64_the_bound_holds_with_a_slack_that_shrinks_with_the_precision(case):
     out, blocks, target = build(case, torch.float64)
     before = out.baseline(torch.stack([block.base for block in blocks]), target)
@@ -135,7 +133,6 @@ def test_in_float64_the_bound_holds_with_a_slack_that_shrinks_with_the_precision
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @given(cases, st.integers(1, 17), st.sampled_from([2_000, 20_000, 2**30]))
-@settings(max_examples=80, deadline=None)
 def test_the_certified_list_is_the_dense_one(dtype, case, top, budget):
     out, blocks, target = build(case, dtype)
     out = replace(out, budget=budget)

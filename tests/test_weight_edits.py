@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import FAMILIES, TOKENS, bridge_of, hooked_of, needs_hooked_transformer
+from conftest import FAMILIES, TOKENS, hooked_of, needs_hooked_transformer, own_bridge_of
 
 from tl_neuron_attr import (
     FFNNeuron,
@@ -29,6 +29,9 @@ from tl_neuron_attr.identities import identities
 from tl_neuron_attr.interventions import edits
 from tl_neuron_attr.prompts import Prompt
 
+# done and undone counts as two edits; the bytes must be the same
+pytestmark = pytest.mark.changes("the weights")
+
 PARTS = "L0.N3,L1.N7,L1.N8,L1.H2,L2.H0.D4,L0.H1.D5"
 FFN = "L0.N3,L1.N7,L1.N8"
 ATTN = "L1.H2,L2.H0.D4,L0.H1.D5"
@@ -37,7 +40,7 @@ ATTN = "L1.H2,L2.H0.D4,L0.H1.D5"
 @pytest.fixture(scope="module", params=list(FAMILIES))
 def own_model(request):
     """One model of each family that only this file edits, and undoes."""
-    return bridge_of(request.param)
+    return own_bridge_of(request.param)
 
 
 def logits(model):
@@ -107,7 +110,7 @@ def test_a_mean_goes_into_the_bias_or_is_refused_where_there_is_none(own_model, 
 
 
 def test_several_edits_in_one_are_the_interventions_one_after_the_other():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     means = mean_coefficients(model, [TOKENS, (9, 2, 30)])
     several = [
         scale(PARTS, 2.0),
@@ -129,7 +132,7 @@ def test_several_edits_in_one_are_the_interventions_one_after_the_other():
 
 
 def test_nothing_writes_nothing():
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     versions = [parameter._version for parameter in model.parameters()]
     for nothing in ((), zero([]), scale(PARTS, 1.0)):
         with edit_weights(model, nothing) as edit:
@@ -138,8 +141,9 @@ def test_nothing_writes_nothing():
     assert [parameter._version for parameter in model.parameters()] == versions
 
 
+@pytest.mark.changes("the bytes of the weights")  # it is not undone
 def test_an_edit_keeps_copies_of_the_touched_rows_only():
-    edit = edit_weights(bridge_of("gpt2"), zero("L0.N3,L0.N5,L1.H2.D4"))
+    edit = edit_weights(own_bridge_of("gpt2"), zero("L0.N3,L0.N5,L1.H2.D4"))
     assert [(str(each), *each.before.shape) for each in edit.changes] == [
         ("W_O of layer 1", 1, 24),
         ("W_out of layer 0", 2, 24),
@@ -151,7 +155,7 @@ def test_an_edit_keeps_copies_of_the_touched_rows_only():
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gptj", "neox-parallel"])
 def test_an_edited_model_is_attributed_as_it_is_now(family, tmp_path):
-    model = bridge_of(family)
+    model = own_bridge_of(family)
     first = attribute(model, TOKENS, target=9, top=10**6)
     index = projection_index(model, tmp_path)
     means = mean_coefficients(model, [TOKENS, (9, 2, 30)])
@@ -185,7 +189,7 @@ def prompt_of(host):
 
 
 def test_rows_of_zero_do_not_hide_that_weights_were_centred():
-    model = bridge_of("gpt2", processed=True)
+    model = own_bridge_of("gpt2", processed=True)
     before = open_host(model).processing
     assert "writing weights centred" in before
     with edit_weights(model, zero([FFNNeuron(0, index) for index in range(8)])):
@@ -197,7 +201,7 @@ def test_rows_of_zero_do_not_hide_that_weights_were_centred():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_undo_gives_back_every_bit_also_after_an_exception(dtype):
-    model = bridge_of("gpt2", dtype=dtype)
+    model = own_bridge_of("gpt2", dtype=dtype)
     host = open_host(model)
     with torch.no_grad():  # numbers whose bits arithmetic would not bring back
         model.blocks[1].mlp.W_out[7, :3] = torch.tensor([-0.0, torch.inf, torch.nan])
@@ -216,7 +220,7 @@ def test_undo_gives_back_every_bit_also_after_an_exception(dtype):
 
 
 def test_an_edit_is_undone_once():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     edit = edit_weights(model, zero("L0.N3"))
     edit.undo()
     with pytest.raises(InputError, match="was undone already"):
@@ -226,7 +230,7 @@ def test_an_edit_is_undone_once():
 
 
 def test_edits_of_the_same_rows_are_undone_last_first():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     host = open_host(model)
     before = weights_hash(host)
     means = mean_coefficients(model, [TOKENS])
@@ -250,7 +254,7 @@ def test_edits_of_the_same_rows_are_undone_last_first():
 
 
 def test_edits_of_other_rows_are_undone_in_any_order():
-    model = bridge_of("llama")
+    model = own_bridge_of("llama")
     before = weights_hash(open_host(model))
     one, two = edit_weights(model, zero("L0.N3,L1.H2")), edit_weights(model, zero("L0.N4,L1.H1"))
     one.undo()
@@ -259,7 +263,7 @@ def test_edits_of_other_rows_are_undone_in_any_order():
 
 
 def test_weights_that_were_changed_since_are_not_overwritten():
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     edit = edit_weights(model, scale("L0.N3,L1.H2", 2.0))
     with torch.no_grad():
         model.blocks[1].attn.W_O[2, 4, 0] += 1e-3
@@ -273,7 +277,7 @@ def test_weights_that_were_changed_since_are_not_overwritten():
 
 
 def test_an_edit_that_fails_on_the_way_is_taken_back(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     before = weights_hash(open_host(model))
     written = []
 
@@ -290,7 +294,7 @@ def test_an_edit_that_fails_on_the_way_is_taken_back(monkeypatch):
 
 
 def test_an_undo_that_was_broken_off_can_be_finished(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     before = weights_hash(open_host(model))
     edit = edit_weights(model, scale(PARTS, 2.0))
     written = []
@@ -310,7 +314,7 @@ def test_an_undo_that_was_broken_off_can_be_finished(monkeypatch):
 
 
 def test_weights_that_cannot_be_written_to_are_told(monkeypatch):
-    model = bridge_of("gpt2")
+    model = own_bridge_of("gpt2")
     before = weights_hash(open_host(model))
     real = edits.output_weights
     monkeypatch.setattr(edits, "output_weights", lambda *which: real(*which).clone())
@@ -326,7 +330,7 @@ def test_weights_that_cannot_be_written_to_are_told(monkeypatch):
 @pytest.mark.parametrize("processed", [False, True])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox-parallel", "gptj"])
 def test_edits_of_a_hooked_transformer_are_those_of_a_bridge(family, processed):
-    models = [bridge_of(family, processed=processed), hooked_of(family, processed=processed)]
+    models = [own_bridge_of(family, processed=processed), hooked_of(family, processed=processed)]
     found = []
     for model in models:
         host = open_host(model)

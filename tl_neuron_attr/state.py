@@ -44,6 +44,7 @@ def model_state(model: Any) -> State:
                     module._forward_hooks,
                     module._forward_pre_hooks,
                     module._backward_hooks,
+                    module._backward_pre_hooks,
                 )
             )
             for module in modules
@@ -55,9 +56,9 @@ def model_state(model: Any) -> State:
 
 
 def weights_digest(model: Any) -> str:
-    """A hash of every weight's bytes. Cost: one pass over the weights."""
+    """A hash of the bytes of every weight and buffer. Cost: one pass over them."""
     digest = hashlib.sha256()
-    for weight in model.parameters():
+    for weight in (*model.parameters(), *model.buffers()):
         digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
@@ -67,9 +68,20 @@ def torch_modes() -> State:
     return {
         "the gradient mode": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
         "the default dtype": torch.get_default_dtype(),
+        "the default device": str(torch.get_default_device()),
         "the precision of float32 products": torch.get_float32_matmul_precision(),
         "the number of threads": torch.get_num_threads(),
-        "deterministic algorithms": torch.are_deterministic_algorithms_enabled(),
+        "deterministic algorithms": (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        ),
+        "the search for anomalies": (
+            torch.is_anomaly_enabled(),
+            torch.is_anomaly_check_nan_enabled(),
+        ),
+        "the hooks on all modules": tuple(
+            tuple(getattr(torch.nn.modules.module, name)) for name in _EVERYWHERE
+        ),
         "autocast": tuple(torch.is_autocast_enabled(device) for device in ("cpu", "cuda")),
     }
 
@@ -100,6 +112,14 @@ def changed(before: State, after: State) -> tuple[str, ...]:
     return tuple(name for name, was in before.items() if after.get(name) != was)
 
 
+# Where torch keeps hooks that act on every module there is.
+_EVERYWHERE = (
+    "_global_forward_hooks",
+    "_global_forward_pre_hooks",
+    "_global_backward_hooks",
+    "_global_backward_pre_hooks",
+)
+
 # Who wires hooks of its own into a model the first time it runs, and leaves them there.
 _WIRED = ("transformers.", "transformer_lens.model_bridge.generalized_components")
 
@@ -110,14 +130,20 @@ def _foreign(hook: Any) -> bool:
 
 
 def _flags(model: Any) -> dict[str, Any]:
-    """The plain settings of its configurations: TransformerLens's and Hugging Face's."""
+    """The settings of its configurations: TransformerLens's and Hugging Face's.
+
+    Lists and mappings as they are written, for they change in place.
+    """
     configs = (model.cfg, getattr(getattr(model, "original_model", None), "config", None))
-    plain = (bool, int, float, str, type(None))
     flags = {
-        f"{place}.{name}": value
+        f"{place}.{name}": value if isinstance(value, _PLAIN) else repr(value)
         for place, config in enumerate(configs)
         if config is not None
         for name, value in vars(config).items()
-        if isinstance(value, plain)
+        if isinstance(value, (*_PLAIN, *_WRITTEN))
     }
     return flags | {"compatibility_mode": vars(model).get("compatibility_mode")}
+
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_WRITTEN = (list, tuple, dict, set)

@@ -1,0 +1,64 @@
+"""Shapes and types are checked in the first calls of every function in every test.
+
+Checking a call takes longer than most calls take (an attribution: 42 ms in place of 11), and what
+the hundredth of them would show the first one has. With ``CHECK_EVERY_CALL=1`` all are checked, as
+``.ci/run`` does once. Functions are made ready when first called, which spares seconds of import.
+"""
+
+import dataclasses
+import functools
+import inspect
+import os
+from types import CodeType
+
+import jaxtyping
+
+CALLS = float("inf") if os.environ.get("CHECK_EVERY_CALL") else 4
+"""How many calls of a function are checked in one test."""
+
+INNER_CALLS = 16 * CALLS
+"""How many in all tests, of one that another function defines anew each time it runs: to make it
+ready takes a hundred times as long as to call it."""
+
+_checking = jaxtyping.jaxtyped
+_calls: dict[CodeType, int] = {}
+_inner_calls: dict[CodeType, int] = {}
+
+
+def begin_test() -> None:
+    """From now on each function's calls are counted anew."""
+    _calls.clear()
+
+
+def jaxtyped(function=None, *, typechecker=None):
+    """In place of jaxtyping's own decorator, which its import hook puts on all of the package."""
+    if function is None:
+        return functools.partial(jaxtyped, typechecker=typechecker)
+    if inspect.isclass(function):
+        made = vars(function).get("__init__")
+        if dataclasses.is_dataclass(function) and made is not None:
+            function.__init__ = jaxtyped(made, typechecker=typechecker)
+        return function
+    code = function.__code__
+    inner = "<locals>" in function.__qualname__
+    counts, most = (_inner_calls, INNER_CALLS) if inner else (_calls, CALLS)
+    if counts.get(code, 0) >= most:
+        return function
+    checked = None
+
+    @functools.wraps(function)
+    def counted(*args, **kwargs):
+        nonlocal checked
+        calls = counts.get(code, 0)
+        if calls >= most:
+            return function(*args, **kwargs)
+        counts[code] = calls + 1
+        if checked is None:
+            checked = _checking(function, typechecker=typechecker)
+        return checked(*args, **kwargs)
+
+    return counted
+
+
+# The import hook's decorators look it up there, so this comes before the package is imported.
+jaxtyping.jaxtyped = jaxtyped
