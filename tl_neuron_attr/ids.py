@@ -62,7 +62,7 @@ def layout_of(host: Host) -> Layout:
         n_heads=host.n_heads,
         d_head=host.d_head,
         d_mlp=host.d_mlp,
-        gated=host.W_gate(0) is not None,
+        gated=host.gated,
     )
 
 

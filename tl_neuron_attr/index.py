@@ -315,7 +315,7 @@ def _surveyed(host: Host, dtype: torch.dtype, budget: int) -> _Survey:
 def _computed(host: Host, survey: _Survey, layer: int, k: int, bar: tqdm) -> dict[str, Tensor]:
     """Every tensor of one layer's file."""
     tensors = {"widest": torch.tensor(survey.widest)}
-    blocks: tuple[tuple[Kind, Tensor], ...] = (
+    blocks: tuple[tuple[Kind, Matrix], ...] = (
         ("ffn", host.W_out(layer)),
         ("attn", host.W_O(layer).flatten(0, 1)),
     )

@@ -143,7 +143,7 @@ def query_scores(
     """
     if convention not in get_args(QueryConvention):
         raise InputError(f"convention must be 'exact' or 'published' here, got {convention!r}")
-    if through is not None and (host.W_gate(0) is None or convention == "published"):
+    if through is not None and (not host.gated or convention == "published"):
         raise InputError(
             f"through={through!r} is for gated FFNs in exact: no FFN neuron has two inputs here"
         )

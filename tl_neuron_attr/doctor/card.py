@@ -196,7 +196,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         "shape": f"{host.n_layers} layers, {heads}, d_model {host.d_model:,}, d_mlp "
         f"{host.d_mlp:,}, {host.d_vocab:,} tokens; "
         f"{'LayerNorm' if host.norm == 'layer_norm' else 'RMSNorm'}, "
-        f"{'plain' if host.W_gate(0) is None else 'gated'} FFN"
+        f"{'gated' if host.gated else 'plain'} FFN"
         f"{', parallel blocks' * host.parallel}",
     }
 
