@@ -16,8 +16,10 @@ from torch import Tensor
 
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError, NonFiniteError
+from tl_neuron_attr.experts import coefficients as expert_coefficients
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import (
+    ROUTER_HOOKS,
     Host,
     batch_regime,
     block_outputs,
@@ -33,6 +35,7 @@ from tl_neuron_attr.host import (
     starting_at,
     unembedding_input_name,
 )
+from tl_neuron_attr.pieces import blocks_of, times
 from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
 
 Hook = tuple[str, Callable[..., Any]]
@@ -62,7 +65,9 @@ class Capture:
     attn_out: Float[Tensor, "layer d_model"]
     mlp_out: Float[Tensor, "layer d_model"]
     mlp_post: Float[Tensor, "layer d_mlp"]
-    """Coefficients of the FFN neurons: ``act(pre)``, in a gated FFN ``act(gate) * up``."""
+    """Coefficients of the FFN neurons: ``act(pre)``, in a gated FFN ``act(gate) * up``.
+
+    In a mixture of experts that times the router's weight: 0 where an expert was not chosen."""
     pattern: Float[Tensor, "layer head pos"]
     """Attention paid by the read position to each source position."""
     v: Float[Tensor, "layer pos key_value_head d_head"]
@@ -126,6 +131,7 @@ class Sources:
 
 
 _SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern", *_POST_SCALES)
+_OF_EXPERTS = tuple(ROUTER_HOOKS)  # what ``mlp_post`` of a mixture of experts is made of
 
 # Largest difference to the value vectors captured before, relative to the largest, by the dtype of
 # the model: a prompt alone and in a batch differ by rounding.
@@ -294,14 +300,53 @@ def coefficients_everywhere(
 
     Attention neurons are numbered by head, then index. Cost: one forward pass.
     """
+    seen: dict[int, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, *, layer: int) -> None:
+        seen[layer] = _scoring_copy(activation[0].flatten(1), host.device)
+
+    layers = range(host.n_layers)
+    hooks = [
+        hook for at in layers for hook in coefficient_hooks(host, at, kind, partial(keep, layer=at))
+    ]
+    _forward(host, [prompt.tokens], hooks, [[]])
+    return torch.stack([seen[layer] for layer in layers])
+
+
+def coefficient_hooks(
+    host: Host,
+    layer: int,
+    kind: Literal["ffn", "attn"],
+    use: Callable[[Tensor, Any], Tensor | None],
+) -> list[Hook]:
+    """Hooks that show ``use`` all coefficients of a layer, which it may give back edited.
+
+    Of FFN neurons by row, position and neuron; of attention neurons ``z``. In a mixture of experts
+    they are no activation: they are made of what the FFN reads and its router gives (at least
+    float32), and what an edit makes of them is added to what the FFN writes. Cost there: that of
+    the chosen experts' gate and up products, a float for each neuron and position; of an edit also
+    a product with the rows of experts it changes.
+    """
+    mixture = host.mixture(layer) if kind == "ffn" else None
+    if mixture is None:
+        return [(coefficient_name(host, layer, kind), use)]
+    names = hook_names(host, layer)
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, name: str) -> None:
-        seen[name] = _scoring_copy(activation[0].flatten(1), host.device)
+        seen[name] = activation
 
-    names = [coefficient_name(host, layer, kind) for layer in range(host.n_layers)]
-    _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
-    return torch.stack([seen[name] for name in names])
+    def edit(written: Tensor, hook: Any) -> Tensor | None:
+        read, routing = (seen.pop(name).flatten(0, -2) for name in _OF_EXPERTS)
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
+        made = expert_coefficients(mixture, read, routing).unflatten(0, written.shape[:2])
+        edited = use(made, hook)
+        if edited is None:
+            return None
+        return written + times(edited - made, mixture.down).to(written)
+
+    keeping = [(names[name], partial(keep, name=name)) for name in _OF_EXPERTS]
+    return [*keeping, (names["mlp_out"], edit)]
 
 
 def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
@@ -339,11 +384,12 @@ def capture_sources(
         )
     # on the CPU: layers may be on several devices, and each of them can be indexed from there
     rows = torch.tensor(places, dtype=torch.long)
-    wanted = {key: name for key, name in _wanted(host).items() if _kind(key) in (*_SOURCED, "v")}
+    kinds = (*_SOURCED, *_OF_EXPERTS, "v")
+    wanted = {key: name for key, name in _wanted(host).items() if _kind(key) in kinds}
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
-        row, upto = activation[0].detach(), prompt.read_pos + 1
+        row, upto = _in_rows(key, activation, 1)[0].detach(), prompt.read_pos + 1
         if _kind(key) == "v":
             seen[key] = row[:upto].clone()
         elif _kind(key) == "pattern":
@@ -361,10 +407,11 @@ def capture_sources(
         for key, name in wanted.items():
             keep(_with_batch_axis(key, cache[name]), None, key=key)
     like = captured.v  # in its dtype, and where it is
+    found = _with_coefficients(host, {key: each.to(like) for key, each in seen.items()})
     tensors = {
-        kind: torch.stack([seen[f"{kind}.{layer}"].to(like) for layer in range(host.n_layers)])
+        kind: torch.stack([found[f"{kind}.{layer}"] for layer in range(host.n_layers)])
         for kind in (*_SOURCED, "v")
-        if f"{kind}.0" in wanted
+        if f"{kind}.0" in found
     }
     error = _relative(tensors.pop("v"), captured.v)
     if not error <= _SAME_RUN[host.dtype]:
@@ -414,7 +461,8 @@ def capture_pre_activations(
 ) -> dict[str, Float[Tensor, "layer d_mlp"]]:
     """What each FFN neuron computes its coefficient from, at the read position of ``captured``.
 
-    Under ``pre``, or, in a gated FFN, under ``gate`` and ``up``. Cost: one forward pass.
+    Under ``pre``, or, in a gated FFN, under ``gate`` and ``up``; of experts whether they were
+    chosen or not. Cost: one forward pass (of experts also their products with what the FFN read).
     """
     seen: dict[str, list[Tensor]] = {}
 
@@ -422,11 +470,22 @@ def capture_pre_activations(
         at = activation[0, captured.prompt.read_pos]
         seen.setdefault(key, []).append(_scoring_copy(at, host.device))
 
-    hooks = [
-        (name, partial(keep, key=key))
-        for layer in range(host.n_layers)
-        for key, name in pre_activation_names(host, layer).items()
-    ]
+    def keep_products(activation: Tensor, hook: Any, *, layer: int) -> None:
+        read = activation[captured.prompt.read_pos]  # of one row
+        for key, (subkeys, _) in host.ffn_inputs(layer).items():
+            products = torch.cat([rows @ read for _, rows in blocks_of(subkeys, len(subkeys))])
+            seen.setdefault(key, []).append(_scoring_copy(products, host.device))
+
+    layers = range(host.n_layers)
+    hooks: list[Hook] = (
+        [(hook_names(host, at)["ffn_read"], partial(keep_products, layer=at)) for at in layers]
+        if host.n_experts
+        else [
+            (name, partial(keep, key=key))
+            for layer in layers
+            for key, name in pre_activation_names(host, layer).items()
+        ]
+    )
     _forward(host, [captured.prompt.tokens], hooks, [[captured.prompt.read_pos]])
     return {key: torch.stack(layers).to(captured.v) for key, layers in seen.items()}
 
@@ -490,7 +549,7 @@ def _pass(
     seen: dict[str, list[Tensor]] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
-        seen[key] = _copies(key, activation, places, host.device)
+        seen[key] = _copies(key, _in_rows(key, activation, len(rows)), places, host.device)
 
     # last, so that what the others edit is seen as edited
     keeping = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
@@ -601,7 +660,7 @@ def _read_cache(
     _check_tokens(host, prompts, cache, padding_side, length)
     seen: dict[str, list[Tensor]] = {}
     for key, name in _cached(host, cache).items():
-        activation = _with_batch_axis(key, cache[name])
+        activation = _in_rows(key, _with_batch_axis(key, cache[name]), n_rows)
         if _size(key, activation) != size:
             raise InputError(
                 f"the cache is of several runs: {name!r} is of {list(activation.shape)}, which are "
@@ -639,7 +698,17 @@ def _cached(host: Host, cache: Any) -> dict[str, str]:
     return {**_wanted(host), **logits}
 
 
+def _in_rows(key: str, activation: Tensor, n_rows: int) -> Tensor:
+    """An activation by row and position: a router sees the positions of all rows in one axis."""
+    if _kind(key) not in _OF_EXPERTS or activation.ndim == 3:
+        return activation
+    flat = activation[None] if activation.ndim == 1 else activation  # one position, axis dropped
+    return flat.unflatten(0, (n_rows, -1))
+
+
 def _with_batch_axis(key: str, activation: Tensor) -> Tensor:
+    if _kind(key) in _OF_EXPERTS:
+        return activation  # see _in_rows
     full_rank = 4 if _kind(key) in ("pattern", "v", "z") else 3
     return activation[None] if activation.ndim == full_rank - 1 else activation
 
@@ -751,6 +820,9 @@ def _captures(
     seen: dict[str, list[Tensor]],
 ) -> list[Capture]:
     """What was kept of each prompt, layers stacked."""
+    stacked = {key: torch.stack(kept) for key, kept in seen.items() if _kind(key) in _OF_EXPERTS}
+    made = _with_coefficients(host, stacked)
+    seen = {**seen, **{key: list(of_each) for key, of_each in made.items()}}
     captures = []
     for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         tensors: dict[str, Any] = {
@@ -774,6 +846,17 @@ def _captures(
             Capture(prompt=prompt, model_name=host.model_name, **{"resid_mid": None, **tensors})
         )
     return captures
+
+
+def _with_coefficients(host: Host, seen: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What was seen, with experts' coefficients in place of what they are made of."""
+    found = {key: kept for key, kept in seen.items() if _kind(key) not in _OF_EXPERTS}
+    for layer in range(host.n_layers):
+        mixture = host.mixture(layer)
+        if mixture is not None:
+            read, routing = (seen[f"{kind}.{layer}"] for kind in _OF_EXPERTS)
+            found[f"mlp_post.{layer}"] = expert_coefficients(mixture, read, routing)
+    return found
 
 
 def _relative(ours: Tensor, theirs: Tensor) -> float:

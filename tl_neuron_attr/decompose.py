@@ -22,9 +22,11 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture, Sources
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.experts import experts_on
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.norms import row_norms
+from tl_neuron_attr.pieces import Matrix, Pieces, blocks_of, times
 from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
@@ -105,14 +107,15 @@ def _outlets(host: Host, runs: Sequence[Capture | Sources], kind: Kind, layer: i
 class FFNDecomposition:
     """The FFN of one layer at the read position, as a sum over its neurons.
 
-    ``W_out`` is the model's own matrix, not a copy; vectors come out in the dtype of ``base``.
+    ``W_out`` is the model's own matrix, not a copy; vectors come out in the dtype of ``base``. Of a
+    mixture of experts it is in pieces, and products pass over the experts that are off.
     """
 
     layer: int
     base: Float[Tensor, " d_model"]
     """What the residual stream holds before the FFN writes: ``resid_mid``."""
     coefficients: Float[Tensor, " d_mlp"]
-    W_out: Float[Tensor, "d_mlp d_model"]
+    W_out: Float[Matrix, "d_mlp d_model"]
     b_out: Float[Tensor, " d_model"] | None
     """The bias, as it comes out of ``outlet``."""
     outlet: Outlet = Outlet()
@@ -136,7 +139,7 @@ class FFNDecomposition:
         """What each of these neurons adds to the residual stream."""
         return self.coefficients_of(number)[:, None] * self.subvalues(number)
 
-    def rows(self) -> Float[Tensor, "subvalue d_model"]:
+    def rows(self) -> Float[Matrix, "subvalue d_model"]:
         """Every subvalue once, as the weights hold them: before ``outlet``."""
         return self.W_out
 
@@ -336,7 +339,8 @@ def head_vectors_of_runs(
 
 
 def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[FFNDecomposition]:
-    W_out, b_out = host.W_out(layer), host.b_out(layer)
+    b_out = host.b_out(layer)
+    W_out = rows_in_use(host, layer, torch.stack([run.mlp_post[layer] for run in captures]))
     return [
         FFNDecomposition(
             layer=layer,
@@ -372,33 +376,33 @@ def _check_layer(host: Host, layer: int) -> None:
         raise InputError(f"layer {layer} is out of range: the model has {host.n_layers} layers")
 
 
+def rows_in_use(
+    host: Host, layer: int, coefficients: Float[Tensor, "place d_mlp"]
+) -> Float[Matrix, "d_mlp d_model"]:
+    """``W_out``, of which products read only experts that are on at some of these places."""
+    W_out, mixture = host.W_out(layer), host.mixture(layer)
+    if mixture is None or not isinstance(W_out, Pieces):
+        return W_out
+    return W_out.using(experts_on(mixture, coefficients))
+
+
 def slopes(
-    rows: Float[Tensor, "subvalue d_model"], gradients: Float[Tensor, "base d_model"]
+    rows: Float[Matrix, "subvalue d_model"], gradients: Float[Tensor, "base d_model"]
 ) -> Float[Tensor, "base subvalue"]:
-    """``subvalue . gradient`` of every row and gradient.
+    """``subvalue . gradient`` of every row and gradient; 0 of rows in pieces that are of no use.
 
     In the dtype of the gradients; narrow weights are widened in blocks, never copied whole. It is
     computed where the rows are, and brought to where the gradients are.
     """
     there = gradients.to(rows.device)
-    blocks = rows.split(_WIDENED_ROWS)
-    products = torch.cat([there @ block.to(there.dtype).T for block in blocks], dim=1)
+    products = there.new_zeros(len(there), len(rows))
+    for here, block in blocks_of(rows, _WIDENED_ROWS):
+        products[:, here] = there @ block.to(there.dtype).T
     return products.to(gradients.device)
 
 
-def times(
-    vectors: Float[Tensor, "*batch row"], weights: Float[Tensor, "*_ row column"]
-) -> Float[Tensor, "*batch column"]:
-    """``vectors @ weights`` in the dtype of the vectors, computed where the weights are.
-
-    A layer's weights may be on another device than what was captured; they never move.
-    """
-    there = vectors.to(weights.device)
-    return (there @ weights.to(there.dtype)).to(vectors.device)
-
-
 def rows_at(
-    weights: Float[Tensor, "row ..."], *places: Int[Tensor, " some"]
+    weights: Float[Matrix, "row ..."], *places: Int[Tensor, " some"]
 ) -> Float[Tensor, "some ..."]:
     """Rows of a weight, or of what is stacked in it, by number; brought to where the numbers are.
 

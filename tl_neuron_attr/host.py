@@ -20,7 +20,9 @@ from torch import Tensor
 
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
+from tl_neuron_attr.experts import KNOWN, Mixture, has_experts, mixture_of
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, Kind
+from tl_neuron_attr.pieces import Matrix, blocks_of
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
@@ -35,6 +37,9 @@ _LATE_PATTERN = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausal
 # Families that norm what each sub-layer writes and nothing it reads. TransformerLens 3.9 calls
 # these norms ln1 and ln2, as it calls those in front of a sub-layer elsewhere.
 _POST_NORM_ONLY = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
+
+# Families whose Hugging Face module holds the number that it multiplies its logits by.
+_SCALING_LOGITS = frozenset({"CohereForCausalLM", "Cohere2ForCausalLM"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +83,15 @@ class Host:
     d_model: int
     d_head: int
     d_mlp: int
+    """FFN neurons of a layer; in a mixture of experts those of all of them."""
     d_vocab: int
     n_ctx: int
+    n_experts: int = 0
+    """Experts an FFN chooses from at each position; 0: its FFNs are no mixtures."""
+    d_expert: int = 0
+    """Neurons of each of these experts."""
+    experts_per_position: int = 0
+    """How many of them a position is given."""
 
     __repr__ = brief
 
@@ -145,10 +157,27 @@ class Host:
         vector = vector.to(self.device)
         return vector if self.logit_scale == 1 else vector * self.logit_scale
 
-    def W_out(self, layer: int) -> Float[Tensor, "d_mlp d_model"]:
+    def mixture(self, layer: int) -> Mixture | None:
+        """The layer's experts; ``None`` in an FFN that is no mixture of them."""
+        if not self.n_experts:
+            return None
+        return mixture_of(self.model.blocks[layer].mlp, self.architecture)
+
+    def expert_of(self, index: int) -> tuple[int, int] | None:
+        """Which expert FFN neuron ``index`` of a layer is in, and its number there.
+
+        The shared expert, if there is one, is the one after the last. ``None``: there are none.
+        """
+        if not self.n_experts:
+            return None
+        expert = min(index // self.d_expert, self.n_experts)
+        return expert, index - expert * self.d_expert
+
+    def W_out(self, layer: int) -> Float[Matrix, "d_mlp d_model"]:
         """Row k is the subvalue of FFN neuron k."""
+        mixture = self.mixture(layer)
         # not model.W_out: that property stacks, and so copies, all layers at each access
-        return self.model.blocks[layer].mlp.W_out.detach()
+        return self.model.blocks[layer].mlp.W_out.detach() if mixture is None else mixture.down
 
     def b_out(self, layer: int) -> Float[Tensor, " d_model"] | None:
         """The FFN's output bias, which belongs to no neuron."""
@@ -164,11 +193,11 @@ class Host:
 
     def W_in(self, layer: int) -> Float[Tensor, "d_model d_mlp"]:
         """Column k is the subkey of FFN neuron k; in a gated FFN that of its up pre-activation."""
-        return self.model.blocks[layer].mlp.W_in.detach()
+        return self._dense(layer).W_in.detach()
 
     def W_gate(self, layer: int) -> Float[Tensor, "d_model d_mlp"] | None:
         """Column k is the subkey of neuron k's gate pre-activation; ``None`` in a plain FFN."""
-        return _parameter(self.model.blocks[layer].mlp, "W_gate")
+        return _parameter(self._dense(layer), "W_gate")
 
     def b_in(self, layer: int) -> Float[Tensor, " d_mlp"] | None:
         """What is added to ``W_in``'s product before the activation."""
@@ -179,6 +208,36 @@ class Host:
     def b_gate(self, layer: int) -> Float[Tensor, " d_mlp"] | None:
         """What is added to ``W_gate``'s product before the activation."""
         return _parameter(self.model.blocks[layer].mlp, "b_gate")
+
+    def _dense(self, layer: int) -> Any:
+        if self.n_experts:
+            raise UnsupportedModelError(
+                f"{self.architecture}: an FFN of experts has no W_in and W_gate of its own; its "
+                "subkeys are rows of host.ffn_inputs(layer)"
+            )
+        return self.model.blocks[layer].mlp
+
+    @property
+    def gated(self) -> bool:
+        """Whether FFN neurons multiply two inputs, ``act(gate) * up``."""
+        return bool(self.n_experts) or self.W_gate(0) is not None
+
+    def ffn_inputs(
+        self, layer: int
+    ) -> dict[str, tuple[Float[Matrix, "d_mlp d_model"], Float[Tensor, " d_mlp"] | None]]:
+        """What FFN neurons compute their coefficients from: ``pre``, or ``gate`` and ``up``.
+
+        By its name the subkeys, row k that of neuron k, and what is added to their product with
+        what the FFN reads. (In a mixture the product of gate and up still takes the weight of the
+        expert, which the router gives.)
+        """
+        mixture = self.mixture(layer)
+        if mixture is not None:
+            return {"gate": (mixture.gate, None), "up": (mixture.up, None)}
+        W_in, W_gate = self.W_in(layer).T, self.W_gate(layer)
+        if W_gate is None:
+            return {"pre": (W_in, self.b_in(layer))}
+        return {"gate": (W_gate.T, self.b_gate(layer)), "up": (W_in, self.b_in(layer))}
 
     def W_V(self, layer: int) -> Float[Tensor, "key_value_head d_model d_head"]:
         """Column [g, :, k] is the subkey of attention neuron k of every head of group g."""
@@ -256,6 +315,8 @@ def open_host(model: Any) -> Host:
     if class_name == "HookedTransformer":
         _refuse_misplaced(model)
     block = model.blocks[0]
+    mixture = mixture_of(block.mlp, _architecture(cfg)) if _n_experts(cfg) else None
+    W_out = block.mlp.W_out if mixture is None else mixture.down
     W_O = block.attn.W_O
     folded_norm, folded_values = _folding(model, class_name)
     processing = [
@@ -263,7 +324,7 @@ def open_host(model: Any) -> Host:
         for name, done in (
             ("norms folded", folded_norm),
             ("value biases folded", folded_values),
-            ("writing weights centred", _centred(block.mlp.W_out)),
+            ("writing weights centred", _centred(W_out)),
             ("unembedding centred", _centred(model.W_U)),
         )
         if done
@@ -280,16 +341,19 @@ def open_host(model: Any) -> Host:
         eps=float(cfg.eps),
         parallel=bool(cfg.parallel_attn_mlp),
         residual_scale=float(getattr(cfg, "residual_multiplier", None) or 1.0),
-        logit_scale=1.0 / float(getattr(cfg, "logits_scaling", None) or 1.0),
+        logit_scale=_logit_scale(model),
         soft_cap=_soft_cap(cfg),
         n_layers=len(model.blocks),
         n_heads=n_heads,
         n_key_value_heads=int(getattr(cfg, "n_key_value_heads", None) or n_heads),
         d_model=int(W_O.shape[2]),
         d_head=int(W_O.shape[1]),
-        d_mlp=int(block.mlp.W_out.shape[0]),  # cfg.d_mlp is wrong on OPT
+        d_mlp=int(W_out.shape[0]),  # cfg.d_mlp is wrong on OPT
         d_vocab=int(model.W_U.shape[1]),
         n_ctx=int(cfg.n_ctx),
+        n_experts=0 if mixture is None else mixture.n_experts,
+        d_expert=0 if mixture is None else mixture.d_expert,
+        experts_per_position=0 if mixture is None else mixture.per_position,
     )
 
 
@@ -310,7 +374,10 @@ def weights_hash(host: Host) -> str:
     the scores of attention neurons depend on both. Cost: one pass over the weights.
     """
     digest = hashlib.sha256()
-    for name, parameter in sorted(host.model.state_dict().items()):
+    weights = dict(host.model.state_dict())
+    if host.n_experts:  # a bridge's state_dict leaves out what several experts share
+        weights |= {f"{name} of the model": each for name, each in host.model.named_parameters()}
+    for name, parameter in sorted(weights.items()):
         if not isinstance(parameter, Tensor):
             continue
         digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}".encode())
@@ -363,7 +430,7 @@ def check_exists(
 # --- rows that neurons write with -------------------------------------------------------------
 
 
-def output_weights(host: Host, kind: Kind, layer: int) -> Float[Tensor, "*unit d_model"]:
+def output_weights(host: Host, kind: Kind, layer: int) -> Float[Matrix, "*unit d_model"]:
     """``W_out`` or ``W_O`` of one layer, as the model computes with it: to be written to."""
     return host.W_out(layer) if kind == "ffn" else host.W_O(layer)
 
@@ -383,6 +450,12 @@ def output_bias(host: Host, kind: Kind, layer: int) -> Float[Tensor, " d_model"]
 # --- hooks ------------------------------------------------------------------------------------
 
 
+ROUTER_HOOKS = {"ffn_read": "hook_in", "routing": "hook_out"}
+"""What a mixture of experts reads, and its router's logits, which the coefficients are made of.
+
+Both have the positions of all rows in one axis."""
+
+
 def hook_names(host: Host, layer: int) -> dict[str, str]:
     """The activations a capture reads in one layer, by the name it keeps them under."""
     block = f"blocks.{layer}."
@@ -398,6 +471,9 @@ def hook_names(host: Host, layer: int) -> dict[str, str]:
     }
     if host.parallel:
         del names["resid_mid"]
+    if host.n_experts:  # no activation holds its coefficients: they are made of these two
+        del names["mlp_post"]
+        names |= {name: f"{block}mlp.gate.{hook}" for name, hook in ROUTER_HOOKS.items()}
     for kind in get_args(Kind):
         post = _post_norm_name(host.model, host.architecture, layer, kind)
         if post is not None:
@@ -408,14 +484,24 @@ def hook_names(host: Host, layer: int) -> dict[str, str]:
 def pre_activation_names(host: Host, layer: int) -> dict[str, str]:
     """Hooks of what a layer's FFN neurons are computed from: ``pre``, or ``gate`` and ``up``."""
     mlp = f"blocks.{layer}.mlp."
-    if host.W_gate(layer) is None:
+    if not host.gated:
         return {"pre": f"{mlp}hook_pre"}
     return {"gate": f"{mlp}hook_pre", "up": f"{mlp}hook_pre_linear"}
 
 
 def coefficient_name(host: Host, layer: int, kind: Literal["ffn", "attn"]) -> str:
-    """The hook of the neurons' coefficients in one layer: what ``W_out`` or ``W_O`` multiplies."""
-    return hook_names(host, layer)["mlp_post" if kind == "ffn" else "z"]
+    """The hook of the neurons' coefficients in one layer: what ``W_out`` or ``W_O`` multiplies.
+
+    Raises:
+        UnsupportedModelError: For a mixture of experts, which has no such activation.
+    """
+    names = hook_names(host, layer)
+    if kind == "ffn" and host.n_experts:
+        raise UnsupportedModelError(
+            f"{host.architecture}: no activation holds the coefficients of experts' neurons; "
+            "coefficient_hooks makes them of what there is"
+        )
+    return names["mlp_post" if kind == "ffn" else "z"]
 
 
 def final_resid_name(host: Host) -> str:
@@ -786,6 +872,14 @@ def _gain(norm: Any, cfg: Any, class_name: str) -> Tensor | None:
     return 1 + gain if gain is not None and offset else gain
 
 
+def _logit_scale(model: Any) -> float:
+    """What logits are multiplied by, as the model does it now."""
+    if _architecture(model.cfg) in _SCALING_LOGITS:
+        # not cfg.logit_scale, which stays where TransformerLens folds the number into weights
+        return float(model.original_model.logit_scale)
+    return 1.0 / float(getattr(model.cfg, "logits_scaling", None) or 1.0)
+
+
 def _soft_cap(cfg: Any) -> float | None:
     cap = getattr(cfg, "output_logits_soft_cap", None)
     return float(cap) if cap is not None and cap > 0 else None
@@ -800,9 +894,10 @@ def _post_norm_name(model: Any, architecture: str, layer: int, kind: Kind) -> st
     return name if architecture in _POST_NORM_ONLY and name in parts else None
 
 
-def _centred(weight: Tensor) -> bool:
+def _centred(weight: Matrix) -> bool:
     """Whether the mean was taken out of a weight's rows (which changes no score); a few tell."""
-    rows = weight.detach()[:64]
+    _, block = next(blocks_of(weight, 64))
+    rows = block.detach()
     rows = rows[rows.any(-1)][:8]  # a row that was zeroed tells nothing
     if not len(rows):
         return False
@@ -883,8 +978,19 @@ def _refuse_misplaced(model: Any) -> None:
             )
 
 
-def _scorable(weight: Tensor) -> bool:
+def _n_experts(cfg: Any) -> int:
+    names = ("num_experts", "num_local_experts")
+    return max(int(getattr(cfg, name, None) or 0) for name in names)
+
+
+def _scorable(weight: Matrix) -> bool:
     return weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_exact(model: Any) -> None:
+    """Have a model's experts computed one by one, for other ways to do it know no float64."""
+    if _n_experts(model.cfg) and hasattr(model, "original_model"):
+        model.original_model.set_experts_implementation("eager")
 
 
 def has_hooks(model: Any) -> bool:
@@ -908,10 +1014,16 @@ def _refuse_unsupported(model: Any) -> None:
             refuse(f"it has no {part!r}; only decoders with a final norm can be read out")
     if setting("is_encoder_decoder"):
         refuse("it is an encoder-decoder")
-    if setting("num_experts") or setting("num_local_experts"):
+    mixed = _n_experts(cfg) > 0
+    if mixed and architecture not in KNOWN:
         refuse(
-            "its FFN is a mixture of experts, whose neurons sit behind a router; TransformerLens's "
-            "hooks show what goes into the experts and what comes out, not their neurons"
+            "its FFN is a mixture of experts whose router is not known; those of "
+            f"{', '.join(KNOWN)} are"
+        )
+    if mixed and _class_name(model) == "HookedTransformer":
+        refuse(
+            "its FFN is a mixture of experts, which is known on the bridge alone; load it as a "
+            "TransformerBridge"
         )
     if setting("is_stateful"):
         refuse("it is a state-space or recurrent model, not an attention decoder")
@@ -919,8 +1031,13 @@ def _refuse_unsupported(model: Any) -> None:
         refuse("it is an encoder; only causal decoders predict a next token")
     if setting("load_in_4bit") or setting("load_in_8bit") or not _scorable(model.W_U):
         refuse("its weights are quantised; load it in float32, bfloat16 or float16")
-    if (setting("logit_scale") or 1) != 1:
+    if (setting("logit_scale") or 1) != 1 and architecture not in _SCALING_LOGITS:
         refuse("its logits are scaled, by a number that TransformerLens folds into weights or not")
+    if architecture in _SCALING_LOGITS and not setting("rotary_interleaved_cos_sin"):
+        refuse(
+            "this TransformerLens rotates its queries and keys otherwise than Hugging Face does, "
+            "so it predicts something else; TransformerLens 4.3 does it right"
+        )
     if setting("do_layer_norm_before") is False:
         refuse("it normalises the residual stream after each sub-layer (post-LayerNorm)")
     if setting("normalization_type") not in ("LN", "LNPre", "RMS", "RMSPre"):
@@ -938,8 +1055,18 @@ def _refuse_unsupported(model: Any) -> None:
             refuse("a LayerNorm is on the output of each sub-layer; only RMSNorms are known there")
         if posts != [_post_norm_name(model, architecture, 0, kind) for kind in get_args(Kind)]:
             refuse("some of its layers norm what they write, and others do not")
-        for module, name in ((block.mlp, "W_out"), (block.attn, "W_O")):
-            weight = _parameter(module, name)
+        if mixed and not has_experts(block.mlp):
+            refuse(
+                "some of its layers have a mixture of experts, and others do not: only layers of "
+                "equally many FFN neurons are known"
+            )
+        weights: dict[str, Matrix | None] = {
+            "W_out": mixture_of(block.mlp, architecture).down
+            if mixed
+            else _parameter(block.mlp, "W_out"),
+            "W_O": _parameter(block.attn, "W_O"),
+        }
+        for name, weight in weights.items():
             if weight is None:
                 refuse(f"layer {layer} has no {name}: its neurons are not the rows of one matrix")
             elif not _scorable(weight):

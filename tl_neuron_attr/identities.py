@@ -16,6 +16,7 @@ from tl_neuron_attr.capture import Capture, capture_pre_activations
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import IdentityError
 from tl_neuron_attr.host import Host, Norm, has_hooks, weights_state
+from tl_neuron_attr.pieces import Matrix, blocks_of
 from tl_neuron_attr.readout import read_out
 
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
@@ -92,11 +93,8 @@ def subkey_identities(host: Host, captured: Capture) -> tuple[Identity, ...]:
         v = []
         for layer in range(host.n_layers):
             read = _normalized(host, host.ffn_norm(layer), mid[layer])
-            W_gate = host.W_gate(layer)
-            if W_gate is not None:
-                ours["gate"].append(_plus(_times(read, W_gate), host.b_gate(layer)))
-            up = _plus(_times(read, host.W_in(layer)), host.b_in(layer))
-            ours["pre" if W_gate is None else "up"].append(up)
+            for name, (subkeys, bias) in host.ffn_inputs(layer).items():
+                ours[name].append(_plus(_products(subkeys, read), bias))
             read = _normalized(host, host.attn_norm(layer), captured.resid_pre[layer])
             v.append(_plus(_times(read, host.W_V(layer)), host.b_V(layer)))
         equation = "norm(resid) . subkey + bias = pre-activation"
@@ -148,6 +146,12 @@ def _normalized(host: Host, norm: Norm, resid: Float[Tensor, " d_model"]) -> Ten
     resid = resid - resid.mean() if norm.kind == "layer_norm" else resid
     scaled = resid / (resid.square().mean() + host.eps).sqrt()
     return _plus(scaled if norm.gain is None else scaled * norm.gain.to(resid), norm.bias)
+
+
+def _products(rows: Float[Matrix, "neuron d_model"], vector: Float[Tensor, " d_model"]) -> Tensor:
+    # in the dtype of the rows, as below
+    products = [block @ vector.to(block) for _, block in blocks_of(rows, len(rows))]
+    return torch.cat([each.to(vector) for each in products])
 
 
 def _times(vector: Float[Tensor, " d_model"], weight: Float[Tensor, "*_ d_model neuron"]) -> Tensor:

@@ -30,6 +30,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, open_host, weights_hash
 from tl_neuron_attr.neurons import Kind
+from tl_neuron_attr.pieces import Matrix
 from tl_neuron_attr.prompts import integer
 from tl_neuron_attr.readout import DEFAULT_BUDGET, ReadOut, TokenEnds, check_read_out
 
@@ -315,7 +316,7 @@ def _surveyed(host: Host, dtype: torch.dtype, budget: int) -> _Survey:
 def _computed(host: Host, survey: _Survey, layer: int, k: int, bar: tqdm) -> dict[str, Tensor]:
     """Every tensor of one layer's file."""
     tensors = {"widest": torch.tensor(survey.widest)}
-    blocks: tuple[tuple[Kind, Tensor], ...] = (
+    blocks: tuple[tuple[Kind, Matrix], ...] = (
         ("ffn", host.W_out(layer)),
         ("attn", host.W_O(layer).flatten(0, 1)),
     )

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tl_neuron_attr.host import Host, weights_state
 from tl_neuron_attr.neurons import Kind
+from tl_neuron_attr.pieces import Matrix, Pieces
 
 _BLOCK = 1024  # rows or columns at a time: narrow weights are widened in blocks, never whole
 _SAMPLES = 8  # rows and columns of each matrix that are looked at for edits
@@ -39,7 +40,7 @@ class WeightNorms:
         """Those of the unembedding, if it is this model's."""
         return self.columns.get(_place(W_U))
 
-    def of_rows(self, rows: Float[Tensor, "subvalue d_model"]) -> Float[Tensor, " subvalue"] | None:
+    def of_rows(self, rows: Float[Matrix, "subvalue d_model"]) -> Float[Tensor, " subvalue"] | None:
         """Those of one block's subvalues, if they are this model's."""
         return self.rows.get(_place(rows))
 
@@ -58,7 +59,7 @@ def weight_norms(host: Host) -> WeightNorms:
     weights; they are kept as long as the model is.
     """
     layers = range(host.n_layers)
-    blocks = [host.W_out(layer) for layer in layers]
+    blocks: list[Matrix] = [host.W_out(layer) for layer in layers]
     blocks += [host.W_O(layer).flatten(0, 1) for layer in layers]
     kinds: tuple[Kind, ...] = ("ffn", "attn")
     posts = [host.post_norm(layer, kind) for kind in kinds for layer in layers]
@@ -80,7 +81,7 @@ def weight_norms(host: Host) -> WeightNorms:
             rows={
                 _place(rows): row_norms(rows, gain).to(host.device)
                 for rows, gain in zip(blocks, gains, strict=True)
-                if rows.untyped_storage().data_ptr() in stored
+                if isinstance(rows, Pieces) or rows.untyped_storage().data_ptr() in stored
             },
         )
     _measured[host.model] = (state, norms)
@@ -88,7 +89,7 @@ def weight_norms(host: Host) -> WeightNorms:
 
 
 def row_norms(
-    rows: Float[Tensor, "row d_model"], gain: Float[Tensor, " d_model"] | None = None
+    rows: Float[Matrix, "row d_model"], gain: Float[Tensor, " d_model"] | None = None
 ) -> Float[Tensor, " row"]:
     """The norm of each row, its entries weighted by ``gain`` if there is one; float32 or wider."""
 
@@ -117,15 +118,16 @@ def column_norms(
     return _joined(norms())
 
 
-def _place(matrix: Tensor) -> Place:
+def _place(matrix: Matrix) -> Place:
     return matrix.data_ptr(), matrix.shape
 
 
-def _sampled(matrices: Iterable[Float[Tensor, "_ _"]]) -> bytes:
+def _sampled(matrices: Iterable[Float[Matrix, "_ _"]]) -> bytes:
     """A few entries of each, spread over its rows and columns."""
     few = [
-        matrix[:: max(1, matrix.shape[0] // _SAMPLES), :: max(1, matrix.shape[1] // _SAMPLES)]
+        stack[:, :: max(1, stack.shape[1] // _SAMPLES), :: max(1, stack.shape[2] // _SAMPLES)]
         for matrix in matrices
+        for stack in (matrix.stacks if isinstance(matrix, Pieces) else (matrix[None],))
     ]
     return torch.cat([each.flatten().float().cpu() for each in few]).numpy().tobytes()
 

@@ -181,19 +181,11 @@ def subkeys(
         subkey = rows_at(W_V.transpose(1, 2), group, index)
         yield "v", subkey, None if b_V is None else rows_at(b_V, group, index)
         return
-    W_gate = host.W_gate(layer)
-    if W_gate is not None and convention == "published":
+    if convention == "published" and host.gated:
         yield "subvalue", rows_at(host.W_out(layer), index), None
         return
-    if W_gate is not None:
-        b_gate = host.b_gate(layer)
-        yield "gate", rows_at(W_gate.T, index), None if b_gate is None else rows_at(b_gate, index)
-    b_in = host.b_in(layer)
-    yield (
-        "pre" if W_gate is None else "up",
-        rows_at(host.W_in(layer).T, index),
-        None if b_in is None else rows_at(b_in, index),
-    )
+    for name, (rows, bias) in host.ffn_inputs(layer).items():
+        yield name, rows_at(rows, index), None if bias is None else rows_at(bias, index)
 
 
 def through_norm(

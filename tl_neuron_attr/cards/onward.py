@@ -16,6 +16,7 @@ from tl_neuron_attr.cards.looked_at import LookedAt, plain, read_by, stream
 from tl_neuron_attr.decompose import outlet, slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, Head
+from tl_neuron_attr.pieces import Matrix
 from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.readout import project
 from tl_neuron_attr.topk import Kind, largest
@@ -79,13 +80,8 @@ def _reaches(host: Host, one: LookedAt) -> Iterator[_Reach]:
             yield _reach(host, one, "attn", layer, "v", norm, x, rows, bias)
         if layer > own or after_own:
             norm, x = host.ffn_norm(layer), stream(captured, "ffn")[layer]
-            W_gate = host.W_gate(layer)
-            if W_gate is not None:
-                bias = host.b_gate(layer)
-                yield _reach(host, one, "ffn", layer, "gate", norm, x, W_gate.T, bias)
-            name = "pre" if W_gate is None else "up"
-            W_in, bias = host.W_in(layer), host.b_in(layer)
-            yield _reach(host, one, "ffn", layer, name, norm, x, W_in.T, bias)
+            for name, (rows, bias) in host.ffn_inputs(layer).items():
+                yield _reach(host, one, "ffn", layer, name, norm, x, rows, bias)
 
 
 def _reach(
@@ -96,7 +92,7 @@ def _reach(
     name: str,
     norm: Norm,
     x: Float[Tensor, " d_model"],
-    rows: Float[Tensor, "neuron d_model"],
+    rows: Float[Matrix, "neuron d_model"],
     bias: Float[Tensor, " neuron"] | None,
 ) -> _Reach:
     vectors = torch.stack([through_norm(host, norm, x, one.subvalue), read_by(host, norm, x)])

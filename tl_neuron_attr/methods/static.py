@@ -196,11 +196,12 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
     places = []
     for block in blocks_of(case, kind):
         signs = block.all_coefficients().sign().to(out.dtype)
-        rows = block.rows()
-        for start in range(0, len(rows), out.rows_per_block):
-            some = slice(start, start + out.rows_per_block)
-            signed = signs[some, None] * block.outlet(rows[some].to(signs))
+        first = 0
+        for rows in block.rows().split(out.rows_per_block):
+            some = slice(first, first + len(rows))
+            signed = signs[some, None] * block.outlet(rows.to(signs))
             places.append(out.ranks(signed, case.result.target))
+            first += len(rows)
     found = in_layers(case, kind, torch.cat(places).to(out.dtype).reciprocal())
     case.known_ranks[kind] = found
     return found.clone()
