@@ -21,6 +21,7 @@ ORDER = (
     "tiny_facts",
     "state",
     "host",
+    "targets",
     "ids",
     "models",
     "norms",

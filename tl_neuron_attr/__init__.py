@@ -42,7 +42,7 @@ from tl_neuron_attr.errors import (
 )
 from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
-from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.ids import (
     Layout,
@@ -122,6 +122,7 @@ from tl_neuron_attr.scores import (
 from tl_neuron_attr.strip import TokenStrip, token_strip
 from tl_neuron_attr.styled import styled
 from tl_neuron_attr.tables import neurons_of
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"

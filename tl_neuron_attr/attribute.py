@@ -25,10 +25,11 @@ from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture_all, check_fits
 from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, open_host, resolve_target, tokenize
+from tl_neuron_attr.host import Host, has_hooks, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.prompts import (
+    Answer,
     PaddingSide,
     Prompt,
     Question,
@@ -46,6 +47,7 @@ from tl_neuron_attr.readout import (
     read_out,
 )
 from tl_neuron_attr.scores import baselines_of_runs, head_scores, layer_scores
+from tl_neuron_attr.targets import resolve_target, space_warnings, target_of, tokenize
 from tl_neuron_attr.topk import top_neurons_of_runs
 
 
@@ -53,7 +55,7 @@ def attribute(
     model: Any,
     prompt: str | Iterable[SupportsIndex] | Tensor | Prompt | Capture,
     *,
-    target: str | SupportsIndex | None = None,
+    target: Answer | None = None,
     against: str | SupportsIndex | None = None,
     position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
@@ -70,7 +72,9 @@ def attribute(
     Args:
         model: A ``TransformerBridge`` or a ``HookedTransformer``; it is left as it was.
         prompt: Text, token ids, a ``Prompt``, or a ``Capture`` taken before (no forward pass).
-        target: A token id, or text that is one token; by default the model's own top prediction.
+        target: A token id, or text that is one token; by default the model's own top prediction. A
+            set of these: several accepted answers, whose probabilities are summed. A
+            ``Distribution``: a whole prediction, by default the model's own.
         against: A second token, for a contrast: scores are then rises in
             log p(target) - log p(against), linear in each contribution (unless the norm is
             recomputed, or logits pass through a soft cap).
@@ -125,7 +129,7 @@ def attribute_all(
     model: Any,
     prompts: str | Prompt | Capture | Tensor | Iterable[Any],
     *,
-    target: str | SupportsIndex | Sequence[str | SupportsIndex | None] | None = None,
+    target: Answer | Sequence[Answer | None] | None = None,
     against: str | SupportsIndex | Sequence[str | SupportsIndex | None] | None = None,
     prepend_bos: bool | None = None,
     top: SupportsIndex = 300,
@@ -173,7 +177,7 @@ def attribute_all(
         index=index,
         progress=progress,
     )
-    for message in results[0].warnings:
+    for message in dict.fromkeys(message for result in results for message in result.warnings):
         warnings.warn(message, stacklevel=2)
     return results
 
@@ -281,12 +285,12 @@ def _batches(asked: Sequence[TokenizedPrompt | Capture], batch_size: int) -> Ite
 
 
 def _alike(captures: Sequence[Capture]) -> list[list[int]]:
-    """Those that can be scored together: tokens or contrasts, in one precision."""
+    """Those that can be scored together: targets of one kind, in one precision."""
     alike: dict[Any, list[int]] = {}
     for number, captured in enumerate(captures):
         target = captured.prompt.target
-        contrast = target is not None and target.against is not None
-        alike.setdefault((contrast, captured.resid_pre.dtype), []).append(number)
+        form = (target or Target(id=0)).form
+        alike.setdefault((form, captured.resid_pre.dtype), []).append(number)
     return [*alike.values()]
 
 
@@ -349,7 +353,7 @@ def _scored(
     bar: tqdm,
 ) -> list[Attribution]:
     """Scores of layers, heads and the best neurons for each capture and its target."""
-    targets = [each.prompt.target or _own_top_prediction(host, each) for each in captures]
+    targets = [target_of(host, each.prompt, each.logits) for each in captures]
     if dtype is not None:
         captures = _converted(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
@@ -375,16 +379,14 @@ def _scored(
             head_scores=head_results[number],
             ffn_neurons=ffn_results[number],
             attn_neurons=attn_results[number],
-            warnings=_warnings(host),
+            warnings=(
+                *_warnings(host),
+                *space_warnings(host, captured.prompt, captured.logits),
+            ),
             seconds=0.0,
         )
         for number, captured in enumerate(captures)
     ]
-
-
-def _own_top_prediction(host: Host, captured: Capture) -> Target:
-    token, _ = captured.top_predictions(1)[0]
-    return Target(id=token, text=host.token_text(token))
 
 
 def _warnings(host: Host) -> tuple[str, ...]:

@@ -35,7 +35,8 @@ from tl_neuron_attr.cli.options import (
 from tl_neuron_attr.cli.terminal import WIDTH, show_written
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
+from tl_neuron_attr.targets import tokenize
 
 
 def card(

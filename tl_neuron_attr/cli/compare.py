@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -197,7 +196,7 @@ def _as_json(
         "prompt": original.captured.prompt.text,
         "tokens": list(original.captured.prompt.token_texts),
         "read_pos": original.captured.prompt.read_pos,
-        "target": {**asdict(original.target), "log_prob": original.log_prob},
+        "target": {**original.target.facts(), "log_prob": original.log_prob},
         "convention": original.convention,
         "other": {
             "what": other.what,

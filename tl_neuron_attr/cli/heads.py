@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +112,7 @@ def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, 
         "prompt": prompt.text,
         "tokens": list(prompt.token_texts),
         "read_pos": prompt.read_pos,
-        "target": {**asdict(result.target), "log_prob": result.log_prob},
+        "target": {**result.target.facts(), "log_prob": result.log_prob},
         "heads": records(table),
         "warnings": list(result.warnings),
     }

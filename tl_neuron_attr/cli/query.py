@@ -57,11 +57,12 @@ from tl_neuron_attr.cli.terminal import (
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.report.query import query_page
 from tl_neuron_attr.tables import Saved, write_run
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import Kind
 
 _SHOWN = 10

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import run_rows
 from tl_neuron_attr.errors import InputError, NonFiniteError
-from tl_neuron_attr.host import Host, hook_names, open_host, tokenize
+from tl_neuron_attr.host import Host, hook_names, open_host
 from tl_neuron_attr.interventions.rows import batches
 from tl_neuron_attr.interventions.values import MeanCoefficients
 from tl_neuron_attr.prompts import TokenizedPrompt, as_questions
+from tl_neuron_attr.targets import tokenize
 
 Positions = Literal["all", "read"]
 
