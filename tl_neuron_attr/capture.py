@@ -88,6 +88,10 @@ class Capture:
         log_probs, ids = self.logits.log_softmax(-1).topk(min(k, self.logits.shape[0]))
         return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
 
+    def probs(self) -> Float[Tensor, " d_vocab"]:
+        """The model's own prediction of every token, in float64."""
+        return self.logits.double().softmax(-1)
+
     def log_prob_of(self, token: int) -> float:
         """The model's own log-probability of a token, in nats."""
         return float(self.logits.log_softmax(-1)[token])

@@ -93,7 +93,7 @@ def target_words(target: Target, log_prob: float, embedding_log_prob: float | No
     """A target and how probable it is, as HTML."""
     aim = " or ".join(f"{token(each.text)} (id {each.id})" for each in target.answers)
     if target.distribution is not None:
-        return f"{escaped(target.words)}, {target.quantity} = {signed(log_prob)} nats"
+        return f"{escaped(target.words)}, {target.quantity} = {number(log_prob)} nats"
     if target.against is None:
         before = (
             ""

@@ -47,8 +47,9 @@ class Distribution:
         return list(zip(ids.tolist(), probs.tolist(), strict=True))
 
 
-Answer = str | SupportsIndex | Set[Any] | Distribution
-"""What may be asked about: one token as text or id, a set of accepted answers, a distribution."""
+Answer = str | SupportsIndex | Set[Any] | list[Any] | Distribution
+"""What may be asked about: one token as text or id, accepted answers as a set or a list of these, a
+distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,16 +96,12 @@ class Prompt:
         object.__setattr__(self, "position", integer(self.position, "position"))
         if self.against is not None and self.target is None:
             raise InputError("a contrast needs both tokens: give target beside against")
+        object.__setattr__(self, "target", as_answer(self.target))
         if isinstance(self.target, (Set, Distribution)) and self.against is not None:
             raise InputError(
                 "a contrast is of one token against another; give one token as target, or leave "
                 "against out"
             )
-        if isinstance(self.target, Set):
-            answers = frozenset(_token(each, "target") for each in self.target)
-            object.__setattr__(self, "target", answers)
-        elif self.target is not None and not isinstance(self.target, Distribution):
-            object.__setattr__(self, "target", _token(self.target, "target"))
         if self.against is not None:
             object.__setattr__(self, "against", _token(self.against, "against"))
 
@@ -132,6 +129,13 @@ class Target:
     def answers(self) -> "tuple[Target, ...]":
         """Every accepted answer by itself."""
         return (replace(self, also=()), *self.also)
+
+    @property
+    def as_asked(self) -> Answer:
+        """It as it may be asked about again, tokens by their ids."""
+        if self.distribution is not None:
+            return self.distribution
+        return frozenset(each.id for each in self.answers) if self.also else self.id
 
     @property
     def is_token(self) -> bool:
@@ -266,6 +270,19 @@ def as_prompt(
             )
         prompt = tuple(prompt.tolist())
     return Prompt(tokens=prompt, **asked)
+
+
+def as_answer(target: Any) -> Any:
+    """What is asked about in the form ``Prompt`` holds it: accepted answers as a frozen set.
+
+    Raises:
+        InputError: If it is neither text nor an integer, nor several of these.
+    """
+    if target is None or isinstance(target, Distribution):
+        return target
+    if isinstance(target, (Set, list, tuple)):
+        return frozenset(_token(each, "target") for each in target)
+    return _token(target, "target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -451,11 +468,6 @@ def _token(given: Any, what: str) -> str | int:
     if isinstance(given, str):
         _check_text(given, what)
         return given
-    if isinstance(given, Sequence):
-        raise InputError(
-            f"several accepted answers are given as a set, like {{' USA', ' America'}}; got "
-            f"{given!r}"
-        )
     return integer(given, "a token id")
 
 

@@ -575,7 +575,7 @@ class ReadOut:
             return moved((added * self._columns(aims.token)).sum(-1), aims.token)
         assert baseline.log_share is not None
         each = [moved((added * self._columns(ids)).sum(-1), ids) for ids in aims.answers]
-        return (torch.stack(each, 1) + baseline.log_share[bases]).logsumexp(1)
+        return joint_rise(torch.stack(each), baseline.log_share[bases].T)
 
     def _log_expected(
         self,
@@ -990,6 +990,16 @@ class Rivals:
         change[0] -= elsewhere / rivalry
         after = (self.prob.log()[:, None] + change).logsumexp(0) - change[0]
         return after.to(first_order.dtype)
+
+
+def joint_rise(
+    rises: Float[Tensor, "answer row"], log_share: Float[Tensor, "answer _"]
+) -> Float[Tensor, " row"]:
+    """Rise in the log of several answers' summed probability, of which each log p rises so much.
+
+    ``log_share`` is the log of each one's share of it before. It grows with every answer's rise.
+    """
+    return (rises + log_share).logsumexp(0)
 
 
 def _plus_log_probs(

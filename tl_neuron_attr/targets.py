@@ -4,12 +4,12 @@ Everything that can be wrong with a request in words is found here, before the m
 """
 
 import math
-from collections.abc import Set
+from collections.abc import Callable, Set
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
@@ -20,13 +20,15 @@ from tl_neuron_attr.prompts import (
     Prompt,
     Target,
     TokenizedPrompt,
+    as_answer,
     integer,
     visible,
 )
 
 _SUMS_TO_1 = 1e-4  # by how much probabilities may miss it: float16's, added up
 
-_MUCH_LIKELIER = 10.0  # how many times likelier a target with the other space must be to be named
+# A target with the other space is named where it is so many times likelier, and likely at all.
+_MUCH_LIKELIER, _LIKELY = 10.0, 1e-3
 
 
 def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
@@ -86,25 +88,26 @@ def resolve_target(
     """What a target names: one token, the two of a contrast, accepted answers, a distribution.
 
     Accepted answers come in order of their ids. The model's own distribution is known only after
-    its run: ``target_of`` puts it in.
+    its run; ``attribute`` puts it in.
 
     Raises:
         InputError: For an id outside the vocabulary, a text that is not exactly one token, a
             contrast of a token with itself or with nothing, accepted answers that are none or one
             token twice, a distribution that is none.
     """
-    if target is None:
+    asked = as_answer(target)
+    if asked is None:
         raise InputError("a contrast needs both tokens: give target beside against")
-    if isinstance(target, (Set, Distribution)) and against is not None:
+    if isinstance(asked, (Set, Distribution)) and against is not None:
         raise InputError(
             "a contrast is of one token against another; give one token as target, or leave "
             "against out"
         )
-    if isinstance(target, Distribution):
-        return _distribution(host, target)
-    if isinstance(target, Set):
-        return _accepted(host, target)
-    token = one_token(host, target)
+    if isinstance(asked, Distribution):
+        return _distribution(host, asked)
+    if isinstance(asked, Set):
+        return _accepted(host, asked)
+    token = one_token(host, asked)
     if against is None:
         return token
     other = one_token(host, against, "against")
@@ -145,29 +148,20 @@ def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> T
     )
 
 
-def target_of(host: Host, prompt: TokenizedPrompt, logits: Float[Tensor, " d_vocab"]) -> Target:
-    """The prompt's target once the run's ``logits`` are known: its top prediction by default.
-
-    The model's own distribution gets its probabilities, in float64.
-    """
-    target = prompt.target
-    if target is None:
-        token = int(logits.log_softmax(-1).topk(1).indices)
-        return Target(id=token, text=host.token_text(token))
-    wanted = target.distribution
-    if wanted is None or wanted.probs is not None:
-        return target
-    probs = logits.double().softmax(-1)
-    return _of_distribution(host, Distribution(probs, wanted.name))
+def of_distribution(host: Host, wanted: Distribution) -> Target:
+    """A distribution whose probabilities are known, called by its likeliest token."""
+    ((token, _),) = wanted.likeliest(1)
+    return Target(id=token, text=host.token_text(token), distribution=wanted)
 
 
 def space_warnings(
-    host: Host, prompt: TokenizedPrompt, logits: Float[Tensor, " d_vocab"]
+    host: Host, prompt: TokenizedPrompt, log_prob_of: Callable[[int], float]
 ) -> tuple[str, ...]:
     """Slips with spaces that a run shows: did you mean ' Paris'?
 
     A target that is much likelier with, or without, a space in front; a prompt that ends with a
-    space of its own, after which no answer can begin with one. Nothing is changed.
+    space of its own, after which no answer can begin with one. Nothing is changed. ``log_prob_of``
+    tells what the run makes of a token, in nats.
     """
     found = []
     last = len(prompt.tokens) - 1
@@ -190,11 +184,11 @@ def space_warnings(
         other = _other_spacing(host, each)
         if other is None or other.id in [answer.id for answer in answers]:
             continue
-        if float(logits[other.id] - logits[each.id]) > math.log(_MUCH_LIKELIER):
-            chances = logits.double().softmax(-1)[[each.id, other.id]].tolist()
+        own, others = math.exp(log_prob_of(each.id)), math.exp(log_prob_of(other.id))
+        if others > max(_LIKELY, _MUCH_LIKELIER * own):
             found.append(
-                f"the target {each.text!r} has a probability of {chances[0]:.2g} here, "
-                f"{other.text!r} of {chances[1]:.2g}: did you mean {other.text!r}?"
+                f"the target {each.text!r} has a probability of {own:.2g} here, {other.text!r} of "
+                f"{others:.2g}: did you mean {other.text!r}?"
             )
     return tuple(found)
 
@@ -236,12 +230,7 @@ def _distribution(host: Host, given: Distribution) -> Target:
             "a distribution's probabilities must be finite, 0 or more, and sum to 1; these "
             f"sum to {total:.6g} and the least is {float(probs.min()):.6g}"
         )
-    return _of_distribution(host, Distribution(probs / total, given.name))
-
-
-def _of_distribution(host: Host, wanted: Distribution) -> Target:
-    ((token, _),) = wanted.likeliest(1)
-    return Target(id=token, text=host.token_text(token), distribution=wanted)
+    return of_distribution(host, Distribution(probs / total, given.name))
 
 
 # --- spaces -----------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.prompts import Target, at_least_one
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
+from tl_neuron_attr.readout import Baseline, ReadOut, full_precision, joint_rise
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
 Bounds = Callable[[Sequence[int]], tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]]
@@ -278,7 +278,7 @@ class AnswerSlopes:
         self, coefficients: Float[Tensor, " neuron"], slopes: Float[Tensor, "answer neuron"]
     ) -> Float[Tensor, " neuron"]:
         """That of the log of their summed probability, each answer's being linear."""
-        return (coefficients * slopes + self.log_share[:, None]).logsumexp(0)
+        return joint_rise(coefficients * slopes, self.log_share[:, None])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -412,12 +412,12 @@ def _of_answers(
     each: Sequence[list[list[TangentBound]]], before: Baseline
 ) -> list[list[TangentBound]]:
     """The bounds of several accepted answers, given by answer, run and layer, as those of all."""
-    assert before.log_share is not None
-    n_layers = len(each[0][0])
+    shares, n_layers = before.log_share, len(each[0][0])
+    assert shares is not None
 
     def together(run: int, layer: int) -> TangentBound:
         bounds = [answer[run][layer] for answer in each]
-        log_share = before.log_share[run * n_layers + layer]
+        log_share = shares[run * n_layers + layer]
         slopes = torch.stack([bound.slope for bound in bounds])
         bends = [bound.bend for bound in bounds if bound.bend is not None]
         return replace(

@@ -295,7 +295,8 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     at = f"{card.position}:{visible(card.tokens[card.position])}"
     yield _clipped(f"{card.neuron}   {what} of {card.model_name}, where it writes at {at}", width)
     yield _clipped(f"prompt    {shown_tokens(card.tokens[: card.read_pos + 1])}", width)
-    said = f"{_what(card.target)} {decimals(card.log_prob)} nats"
+    signs = card.target.distribution is None
+    said = f"{_what(card.target)} {decimals(card.log_prob, sign=signs)} nats"
     yield _clipped(f"target    {card.target.words}   {said}", width)
     yield ""
     facts = [f"coefficient {card.coefficient:+.4g}"]

@@ -30,6 +30,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
@@ -37,6 +38,7 @@ from tl_neuron_attr.cli.options import (
     index_of,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -80,6 +82,7 @@ def compare(
     ] = None,
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -122,7 +125,7 @@ def compare(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         read_as = convention_of(convention)

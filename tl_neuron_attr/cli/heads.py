@@ -27,11 +27,13 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -56,6 +58,7 @@ def heads(
     model: ModelName = "tiny-facts",
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -77,7 +80,7 @@ def heads(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         if top < 1:

@@ -30,10 +30,10 @@ from tl_neuron_attr.cli.options import (
     WeightDtype,
     command_line,
     convention_of,
-    either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -92,7 +92,7 @@ def in_context(
     Example: tl-neuron-attr in-context "the color red, number two, the" --labels " color" " number"
     """
     with errors_in_one_sentence():
-        prompt = prompt_of(text, tokens, bos, position, either("--target", target, target_id), None)
+        prompt = prompt_of(text, tokens, bos, position, target_of(target, target_id), None)
         read_as = convention_of(convention)
         chosen = None if head is None else as_head(head)
         if top < 1:

@@ -34,12 +34,14 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -101,6 +103,7 @@ def query(
     model: ModelName = "tiny-facts",
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -132,7 +135,7 @@ def query(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         read_as = convention_of(convention)

@@ -53,7 +53,7 @@ def target_line(result: Attribution) -> str:
     line = f"[bold]Target[/]  {escape(target.words_and_ids)}"
     if target.distribution is not None:
         return (
-            f"{line}   {target.quantity} = {decimals(result.log_prob)} nats; "
+            f"{line}   {target.quantity} = {decimals(result.log_prob, sign=False)} nats; "
             f"before the first layer {decimals(before)}"
         )
     if target.against is None:

@@ -292,11 +292,10 @@ def _attributed_beside_others(case: Case) -> Case:
     """The case with its prompt attributed in a batch with two others, one longer, one shorter."""
     result = case.result
     prompt = result.captured.prompt
-    against = result.target.against
     asked = Prompt(
         tokens=prompt.tokens,
-        target=result.target.id,
-        against=None if against is None else against.id,
+        target=result.target.as_asked,
+        against=None if result.target.against is None else result.target.against.id,
         position=prompt.read_pos,
         prompt_id=prompt.prompt_id,
     )
