@@ -509,7 +509,7 @@ def test_a_run_says_which_prompts_its_tables_cannot_hold(facts_model, tmp_path):
     file.write_text("\n".join(map(json.dumps, lines)))
     run_prompts(facts_model, str(file), tmp_path / "run", top=3)
     errors = load_run(tmp_path / "run").dataset("errors").to_table().to_pandas()
-    assert errors["message"].tolist() == [
+    assert errors["reason"].tolist() == [
         "a run's tables hold one token as target, not ·Rome or ·Paris; leave the others out, or "
         "attribute the prompt by itself"
     ]

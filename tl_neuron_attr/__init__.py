@@ -5,6 +5,7 @@ names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
 """
 
 from tl_neuron_attr.across import layers_by_type, overlap_table
+from tl_neuron_attr.answers import AnswerAttribution, attribute_answer
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import (
@@ -121,6 +122,7 @@ from tl_neuron_attr.scores import (
 )
 from tl_neuron_attr.strip import TokenStrip, token_strip
 from tl_neuron_attr.styled import styled
+from tl_neuron_attr.sums import RankedSums, top_sums
 from tl_neuron_attr.tables import neurons_of
 from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
@@ -128,6 +130,7 @@ from tl_neuron_attr.topk import RankedNeurons, top_neurons
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerAttribution",
     "AskedPrompt",
     "HOST_CHECKS",
     "METHODS",
@@ -174,6 +177,7 @@ __all__ = [
     "QueryScores",
     "RankedDifferences",
     "RankedNeurons",
+    "RankedSums",
     "ReadOut",
     "Run",
     "RunDifference",
@@ -193,6 +197,7 @@ __all__ = [
     "attn_decomposition",
     "attribute",
     "attribute_all",
+    "attribute_answer",
     "baselines",
     "best_neurons",
     "capture",
@@ -263,6 +268,7 @@ __all__ = [
     "top_differences",
     "top_neurons",
     "top_query_neurons",
+    "top_sums",
     "upgrade_run",
     "value_neurons",
     "value_query_graph",

@@ -4,7 +4,7 @@ Everything that can be wrong with a request in words is found here, before the m
 """
 
 import math
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -26,6 +26,8 @@ from tl_neuron_attr.prompts import (
 )
 
 _SUMS_TO_1 = 1e-4  # by how much probabilities may miss it: float16's, added up
+
+_WHOLE = ", or call attribute_answer (on the command line: answer) for all of them together"
 
 # A target with the other space is named where it is so many times likelier, and likely at all.
 _MUCH_LIKELIER, _LIKELY = 10.0, 1e-3
@@ -144,8 +146,30 @@ def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> T
     hint = "".join(f" (did you mean {near!r}?)" for near in _one_token_near(host, given)[:1])
     raise InputError(
         f"{what} {given!r} is {len(ids)} tokens ({pieces}){hint}; "
-        f"give a single-token {what} or a token id"
+        f"give a single-token {what} or a token id{_WHOLE if what == 'target' else ''}"
     )
+
+
+def answer_tokens(host: Host, answer: str | Sequence[SupportsIndex]) -> tuple[int, ...]:
+    """The ids of a whole answer, given as text or as ids.
+
+    Raises:
+        InputError: If it is empty, an id is outside the vocabulary, or there is no tokenizer.
+    """
+    if not isinstance(answer, str):
+        ids = tuple(one_token(host, each, "answer").id for each in answer)
+        if not ids:
+            raise InputError("the answer is empty; give some text, or token ids")
+        return ids
+    _need_tokenizer(host, "answer")
+    if not answer:
+        raise InputError("the answer is empty; give some text, or token ids")
+    ids = _encode(host, answer)
+    # SentencePiece adds a leading space of its own: what reads as the answer does is meant
+    bare = _encode(host, answer[1:]) if answer.startswith(" ") else []
+    if "".join(map(host.token_text, bare)) == answer != "".join(map(host.token_text, ids)):
+        ids = bare
+    return tuple(ids)
 
 
 def of_distribution(host: Host, wanted: Distribution) -> Target:

@@ -82,6 +82,11 @@ def answer(target: Facts) -> str:
     )
 
 
+def named(target: Facts) -> str:
+    """What is explained, for a title."""
+    return Target.of_facts(target).in_tables.strip()
+
+
 def quantity(target: Facts) -> str:
     """What scores are a rise of, in a few words."""
     asked = Target.of_facts(target)
