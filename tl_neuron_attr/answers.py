@@ -399,4 +399,4 @@ def _summed(tables: Sequence[pd.DataFrame], by_token: bool) -> pd.DataFrame:
         return tables[0].assign(score=sum(table["score"] for table in tables))
     numbered = [table.assign(number=number) for number, table in enumerate(tables)]
     together = pd.concat(numbered, ignore_index=True)
-    return together[["number", *tables[0].columns]]
+    return pd.DataFrame(together, columns=["number", *tables[0].columns])
