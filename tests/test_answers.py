@@ -54,7 +54,9 @@ def test_every_score_is_the_sum_of_those_of_prompts_that_end_before_each_token(f
         attribute(model, (*TOKENS, *IDS[:place]), target=token, top=5)
         for place, token in enumerate(IDS)
     ]
-    logits = torch.stack([each.captured.logits.log_softmax(-1)[t] for each, t in zip(alone, IDS)])
+    logits = torch.stack(
+        [each.captured.logits.log_softmax(-1)[t] for each, t in zip(alone, IDS, strict=True)]
+    )
     assert together.log_prob == pytest.approx(float(logits.sum()), abs=1e-5)
     layers = sum(each.layers()["score"] for each in alone)
     assert together.layers()["score"].to_numpy() == pytest.approx(layers.to_numpy(), abs=1e-5)
@@ -95,7 +97,7 @@ def test_both_classes_give_the_same_answer_scores():
 
 
 @given(st.lists(cases, min_size=3, max_size=3), st.integers(1, 15), st.booleans())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_best_sums_are_those_of_every_neuron_scored_in_every_run(several, top, recomputed):
     """Runs that have nothing in common but the numbers of their neurons."""
     shape = several[0]

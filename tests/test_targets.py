@@ -478,7 +478,7 @@ def run_app(*arguments, width=80):
     ("options", "words"),
     [
         (["--target", " Rome", "--target", " Paris"], "·Rome (id 1034) or ·Paris (id 1058)"),
-        (["--target", " Rome", "--target-id", "1058"], "·Rome (id 1034) or ·Paris (id 1058)"),
+        (["--target-id", "1058", "--target-id", "1034"], "·Rome (id 1034) or ·Paris (id 1058)"),
         (["--distribution"], "the model's own prediction   -KL(target || prediction) = 0.000 nats"),
     ],
 )

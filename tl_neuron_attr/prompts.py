@@ -185,13 +185,16 @@ class Target:
     def facts(self) -> dict[str, Any]:
         """It as plain values, ready for JSON; ``of_facts`` reads them, but for the ``probs``."""
         against, wanted = self.against, self.distribution
-        return {
+        found: dict[str, Any] = {
             "id": self.id,
             "text": self.text,
             "against": None if against is None else {"id": against.id, "text": against.text},
-            "also": [{"id": each.id, "text": each.text} for each in self.also],
-            "distribution": None if wanted is None else wanted.name,
         }
+        if self.also:
+            found["also"] = [{"id": each.id, "text": each.text} for each in self.also]
+        if wanted is not None:
+            found["distribution"] = wanted.name
+        return found
 
     @classmethod
     def of_facts(cls, facts: Mapping[str, Any]) -> "Target":

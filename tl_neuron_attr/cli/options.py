@@ -60,7 +60,7 @@ TargetId = Annotated[
     list[int] | None,
     typer.Option(
         "--target-id",
-        help="The answer as a token id, in place of --target, or beside it as another.",
+        help="The same as token ids, in place of --target.",
         show_default=False,
     ),
 ]
@@ -184,6 +184,8 @@ def target_of(
     texts: Sequence[str] | None, ids: Sequence[int] | None, distribution: bool = False
 ) -> Answer | None:
     """What is asked about: one token, a set of accepted answers, a distribution; or nothing."""
+    if texts and ids:
+        raise InputError("give the answer either as --target or as --target-id")
     answers = [*(texts or ()), *(ids or ())]
     if distribution:
         if answers:
