@@ -425,6 +425,8 @@ def test_a_target_without_its_space_is_pointed_out_and_kept(facts_model):
         attribute(facts_model, sport, target=" P", top=1)
         attribute(facts_model, sport, target={"P", " P"}, top=1)
         attribute(facts_model, FRANCE, target=" lin", top=1)  # no better without: both are absurd
+    with pytest.warns(UserWarning, match="did you mean ' P'"):
+        attribute(facts_model, sport, target="of", against="P", top=1)
 
 
 def test_a_prompt_that_ends_with_a_space_is_pointed_out_and_kept(facts_model):
@@ -468,6 +470,8 @@ def test_captures_and_reports_of_them_come_back(facts_model, tmp_path, form):
     shown = page.decode()
     assert ("·Rome</code> or <code>" in shown) == (form == "answers")
     assert ("a slope" in shown) == (form == "distribution")
+    assert ("--target-id 1034 --target-id 1058" in shown) == (form == "answers")
+    assert ("that no command line takes" in shown) == (form == "distribution")
 
 
 def run_app(*arguments, width=80):

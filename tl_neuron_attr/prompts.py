@@ -14,6 +14,8 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 
+_OWN = "the model's own prediction"
+
 _MANY = 16  # tokens of a prompt that are shown in one line; of more, so many from both ends
 
 PaddingSide = Literal["right", "left"]
@@ -35,9 +37,17 @@ class Distribution:
 
     def __post_init__(self) -> None:
         if not self.name:
-            own = self.probs is None
-            name = "the model's own prediction" if own else "the distribution given"
-            object.__setattr__(self, "name", name)
+            object.__setattr__(
+                self, "name", _OWN if self.probs is None else "the distribution given"
+            )
+
+    def __repr__(self) -> str:
+        return f"Distribution({self.name})"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the model's own."""
+        return self.name == _OWN
 
     def likeliest(self, k: int = 5) -> list[tuple[int, float]]:
         """The tokens it holds likeliest, as (id, probability); none while it is not known."""

@@ -203,10 +203,10 @@ def space_warnings(
     target = prompt.target
     if target is None or target.distribution is not None:
         return tuple(found)
-    answers = target.answers
-    for each in answers:
+    asked = [*target.answers, *([] if target.against is None else [target.against])]
+    for each in asked:
         other = _other_spacing(host, each)
-        if other is None or other.id in [answer.id for answer in answers]:
+        if other is None or other.id in [token.id for token in asked]:
             continue
         own, others = math.exp(log_prob_of(each.id)), math.exp(log_prob_of(other.id))
         if others > max(_LIKELY, _MUCH_LIKELIER * own):

@@ -119,8 +119,8 @@ def prompt_of(
 def prompts_in(path: Path, bos: bool | None = None) -> list[Prompt]:
     """The prompts of a JSON Lines file: each line a text, or an object that holds one.
 
-    Such an object has ``text``, and may have ``target``, ``against``, ``position`` and
-    ``prompt_id`` (by default the number of its line, from 1).
+    Such an object has ``text``, and may have ``target`` (a list: several accepted answers),
+    ``against``, ``position`` and ``prompt_id`` (by default the number of its line, from 1).
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()

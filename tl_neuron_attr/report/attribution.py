@@ -143,6 +143,8 @@ def report_html(
     )
     places = [(name, title) for name, title, inside in sections if inside]
     command = " ".join(map(shlex.quote, ["tl-neuron-attr", "card", "NEURON", *_asked(facts)]))
+    if not _has_command(facts):
+        command = "neuron_card(result, 'NEURON')"
     found = {**payload(saved, cards), "command": command, "quantity": _quantity(facts)}
     return document(
         f"{Target.of_facts(facts['target']).words} after {_clipped(_prompt(facts))}",
@@ -382,6 +384,11 @@ def _provenance(facts: Mapping[str, Any]) -> str:
     listed = "".join(
         f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in rows.items()
     )
+    if not _has_command(facts):
+        return (
+            f"<dl>{listed}</dl>\n<p>Made in Python, of a distribution that no command line "
+            "takes: attribute(model, prompt, target=Distribution(probs)).</p>"
+        )
     return (
         f"<dl>{listed}</dl>\n<p>Made again by (add --index DIR for neurons that lower the answer, "
         f'and for shares):</p>\n<pre tabindex="0"><code>{escaped(command_of(facts))}</code></pre>\n'
@@ -389,6 +396,12 @@ def _provenance(facts: Mapping[str, Any]) -> str:
         "made by <code>attribute --out</code>; <code>tl-neuron-attr report DIR</code> draws it "
         "again from them.</p>"
     )
+
+
+def _has_command(facts: Mapping[str, Any]) -> bool:
+    """Whether a command line can ask for it: not about a distribution that was given."""
+    wanted = Target.of_facts(facts["target"]).distribution
+    return wanted is None or wanted.is_own
 
 
 def command_of(facts: Mapping[str, Any]) -> str:
