@@ -426,7 +426,7 @@ def test_a_target_without_its_space_is_pointed_out_and_kept(facts_model):
         attribute(facts_model, sport, target={"P", " P"}, top=1)
         attribute(facts_model, FRANCE, target=" lin", top=1)  # no better without: both are absurd
     with pytest.warns(UserWarning, match="did you mean ' P'"):
-        attribute(facts_model, sport, target="of", against="P", top=1)
+        attribute(facts_model, sport, target=" of", against="P", top=1)
 
 
 def test_a_prompt_that_ends_with_a_space_is_pointed_out_and_kept(facts_model):
@@ -501,10 +501,12 @@ def test_the_command_line_refuses_what_contradicts_itself():
     for options, words in (
         (["--target", " Rome", "--distribution"], "either --distribution or answers"),
         (["--target", " Rome", "--target", " Rome"], "the same answer twice"),
+        (["--position", "6"], "position 6 is out of range: the prompt is 6 tokens (0 to 5"),
         (["--target", " Rome", "--target", " Paris", "--against", " Bern"], "of one token against"),
     ):
         shown = run_app("attribute", FRANCE, *options)
-        assert shown.exit_code == 2 and words in shown.output, shown.output
+        said = " ".join(shown.output.split())
+        assert shown.exit_code == 2 and words in said, shown.output
 
 
 def test_a_run_says_which_prompts_its_tables_cannot_hold(facts_model, tmp_path):

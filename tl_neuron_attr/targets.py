@@ -211,7 +211,7 @@ def space_warnings(
         own, others = math.exp(log_prob_of(each.id)), math.exp(log_prob_of(other.id))
         if others > max(_LIKELY, _MUCH_LIKELIER * own):
             found.append(
-                f"the target {each.text!r} has a probability of {own:.2g} here, {other.text!r} of "
+                f"the token {each.text!r} has a probability of {own:.2g} here, {other.text!r} of "
                 f"{others:.2g}: did you mean {other.text!r}?"
             )
     return tuple(found)
