@@ -118,7 +118,7 @@ FORMS = ("answers", "distribution")
     [
         *(("gpt2", form) for form in FORMS),
         *(("llama", form) for form in FORMS),
-        ("neox-parallel", "distribution"),
+        ("phi", "distribution"),  # parallel blocks, and an unembedding with a bias
         ("gemma2", "answers"),
     ],
 )
