@@ -23,6 +23,7 @@ ORDER = (
     "pieces",
     "experts",
     "host",
+    "targets",
     "ids",
     "models",
     "norms",
@@ -37,6 +38,7 @@ ORDER = (
     "topk",
     "intervals",
     "differences",
+    "sums",
     "reading",
     "chosen",
     "query",
@@ -48,6 +50,7 @@ ORDER = (
     "glance",
     "attribution",
     "attribute",
+    "answers",
     "cards",
     "in_context",
     "graph",
@@ -68,7 +71,9 @@ ORDER = (
 
 # A result writes its own report, for that is what a reader asks of it; the report is drawn from the
 # saved tables alone, and is imported where it is asked for, inside the methods that save.
-UPWARD = {name: {"report"} for name in ("attribution", "cards", "graph", "compare", "evaluate")}
+UPWARD = {
+    name: {"report"} for name in ("attribution", "answers", "cards", "graph", "compare", "evaluate")
+}
 
 
 def sources_of(name):
@@ -122,6 +127,7 @@ def test_each_foreign_library_stays_behind_its_wall():
             "glance",
             "attribution",
             "attribute",
+            "answers",
             "cards",
             "in_context",
             "graph",

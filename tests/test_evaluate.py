@@ -30,11 +30,12 @@ from tl_neuron_attr.evaluate.evaluation import (
     Evaluation,
 )
 from tl_neuron_attr.evaluate.run import corrupted_in
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.knowledge import AskedPrompt, Fact, KnowledgePrompt, KnownPrompts, load_prompts
 from tl_neuron_attr.knowledge.known import drawn_evenly
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.targets import tokenize
 
 SENTENCES = {
     "a/0": ((3, 17, 5, 40, 8, 22), 9),

@@ -33,8 +33,8 @@ from tl_neuron_attr import (
     paper_prompts,
     tokenize,
 )
-from tl_neuron_attr.host import one_token
 from tl_neuron_attr.knowledge import KNOWLEDGE_TYPES, Fact, KnowledgePrompt, load_facts
+from tl_neuron_attr.targets import one_token
 
 WORDS = [a + b for a in "bcdfghjk" for b in "aeiouxyz"][:61]
 

@@ -12,7 +12,7 @@ from conftest import bridge_of
 
 from tl_neuron_attr import attribute_all, projection_index
 from tl_neuron_attr.across import layers_by_type
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.methods import METHODS, Case
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.paper import figures, tables
@@ -20,6 +20,7 @@ from tl_neuron_attr.paper.collect import collect, collect_shares, queries_of
 from tl_neuron_attr.paper.settings import in_proportion, sizes
 from tl_neuron_attr.paper.zeroing import PAPER_METHODS, zero_heads, zero_neurons
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.views import type_layer_heatmap
 
 PROMPTS = {

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, Prompt, attribute, load_model, open_host, tokenize
-from tl_neuron_attr.host import resolve_target
 from tl_neuron_attr.prompts import as_prompt, visible
+from tl_neuron_attr.targets import resolve_target
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,10 @@ CALLS = {
         lambda model: tlna.attribute_all(model, [TOKENS, TOKENS[:3]], top=3),
         lambda model: tlna.attribute_all(model, [TOKENS, [-1]]),
     ),
+    "attribute_answer": (
+        lambda model: tlna.attribute_answer(model, TOKENS, [3, 5], top=3),
+        lambda model: tlna.attribute_answer(model, TOKENS, [10**6]),
+    ),
     "check_host": (
         lambda model: tlna.check_host(model, tlna.HOST_CHECKS[:4], prompt=TOKENS),
         lambda model: tlna.check_host(model, prompt=[-1]),

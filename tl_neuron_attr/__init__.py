@@ -5,6 +5,7 @@ names below are grouped by its stages. Figures are in ``tl_neuron_attr.views``.
 """
 
 from tl_neuron_attr.across import layers_by_type, overlap_table
+from tl_neuron_attr.answers import AnswerAttribution, attribute_answer
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import (
@@ -42,7 +43,7 @@ from tl_neuron_attr.errors import (
 )
 from tl_neuron_attr.evaluate import Evaluation, evaluate, load_evaluation
 from tl_neuron_attr.graph import Graph, value_query_graph
-from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.ids import (
     Layout,
@@ -96,7 +97,7 @@ from tl_neuron_attr.methods import METHODS, Case, best_neurons, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
-from tl_neuron_attr.prompts import Prompt, Target
+from tl_neuron_attr.prompts import Distribution, Prompt, Target
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
 from tl_neuron_attr.readout import ReadOut, project, read_out
 from tl_neuron_attr.runs import (
@@ -122,12 +123,15 @@ from tl_neuron_attr.scores import (
 )
 from tl_neuron_attr.strip import TokenStrip, token_strip
 from tl_neuron_attr.styled import styled
+from tl_neuron_attr.sums import RankedSums, top_sums
 from tl_neuron_attr.tables import neurons_of
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import RankedNeurons, top_neurons
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AnswerAttribution",
     "AskedPrompt",
     "HOST_CHECKS",
     "METHODS",
@@ -141,6 +145,7 @@ __all__ = [
     "Comparison",
     "ConformanceError",
     "DeviceMemoryError",
+    "Distribution",
     "Edit",
     "Evaluation",
     "FFNDecomposition",
@@ -173,6 +178,7 @@ __all__ = [
     "QueryScores",
     "RankedDifferences",
     "RankedNeurons",
+    "RankedSums",
     "ReadOut",
     "Run",
     "RunDifference",
@@ -192,6 +198,7 @@ __all__ = [
     "attn_decomposition",
     "attribute",
     "attribute_all",
+    "attribute_answer",
     "baselines",
     "best_neurons",
     "capture",
@@ -263,6 +270,7 @@ __all__ = [
     "top_differences",
     "top_neurons",
     "top_query_neurons",
+    "top_sums",
     "upgrade_run",
     "value_neurons",
     "value_query_graph",

@@ -25,15 +25,17 @@ from tl_neuron_attr.attribution import Attribution, progress_bar
 from tl_neuron_attr.capture import Capture, capture_all, check_fits
 from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, open_host, resolve_target, tokenize
+from tl_neuron_attr.host import Host, has_hooks, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.prompts import (
+    Answer,
     PaddingSide,
     Prompt,
     Question,
     Target,
     TokenizedPrompt,
+    as_answer,
     as_prompt,
     as_questions,
     at_least_one,
@@ -46,6 +48,7 @@ from tl_neuron_attr.readout import (
     read_out,
 )
 from tl_neuron_attr.scores import baselines_of_runs, head_scores, layer_scores
+from tl_neuron_attr.targets import of_distribution, resolve_target, space_warnings, tokenize
 from tl_neuron_attr.topk import top_neurons_of_runs
 
 
@@ -53,7 +56,7 @@ def attribute(
     model: Any,
     prompt: str | Iterable[SupportsIndex] | Tensor | Prompt | Capture,
     *,
-    target: str | SupportsIndex | None = None,
+    target: Answer | None = None,
     against: str | SupportsIndex | None = None,
     position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
@@ -70,7 +73,9 @@ def attribute(
     Args:
         model: A ``TransformerBridge`` or a ``HookedTransformer``; it is left as it was.
         prompt: Text, token ids, a ``Prompt``, or a ``Capture`` taken before (no forward pass).
-        target: A token id, or text that is one token; by default the model's own top prediction.
+        target: A token id, or text that is one token; by default the model's own top prediction. A
+            set, or a list, of these: several accepted answers, whose probabilities are summed. A
+            ``Distribution``: a whole prediction, by default the model's own.
         against: A second token, for a contrast: scores are then rises in
             log p(target) - log p(against), linear in each contribution (unless the norm is
             recomputed, or logits pass through a soft cap).
@@ -97,6 +102,7 @@ def attribute(
     if isinstance(prompt, Capture):
         if (position, prepend_bos, cache) != (None, None, None):
             raise InputError("a Capture carries its own tokens: give only target beside it")
+        target = as_answer(target)  # a list would be several targets, one for each result
         question: Prompt | Capture = prompt
     else:
         question = as_prompt(
@@ -125,7 +131,7 @@ def attribute_all(
     model: Any,
     prompts: str | Prompt | Capture | Tensor | Iterable[Any],
     *,
-    target: str | SupportsIndex | Sequence[str | SupportsIndex | None] | None = None,
+    target: Answer | Sequence[Answer | None] | None = None,
     against: str | SupportsIndex | Sequence[str | SupportsIndex | None] | None = None,
     prepend_bos: bool | None = None,
     top: SupportsIndex = 300,
@@ -147,7 +153,8 @@ def attribute_all(
     Args:
         prompts: Whatever ``attribute`` takes, several times; or one prompt, with several targets;
             or token ids of shape [batch, pos], padded or not.
-        target: One for all prompts, or one for each; as in ``attribute``.
+        target: One for all prompts, or a list of one for each; as in ``attribute``, but several
+            accepted answers are a set.
         against: Likewise.
         attention_mask: 1 for tokens and 0 for padding, beside ids of shape [batch, pos]; without
             it every id counts as a token.
@@ -173,7 +180,7 @@ def attribute_all(
         index=index,
         progress=progress,
     )
-    for message in results[0].warnings:
+    for message in dict.fromkeys(message for result in results for message in result.warnings):
         warnings.warn(message, stacklevel=2)
     return results
 
@@ -281,12 +288,12 @@ def _batches(asked: Sequence[TokenizedPrompt | Capture], batch_size: int) -> Ite
 
 
 def _alike(captures: Sequence[Capture]) -> list[list[int]]:
-    """Those that can be scored together: tokens or contrasts, in one precision."""
+    """Those that can be scored together: targets of one kind, in one precision."""
     alike: dict[Any, list[int]] = {}
     for number, captured in enumerate(captures):
         target = captured.prompt.target
-        contrast = target is not None and target.against is not None
-        alike.setdefault((contrast, captured.resid_pre.dtype), []).append(number)
+        form = (target or Target(id=0)).form
+        alike.setdefault((form, captured.resid_pre.dtype), []).append(number)
     return [*alike.values()]
 
 
@@ -349,7 +356,7 @@ def _scored(
     bar: tqdm,
 ) -> list[Attribution]:
     """Scores of layers, heads and the best neurons for each capture and its target."""
-    targets = [each.prompt.target or _own_top_prediction(host, each) for each in captures]
+    targets = [_target_of(host, each) for each in captures]
     if dtype is not None:
         captures = _converted(captures, dtype)
     out = read_out(host, captures[0].resid_final, convention, budget=budget)
@@ -369,22 +376,37 @@ def _scored(
             out=outs[number],
             ffns=ffns[number],
             attns=attns[number],
-            log_prob=float(before.final.log_prob[number]),
+            log_prob=_settled(float(before.final.log_prob[number]), targets[number]),
             embedding_log_prob=float(before.attn.log_prob[number * host.n_layers]),
             layer_scores=layer_results[number],
             head_scores=head_results[number],
             ffn_neurons=ffn_results[number],
             attn_neurons=attn_results[number],
-            warnings=_warnings(host),
+            warnings=(
+                *_warnings(host),
+                *space_warnings(host, captured.prompt, captured.log_prob_of),
+            ),
             seconds=0.0,
         )
         for number, captured in enumerate(captures)
     ]
 
 
-def _own_top_prediction(host: Host, captured: Capture) -> Target:
-    token, _ = captured.top_predictions(1)[0]
-    return Target(id=token, text=host.token_text(token))
+def _settled(value: float, target: Target) -> float:
+    """A divergence is not below 0, whatever rounds where it is 0."""
+    return value if target.distribution is None else min(0.0, value)
+
+
+def _target_of(host: Host, captured: Capture) -> Target:
+    """What is asked about, now that the run is known: by default its own top prediction."""
+    target = captured.prompt.target
+    if target is None:
+        token, _ = captured.top_predictions(1)[0]
+        return Target(id=token, text=host.token_text(token))
+    wanted = target.distribution
+    if wanted is None or wanted.probs is not None:
+        return target
+    return of_distribution(host, replace(wanted, probs=captured.probs()))
 
 
 def _warnings(host: Host) -> tuple[str, ...]:

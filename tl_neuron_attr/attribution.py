@@ -34,7 +34,7 @@ from tl_neuron_attr.intervals import (
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.lens import log_probs_everywhere
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
-from tl_neuron_attr.prompts import Target, at_least_one, integer, visible
+from tl_neuron_attr.prompts import Target, at_least_one, integer
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
 from tl_neuron_attr.reading import QueryNeurons
 from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
@@ -520,7 +520,7 @@ class Attribution:
             "token_texts": list(prompt.token_texts),
             "read_pos": prompt.read_pos,
             "target": {
-                **asdict(self.target),
+                **self.target.facts(),
                 "log_prob": self.log_prob,
                 "embedding_log_prob": self.embedding_log_prob,
             },
@@ -617,14 +617,11 @@ class Attribution:
 
     def __repr__(self) -> str:
         target, prompt = self.target, self.captured.prompt
-        aim = visible(target.text)
-        if target.against is not None:
-            aim += f" against {visible(target.against.text)}"
-        asked = prompt.text if prompt.text is not None else f"{len(prompt.tokens)} token ids"
         warned = f", {len(self.warnings)} warnings" * bool(self.warnings)
         return (
-            f"Attribution of {aim} after {asked!r}: {target.quantity} = {self.log_prob:.4g} nats, "
-            f"{self.host.model_name}, {self.convention}, the best {len(self.ffn_neurons)} FFN and "
+            f"Attribution of {target.words_and_ids} after {prompt.words}: {target.quantity} = "
+            f"{self.log_prob:.4g} nats, {self.host.model_name}, {self.convention}, "
+            f"the best {len(self.ffn_neurons)} FFN and "
             f"{len(self.attn_neurons)} attention neurons{warned}"
         )
 

@@ -36,7 +36,7 @@ from tl_neuron_attr.host import (
     unembedding_input_name,
 )
 from tl_neuron_attr.pieces import blocks_of, times
-from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
+from tl_neuron_attr.prompts import Distribution, PaddingSide, Target, TokenizedPrompt
 
 Hook = tuple[str, Callable[..., Any]]
 """The name of a hook, and what is called there with the activation and the hook point."""
@@ -93,6 +93,10 @@ class Capture:
         log_probs, ids = self.logits.log_softmax(-1).topk(min(k, self.logits.shape[0]))
         return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
 
+    def probs(self) -> Float[Tensor, " d_vocab"]:
+        """The model's own prediction of every token, in float64."""
+        return self.logits.double().softmax(-1)
+
     def log_prob_of(self, token: int) -> float:
         """The model's own log-probability of a token, in nats."""
         return float(self.logits.log_softmax(-1)[token])
@@ -104,6 +108,7 @@ _LAYERED = (
     *_POST_SCALES,
 )
 _TENSORS = (*_LAYERED, "resid_final", "logits")
+_WANTED = "wanted"  # the probabilities of a distribution asked about, in a file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -920,11 +925,16 @@ def save_capture(captured: Capture, directory: str | Path) -> None:
         for name in _TENSORS
         if getattr(captured, name) is not None
     }
+    asked = captured.prompt.target
+    target = None if asked is None else asked.facts()
+    if asked is not None and asked.distribution is not None:
+        if asked.distribution.probs is not None:
+            tensors[_WANTED] = asked.distribution.probs.contiguous()
     data = safetensors.torch.save(tensors)
     facts = {
         "format": CAPTURE_FORMAT,
         "model_name": captured.model_name,
-        "prompt": asdict(captured.prompt),
+        "prompt": {**asdict(replace(captured.prompt, target=None)), "target": target},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
@@ -960,8 +970,8 @@ def load_capture(directory: str | Path) -> Capture:
             "capture.json; capture the prompt again"
         )
     try:
-        prompt = _prompt_from_json(facts["prompt"])
         tensors = safetensors.torch.load(data)
+        prompt = _prompt_from_json(facts["prompt"], tensors.get(_WANTED))
         model_name = str(facts["model_name"])
         values = {name: tensors[name] for name in _TENSORS if name in tensors}
         return Capture(prompt=prompt, model_name=model_name, **{"resid_mid": None, **values})
@@ -971,19 +981,16 @@ def load_capture(directory: str | Path) -> Capture:
         ) from error
 
 
-def _prompt_from_json(facts: dict[str, Any]) -> TokenizedPrompt:
+def _prompt_from_json(facts: dict[str, Any], wanted: Tensor | None) -> TokenizedPrompt:
+    target = None if facts["target"] is None else Target.of_facts(facts["target"])
+    if target is not None and target.distribution is not None:
+        name = target.distribution.name
+        target = replace(target, distribution=Distribution(wanted, name))
     return TokenizedPrompt(
         prompt_id=facts["prompt_id"],
         text=facts["text"],
         tokens=tuple(facts["tokens"]),
         token_texts=tuple(facts["token_texts"]),
         read_pos=facts["read_pos"],
-        target=_target_from_json(facts["target"]),
+        target=target,
     )
-
-
-def _target_from_json(facts: dict[str, Any] | None) -> Target | None:
-    if facts is None:
-        return None
-    against = _target_from_json(facts.get("against"))
-    return Target(id=facts["id"], text=facts["text"], against=against)

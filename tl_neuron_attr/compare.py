@@ -28,12 +28,12 @@ from tl_neuron_attr.display import box, brief, escaped, facts, grid, next_calls,
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.glance import target_words
-from tl_neuron_attr.host import Host, model_facts, open_host, tokenize
+from tl_neuron_attr.host import Host, model_facts, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.interventions import Part, Zeroed, as_zeroed, capture_zeroed, check_zeroed
 from tl_neuron_attr.neurons import FFNNeuron
-from tl_neuron_attr.prompts import Prompt, TokenizedPrompt, as_prompt, at_least_one, visible
+from tl_neuron_attr.prompts import Prompt, TokenizedPrompt, as_prompt, at_least_one
 from tl_neuron_attr.readout import full_precision, project, read_out
 from tl_neuron_attr.scores import LayerScores, baselines, head_scores, layer_scores
 from tl_neuron_attr.styled import grid_of
@@ -45,6 +45,7 @@ from tl_neuron_attr.tables import (
     token_columns,
     write_run,
 )
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import Kind, subvalues_of
 
 _TOKENS = 10  # saved beside each neuron
@@ -243,7 +244,7 @@ class Comparison:
     def __repr__(self) -> str:
         target = self.original.target
         return (
-            f"Comparison with {self.other.what}: {target.quantity} of {visible(target.text)} = "
+            f"Comparison with {self.other.what}: {target.quantity} of {target.words} = "
             f"{self.original.log_prob:.4g} nats, there {self.log_prob:.4g} nats"
         )
 

@@ -207,6 +207,11 @@ def _check(results: Sequence[Attribution], tops: Sequence[int]) -> None:
         raise InputError("the attributions are of several models; draw a curve for each")
     if not tops or min(tops) < 0:
         raise InputError(f"tops must be numbers of neurons, 0 or more; got {[*tops]}")
+    if any(result.target.distribution is not None for result in results):
+        raise InputError(
+            "a whole distribution has no rank and no probability to draw a curve of; attribute the "
+            "prompts with tokens, or sets of them, as targets"
+        )
 
 
 def _chosen(host: Host, layers: Iterable[int] | None) -> tuple[int, ...]:

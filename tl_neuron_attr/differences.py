@@ -35,9 +35,9 @@ _EXCLUDES_NOTHING = 1e30  # a finite bound that no difference reaches
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One of two runs that are compared: its neurons of one kind, and how they are scored.
+    """One of the runs looked at together: its neurons of one kind, and how they are scored.
 
-    Both sides' neurons are numbered alike. Where both share one ``ReadOut``, they are runs of one
+    All sides' neurons are numbered alike. Where both share one ``ReadOut``, they are runs of one
     model.
     """
 
@@ -133,7 +133,7 @@ def top_differences(
 
     def differences(flats: Sequence[Int[Tensor, " _"]]) -> Float[Tensor, " neuron"]:
         (flat,) = flats
-        scores = _scores(first, flat), _scores(second, flat)
+        scores = scores_in(first, flat), scores_in(second, flat)
         seen.append((flat, *scores))
         return scores[0] - scores[1]
 
@@ -152,7 +152,7 @@ def top_differences(
     flat = place * first.blocks[0].n_neurons + ranked.number
     # those whose difference was known to be 0 were not scored
     left = flat[ranked.score == 0]
-    seen.append((left, _scores(first, left), _scores(second, left)))
+    seen.append((left, scores_in(first, left), scores_in(second, left)))
     flats, firsts, seconds = (torch.cat(column) for column in zip(*seen, strict=True))
     order = flats.argsort(stable=True)
     found = order[torch.searchsorted(flats[order], flat)]
@@ -164,7 +164,7 @@ def top_differences(
     )
 
 
-def _scores(side: Side, flat: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+def scores_in(side: Side, flat: Int[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
     """Exact scores, of neurons given by their number across all blocks; 0 where they are off."""
     on = coefficients_at(side.blocks, flat) != 0
     scores = torch.zeros(len(flat), dtype=side.out.dtype, device=flat.device)

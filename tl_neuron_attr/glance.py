@@ -91,18 +91,18 @@ def attribution_box(shown: Glance) -> str:
 
 def target_words(target: Target, log_prob: float, embedding_log_prob: float | None = None) -> str:
     """A target and how probable it is, as HTML."""
+    aim = " or ".join(f"{token(each.text)} (id {each.id})" for each in target.answers)
+    if target.distribution is not None:
+        return f"{escaped(target.words)}, {target.quantity} = {number(log_prob)} nats"
     if target.against is None:
         before = (
             ""
             if embedding_log_prob is None
             else f"; before the first layer p = {number(math.exp(embedding_log_prob))}"
         )
-        return (
-            f"{token(target.text)} (id {target.id}), p = {number(math.exp(log_prob))}, "
-            f"log p = {number(log_prob)} nats{before}"
-        )
+        return f"{aim}, p = {number(math.exp(log_prob))}, log p = {number(log_prob)} nats{before}"
     return (
-        f"{token(target.text)} (id {target.id}) against {token(target.against.text)} "
+        f"{aim} against {token(target.against.text)} "
         f"(id {target.against.id}), difference of log p = {signed(log_prob)} nats"
     )
 

@@ -171,7 +171,7 @@ class Graph:
 
     def __repr__(self) -> str:
         return (
-            f"Graph of what gave {visible(self.target.text)}: {len(self.nodes)} nodes, "
+            f"Graph of what gave {self.target.words}: {len(self.nodes)} nodes, "
             f"{len(self.edges)} edges, {self.model_name}, {self.convention}"
         )
 
@@ -226,7 +226,7 @@ class Graph:
                 "tokens": list(self.prompt.tokens),
                 "token_texts": list(self.prompt.token_texts),
                 "read_pos": self.prompt.read_pos,
-                "target": asdict(self.target),
+                "target": self.target.facts(),
                 "unit": "nats",
                 **facts,
                 **({} if made_with is None else {"made_with": dict(made_with)}),
@@ -288,7 +288,7 @@ class Graph:
         reached = self.answer.reached
         held = "" if reached is None else f", which hold {reached:.0%} of what was ranked"
         return box(
-            f"What gave {visible(self.target.text)}: value neurons and what set them off",
+            f"What gave {self.target.words}: value neurons and what set them off",
             line(
                 f"{len(self.nodes)} nodes, {len(self.edges)} edges; {len(values)} value "
                 f"neurons{held}"
@@ -605,15 +605,14 @@ class _Drawing:
 
     def _token(self, name: str, draft: _Draft) -> str:
         if name == _ANSWER:
-            return self.result.target.text
+            return self.result.target.in_tables
         source = draft.neuron.source_pos if isinstance(draft.neuron, AttnNeuron) else None
         return self.result.captured.prompt.token_texts[draft.position if source is None else source]
 
     def _label(self, name: str, draft: _Draft, token: str) -> str:
         text = visible(token) or "(empty)"
         if name == _ANSWER:
-            against = self.result.target.against
-            return text if against is None else f"{text} against {visible(against.text)}"
+            return self.result.target.words
         if draft.neuron is None:
             return f"@{draft.position} {text}"
         if isinstance(draft.neuron, FFNNeuron):

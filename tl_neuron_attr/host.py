@@ -10,12 +10,12 @@ import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, SupportsIndex, get_args
+from typing import Any, Literal, get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.display import brief
@@ -23,7 +23,6 @@ from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.experts import KNOWN, Mixture, has_experts, mixture_of
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, Kind
 from tl_neuron_attr.pieces import Matrix, blocks_of
-from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, integer
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 # Families without a value bias whose attention output has one: zeros there mean that nothing was
@@ -700,127 +699,6 @@ def _rotary_regime(host: Host, n_tokens: int) -> int:
         if isinstance(kind, dict) and kind.get("rope_type") == "longrope":
             return int(n_tokens > kind["original_max_position_embeddings"])
     return 0
-
-
-# --- tokens -----------------------------------------------------------------------------------
-
-
-def tokenize(host: Host, prompt: Prompt) -> TokenizedPrompt:
-    """``prompt`` as the model will see it; everything that can be wrong with it is found here.
-
-    Raises:
-        InputError: No tokenizer for a text; ids outside the vocabulary; longer than the context;
-            position out of range; a target that is not one token (its tokens are shown).
-    """
-    if prompt.tokens is not None:
-        tokens = prompt.tokens
-    else:
-        _need_tokenizer(host, "prompt")
-        ids: Int[Tensor, "1 pos"] = host.model.to_tokens(
-            prompt.text, prepend_bos=prompt.prepend_bos, truncate=False
-        )
-        tokens = tuple(ids[0].tolist())
-    for position, token in enumerate(tokens):
-        if not 0 <= token < host.d_vocab:
-            bos_hint = (
-                "; it is the BOS token the tokenizer adds: leave it out with prepend_bos=False "
-                "(on the command line --no-bos)"
-                if prompt.tokens is None and position == 0
-                else ""
-            )
-            raise InputError(
-                f"token id {token} at position {position} is outside the model's vocabulary "
-                f"of {host.d_vocab}{bos_hint}"
-            )
-    if not tokens:
-        raise InputError("the prompt has no tokens; give some text, or keep the BOS token")
-    if len(tokens) > host.n_ctx:
-        raise InputError(
-            f"the prompt is {len(tokens)} tokens, longer than the model's context of "
-            f"{host.n_ctx}; shorten it"
-        )
-    if not -len(tokens) <= prompt.position < len(tokens):
-        raise InputError(
-            f"position {prompt.position} is out of range: the prompt is {len(tokens)} tokens "
-            f"(0 to {len(tokens) - 1}, or -{len(tokens)} to -1 from the end)"
-        )
-    return TokenizedPrompt(
-        prompt_id=prompt.prompt_id or "0",
-        text=prompt.text,
-        tokens=tokens,
-        token_texts=tuple(host.token_text(token) for token in tokens),
-        read_pos=prompt.position % len(tokens),
-        target=(
-            None if prompt.target is None else resolve_target(host, prompt.target, prompt.against)
-        ),
-    )
-
-
-def resolve_target(
-    host: Host,
-    target: str | SupportsIndex | None,
-    against: str | SupportsIndex | None = None,
-) -> Target:
-    """The one token a target names, or the two tokens of a contrast.
-
-    Raises:
-        InputError: For an id outside the vocabulary, a text that is not exactly one token, or a
-            contrast of a token with itself or with nothing.
-    """
-    if target is None:
-        raise InputError("a contrast needs both tokens: give target beside against")
-    token = one_token(host, target)
-    if against is None:
-        return token
-    other = one_token(host, against)
-    if other.id == token.id:
-        raise InputError(f"target and against are the same token, {token.text!r}")
-    return replace(token, against=other)
-
-
-def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> Target:
-    """The one token that ``given`` names, called ``what`` in errors.
-
-    Raises:
-        InputError: For an id outside the vocabulary, or a text that is not exactly one token.
-    """
-    if not isinstance(given, str):
-        token = integer(given, "a token id")
-        if not 0 <= token < host.d_vocab:
-            raise InputError(
-                f"{what} id {token} is outside the model's vocabulary of {host.d_vocab}"
-            )
-        return Target(id=token, text=host.token_text(token))
-    _need_tokenizer(host, what)
-    if not given:
-        raise InputError(f"the {what} is empty; give a single-token {what} or a token id")
-    ids = _encode(host, given)
-    if len(ids) == 1:
-        return one_token(host, ids[0], what)
-    # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
-    # is the one token that reads " Paris"
-    bare = _encode(host, given.strip(" ")) if given.startswith(" ") else []
-    if len(bare) == 1 and host.token_text(bare[0]) == given:
-        return Target(id=bare[0], text=given)
-    pieces = ", ".join(repr(host.token_text(token)) for token in ids)
-    spaced = [] if given.startswith(" ") else _encode(host, " " + given)
-    hint = f" (did you mean {' ' + given!r}?)" if len(spaced) == 1 else ""
-    raise InputError(
-        f"{what} {given!r} is {len(ids)} tokens ({pieces}){hint}; "
-        f"give a single-token {what} or a token id"
-    )
-
-
-def _encode(host: Host, text: str) -> list[int]:
-    return list(host.model.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _need_tokenizer(host: Host, what: str) -> None:
-    if getattr(host.model, "tokenizer", None) is None:
-        raise InputError(
-            f"the model has no tokenizer to read the {what} with; give token ids, or load the "
-            "model from a directory that holds its tokenizer's files too"
-        )
 
 
 # --- what kind of model -----------------------------------------------------------------------

@@ -5,6 +5,9 @@ With a frozen norm, neuron u changes the logits by delta, and with Y = delta - E
     score = u . g - gap        g    gradient of log p(target) at the base
     gap   = log E_p[exp Y]     p    the base's prediction
 
+(The gap has nothing to do with the target. Of several accepted answers, with shares s of their
+probability, ``log sum_w s_w exp(u . g_w)`` is in the place of ``u . g``.)
+
 ``u . g`` costs one dot product; the gap, never negative, is bounded in three stages, each only for
 the neurons whose interval the stage before left wider than the tolerance.
 
@@ -47,9 +50,11 @@ from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
+    AnswerSlopes,
     Bounds,
     Kind,
     RankedNeurons,
+    TangentBound,
     best_by_bound,
     bounds_of_one_run,
     exact_scores,
@@ -344,7 +349,17 @@ class _Spread:
     base_rounding: float
     """By how much any log-probability of the base may be off."""
     constant: float
-    """Allowance for the rounding of a logsumexp."""
+    """Allowance for the rounding of a logsumexp, and of accepted answers' shares."""
+    answers: AnswerSlopes | None
+    """Of several accepted answers."""
+
+    def rise(
+        self, coefficient: Float[Tensor, " neuron"], subvalue: Int[Tensor, " neuron"]
+    ) -> Float[Tensor, " neuron"]:
+        """What the first-order picture says of neurons of these subvalues."""
+        if self.answers is None:
+            return coefficient * self.slope[subvalue]
+        return self.answers.rise(coefficient, self.answers.slopes[:, subvalue])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,8 +395,7 @@ def _spreads(
     spreads = []
     for base, (block, tangent) in enumerate(zip(blocks, tangents[0], strict=True)):
         scale = before.norm_scale[base]
-        direction = out.directions(before.aims.token[base : base + 1], scale)[0]
-        expected_direction = direction - before.tangent.gradient[base]
+        expected_direction = before.tangent.expected[base]
         expected = slopes(block.rows(), block.outlet(expected_direction)[None])[0]
 
         def stored(
@@ -409,7 +423,8 @@ def _spreads(
                 spread4=inflate * stored("spread4") + rounding,
                 rounding=rounding / coarser,
                 base_rounding=base_rounding[base],
-                constant=tangent.constant,
+                constant=_constant(tangent, base_rounding[base]),
+                answers=tangent.answers,
             )
         )
     return spreads
@@ -449,10 +464,16 @@ def _spreads_of_norms(
                 mean_square=mean_square,
                 rounding=rounding,
                 base_rounding=base_rounding[base],
-                constant=tangent.constant,
+                constant=_constant(tangent, base_rounding[base]),
+                answers=tangent.answers,
             )
         )
     return spreads
+
+
+def _constant(tangent: TangentBound, base_rounding: float) -> float:
+    """What rounds whatever the neuron: a logsumexp; and the shares of several accepted answers."""
+    return tangent.constant + (0.0 if tangent.answers is None else 2 * base_rounding)
 
 
 def _base_rounding(out: ReadOut, before: Baseline, widest: float) -> list[float]:
@@ -733,7 +754,7 @@ def _ends(
     least_gap: Float[Tensor, " neuron"],
     most_gap: Float[Tensor, " neuron"],
 ) -> Ends:
-    tangent = coefficient * spread.slope[subvalue]
+    tangent = spread.rise(coefficient, subvalue)
     off = coefficient == 0
     slack = _slack(spread, coefficient, subvalue, most_gap).where(~off, 0.0)
     return Ends(
@@ -750,7 +771,7 @@ def _rounding_of(
     """By how much the exact scores of these neurons may be off."""
     coefficient = spread.block.coefficients_of(numbers)
     subvalue = _subvalue_of(spread.block, numbers)
-    gap = coefficient * spread.slope[subvalue] - score
+    gap = spread.rise(coefficient, subvalue) - score
     gap = gap + coefficient.abs() * spread.slack[subvalue] + spread.constant
     return _slack(spread, coefficient, subvalue, gap.clamp(min=0))
 

@@ -4,24 +4,71 @@ These are plain values. Turning text into token ids needs the model's tokenizer:
 """
 
 import operator
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 
+_OWN = "the model's own prediction"
+
+_MANY = 16  # tokens of a prompt that are shown in one line; of more, so many from both ends
+
 PaddingSide = Literal["right", "left"]
 """Where prompts shorter than the longest of their batch are filled up."""
+
+
+@dataclass(frozen=True, eq=False)
+class Distribution:
+    """A target that is a whole prediction: how near the model's comes to it, as a divergence.
+
+    What is explained is ``-KL(wanted || prediction)`` in nats, never above 0: a score is by how
+    much a part brings the prediction nearer to the one wanted. By default that is the model's own,
+    at the read position of the run; ``probs`` are others, one for each token.
+    """
+
+    probs: Float[Tensor, " d_vocab"] | None = None
+    name: str = ""
+    """What it is called: the model's own, unless ``probs`` are given."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            object.__setattr__(
+                self, "name", _OWN if self.probs is None else "the distribution given"
+            )
+
+    def __repr__(self) -> str:
+        return f"Distribution({self.name})"
+
+    @property
+    def is_own(self) -> bool:
+        """Whether it is the model's own."""
+        return self.name == _OWN
+
+    def likeliest(self, k: int = 5) -> list[tuple[int, float]]:
+        """The tokens it holds likeliest, as (id, probability); none while it is not known."""
+        if self.probs is None:
+            return []
+        probs, ids = self.probs.topk(min(k, len(self.probs)))
+        return list(zip(ids.tolist(), probs.tolist(), strict=True))
+
+
+Answer = str | SupportsIndex | Set[Any] | list[Any] | Distribution
+"""What may be asked about: one token as text or id, accepted answers as a set or a list of these, a
+distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Prompt:
     """One question to a model: ``text`` or ``tokens``, exactly one of them.
 
-    ``target`` is a token id, or a string that is one token; ``None`` stands for the model's own
-    top prediction. ``against`` makes it a contrast: what is explained is then
+    ``target`` is a token id, or a string that is one token; a set of these, for the log of the sum
+    of their probabilities; or a ``Distribution``; ``None`` stands for the model's own top
+    prediction. ``against`` makes it a contrast: what is explained is then
     log p(target) - log p(against). ``position`` is where the answer is read, an index into the
     tokens as the model sees them (a prepended BOS counts), from the end if negative.
     ``prepend_bos`` is ``None`` for TransformerLens's default of that model; token ids are used as
@@ -59,17 +106,23 @@ class Prompt:
         object.__setattr__(self, "position", integer(self.position, "position"))
         if self.against is not None and self.target is None:
             raise InputError("a contrast needs both tokens: give target beside against")
-        for name in ("target", "against"):
-            token = getattr(self, name)
-            if isinstance(token, str):
-                _check_text(token, name)
-            elif token is not None:
-                object.__setattr__(self, name, integer(token, "a token id"))
+        object.__setattr__(self, "target", as_answer(self.target))
+        if isinstance(self.target, (Set, Distribution)) and self.against is not None:
+            raise InputError(
+                "a contrast is of one token against another; give one token as target, or leave "
+                "against out"
+            )
+        if self.against is not None:
+            object.__setattr__(self, "against", _token(self.against, "against"))
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is explained: log p(token), or with ``against`` log p(token) - log p(other token)."""
+    """What is explained: log p(token); with ``against`` log p(token) - log p(other token).
+
+    With ``also`` the log of the sum of several tokens' probabilities; with ``distribution``
+    -KL(that || prediction), and ``id`` is its likeliest token.
+    """
 
     id: int
     """The token's place in the vocabulary."""
@@ -78,11 +131,96 @@ class Target:
     against: "Target | None" = None
     """The other token of a contrast. The difference of two log-probabilities is a difference of
     two logits, so that under a frozen norm every score is linear in the contribution."""
+    also: "tuple[Target, ...]" = ()
+    """Further accepted answers, each one token."""
+    distribution: Distribution | None = None
+
+    @property
+    def answers(self) -> "tuple[Target, ...]":
+        """Every accepted answer by itself."""
+        return (replace(self, also=()), *self.also)
+
+    @property
+    def as_asked(self) -> Answer:
+        """It as it may be asked about again, tokens by their ids."""
+        if self.distribution is not None:
+            return self.distribution
+        return frozenset(each.id for each in self.answers) if self.also else self.id
+
+    @property
+    def is_token(self) -> bool:
+        """Whether it is one token and nothing else."""
+        return self.against is None and not self.also and self.distribution is None
+
+    @property
+    def form(self) -> tuple[bool, int, bool]:
+        """What kind of target it is: those of one form can be scored together."""
+        return self.against is not None, len(self.also), self.distribution is not None
+
+    @property
+    def has_prob(self) -> bool:
+        """Whether what is explained is the log of a probability."""
+        return self.against is None and self.distribution is None
 
     @property
     def quantity(self) -> str:
-        """What a score is a rise in, for titles: ``log p(target)``, or the contrast's."""
+        """What a score is a rise in, for titles: ``log p(target)``, or what is in its place."""
+        if self.distribution is not None:
+            return "-KL(target || prediction)"
         return "log p(target)" if self.against is None else "log p(target) - log p(against)"
+
+    @property
+    def words(self) -> str:
+        """What it is called, its tokens so that every space can be seen."""
+        if self.distribution is not None:
+            return self.distribution.name
+        if self.against is not None:
+            return f"{visible(self.text)} against {visible(self.against.text)}"
+        return " or ".join(visible(each.text) for each in self.answers)
+
+    @property
+    def in_tables(self) -> str:
+        """What it is called in a cell of a table: a token's text as it is, else ``words``."""
+        return self.words if self.also or self.distribution is not None else self.text
+
+    @property
+    def words_and_ids(self) -> str:
+        """The same, with the ids of its tokens."""
+        if self.distribution is not None:
+            return self.distribution.name
+        if self.against is not None:
+            return f"{_with_id(self)} against {_with_id(self.against)}"
+        return " or ".join(map(_with_id, self.answers))
+
+    def facts(self) -> dict[str, Any]:
+        """It as plain values, ready for JSON; ``of_facts`` reads them, but for the ``probs``."""
+        against, wanted = self.against, self.distribution
+        found: dict[str, Any] = {
+            "id": self.id,
+            "text": self.text,
+            "against": None if against is None else {"id": against.id, "text": against.text},
+        }
+        if self.also:
+            found["also"] = [{"id": each.id, "text": each.text} for each in self.also]
+        if wanted is not None:
+            found["distribution"] = wanted.name
+        return found
+
+    @classmethod
+    def of_facts(cls, facts: Mapping[str, Any]) -> "Target":
+        """What ``facts`` wrote; also in files of versions that knew fewer kinds of targets.
+
+        Raises:
+            KeyError, TypeError: If they are something else.
+        """
+        against, wanted = facts.get("against"), facts.get("distribution")
+        return cls(
+            id=facts["id"],
+            text=facts["text"],
+            against=None if against is None else cls.of_facts(against),
+            also=tuple(cls.of_facts(each) for each in facts.get("also", ())),
+            distribution=None if wanted is None else Distribution(name=wanted),
+        )
 
 
 @dataclass(frozen=True)
@@ -96,11 +234,16 @@ class TokenizedPrompt:
     read_pos: int
     target: Target | None
 
+    @property
+    def words(self) -> str:
+        """Its tokens up to the read position, so that every space can be seen: ``The|·sea``."""
+        return shown_tokens(self.token_texts[: self.read_pos + 1])
+
 
 def as_prompt(
     prompt: "str | Iterable[SupportsIndex] | torch.Tensor | Prompt",
     *,
-    target: str | SupportsIndex | None = None,
+    target: Answer | None = None,
     against: str | SupportsIndex | None = None,
     position: SupportsIndex | None = None,
     prepend_bos: bool | None = None,
@@ -140,6 +283,19 @@ def as_prompt(
             )
         prompt = tuple(prompt.tolist())
     return Prompt(tokens=prompt, **asked)
+
+
+def as_answer(target: Any) -> Any:
+    """What is asked about in the form ``Prompt`` holds it: accepted answers as a frozen set.
+
+    Raises:
+        InputError: If it is neither text nor an integer, nor several of these.
+    """
+    if target is None or isinstance(target, Distribution):
+        return target
+    if isinstance(target, (Set, list, tuple)):
+        return frozenset(_token(each, "target") for each in target)
+    return _token(target, "target")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -320,6 +476,14 @@ def fraction(value: Any, what: str) -> float:
     return share
 
 
+def _token(given: Any, what: str) -> str | int:
+    """A token as text or as an id."""
+    if isinstance(given, str):
+        _check_text(given, what)
+        return given
+    return integer(given, "a token id")
+
+
 def _check_text(text: str, what: str) -> None:
     if not text:
         raise InputError(f"the {what} is empty; give some text, or token ids")
@@ -340,3 +504,15 @@ def visible(text: str) -> str:
         signs.get(char) or (char if char.isprintable() else char.encode("unicode_escape").decode())
         for char in text
     )
+
+
+def shown_tokens(texts: Sequence[str]) -> str:
+    """Tokens in one line, of many the first and the last: ``The|·capital|·of|·France|·is``."""
+    shown = [visible(text) or "(empty)" for text in texts]
+    if len(shown) > _MANY:
+        shown[_MANY // 4 : len(shown) - 3 * _MANY // 4] = ["…"]
+    return "|".join(shown)
+
+
+def _with_id(token: Target) -> str:
+    return f"{visible(token.text)} (id {token.id})"

@@ -12,6 +12,12 @@ model's own log-probability. ``published`` is what the notebooks of Yu & Ananiad
 LayerNorm without its bias, RMSNorm with eps 1e-6, no ``b_U``. ``recomputed`` takes the norm's
 scale from each ``x`` itself (the logit lens); it is not affine.
 
+What is explained is log p of a token, or what a ``Target`` says in its place::
+
+    a contrast          log p(w) - log p(v) = z_w - z_v
+    accepted answers    log of the sum of their p = logsumexp of their z - logsumexp(z)
+    a distribution q    -KL(q || p) = E_q[z] - logsumexp(z) + entropy of q
+
 Where a model caps its logits (Gemma 2), ``c tanh(z / c)`` takes the place of z in every convention,
 and none is affine. log p is then not concave in x, but nearly: see ``Tangent``.
 """
@@ -31,7 +37,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import WeightNorms, column_norms, weight_norms
 from tl_neuron_attr.pieces import Matrix
-from tl_neuron_attr.prompts import Target
+from tl_neuron_attr.prompts import Distribution, Target
 
 Convention = Literal["exact", "published", "recomputed"]
 """How a residual vector is read out as a log-probability: see this module's docstring."""
@@ -174,10 +180,11 @@ class ReadOut:
     ) -> Float[Tensor, "*batch"]:
         """log p(target | resid) of each residual vector, in nats, within the budget.
 
-        For a contrast the difference of the two log-probabilities, at the cost of two logits.
+        For a contrast the difference of the two log-probabilities, at the cost of two logits; for
+        accepted answers that of any of them; for a distribution -KL(it || prediction).
         """
         rows = resid.reshape(-1, resid.shape[-1])
-        aims = Aims.of([target], [len(rows)], rows.device)
+        aims = self._aims([target], [len(rows)], rows.device)
         return self._log_prob(rows, aims).reshape(resid.shape[:-1])
 
     @full_precision()
@@ -204,25 +211,46 @@ class ReadOut:
         """The same for a target of each row's own.
 
         Raises:
-            InputError: If some targets are contrasts and others are not.
+            InputError: If targets are not of one form.
         """
-        return self._log_prob(resid, Aims.of(targets, [1] * len(targets), resid.device))
+        return self._log_prob(resid, self._aims(targets, [1] * len(targets), resid.device))
 
     @full_precision()
     def answers(self, resid: Float[Tensor, "row d_model"], targets: Sequence[Target]) -> "Answers":
         """What is made of each row's target token; of a contrast, of the first of the two.
 
-        Cost: one pass over the unembedding; the logits of a few hundred rows at a time.
+        Of several accepted answers, of all together, and the rank of the likeliest. Cost: one pass
+        over the unembedding; the logits of a few hundred rows at a time.
+
+        Raises:
+            InputError: Of a distribution, which is no answer.
         """
-        ids = torch.tensor([target.id for target in targets], device=resid.device)
+        if any(target.distribution is not None for target in targets):
+            raise InputError(
+                "a whole distribution has no rank and no probability; attribute the prompt with a "
+                "token, or a set of them, as target"
+            )
+        most = max([1, *(len(target.answers) for target in targets)])
+        # those with fewer answers have their first several times, which counts once
+        ids = torch.tensor(
+            [
+                [each.id for each in target.answers] + [target.id] * (most - len(target.answers))
+                for target in targets
+            ],
+            device=resid.device,
+        ).view(len(targets), most)
+        counts = torch.tensor([len(target.answers) for target in targets], device=resid.device)
+        repeated = torch.arange(most, device=resid.device) >= counts[:, None]
         found: list[tuple[Tensor, Tensor]] = []
-        for rows, tokens in zip(
-            resid.split(self._whole_rows), ids.split(self._whole_rows), strict=True
+        for rows, tokens, again in zip(
+            *(each.split(self._whole_rows) for each in (resid, ids, repeated)), strict=True
         ):
             logits = self.logits(rows)
             # of these very logits: computed anew it might round to another place among them
-            own = logits.gather(1, tokens[:, None])
-            found.append(((own - logits.logsumexp(1, True))[:, 0], 1 + (logits > own).sum(1)))
+            own = logits.gather(1, tokens)
+            best = own.amax(1, True)
+            own = own.masked_fill(again, -torch.inf).logsumexp(1) if most > 1 else own[:, 0]
+            found.append((own - logits.logsumexp(1), 1 + (logits > best).sum(1)))
         log_prob, rank = zip(*found, strict=True)
         return Answers(log_prob=torch.cat(log_prob), rank=torch.cat(rank))
 
@@ -235,11 +263,16 @@ class ReadOut:
         over the unembedding; peak memory: the budget.
 
         Raises:
-            InputError: Of a contrast, which has no place among tokens.
+            InputError: Of anything but one token, which alone has a place among tokens.
         """
         if target.against is not None:
             raise InputError(
                 "a contrast has no rank among the tokens; attribute the prompt without against"
+            )
+        if not target.is_token:
+            raise InputError(
+                f"only one token has a rank among the tokens, not {target.words}; attribute the "
+                "prompt with one token as target"
             )
         parts = [torch.zeros(0, dtype=torch.long, device=vectors.device)]
         for rows in vectors.split(self.rows_per_block):
@@ -295,17 +328,16 @@ class ReadOut:
                 parts.append(after - baseline.log_prob[bases])
                 continue
             added = self._weighted(self._centred(rows) / baseline.norm_scale[bases, None])
-            token_delta = (added * self._columns(aims.token)).sum(-1)
             moved = self._cap_from(baseline, bases)
-            token_delta = moved(token_delta, aims.token)
+            target_delta = self._target_delta(added, baseline, bases, moved)
             if aims.against is not None:
                 against_delta = (added * self._columns(aims.against)).sum(-1)
-                parts.append(token_delta - moved(against_delta, aims.against))
+                parts.append(target_delta - moved(against_delta, aims.against))
                 continue
             assert baseline.log_probs is not None
             predictions = baseline.prediction[bases]
             expected = self._log_expected(added, baseline.log_probs, predictions, moved)
-            parts.append(token_delta - expected)
+            parts.append(target_delta - expected)
         return torch.cat(parts) if parts else contributions.new_zeros(0, dtype=self.dtype)
 
     @full_precision()
@@ -343,11 +375,16 @@ class ReadOut:
                 total[here] += joint.exp_().sum(-1)
         raised = torch.cat(
             [
-                (added[row_of[here]] * self._columns(baseline.aims.token[which[here]])).sum(-1)
+                self._target_delta(
+                    added[row_of[here]],
+                    baseline,
+                    which[here],
+                    lambda delta, tokens, times=scaled[here]: delta * times,
+                )
                 for here in some
             ]
         )
-        increase = raised * scaled - total.log()
+        increase = raised - total.log()
         (lossy,) = (~_sums_plainly(total)).nonzero(as_tuple=True)
         for here in lossy.split(size):
             vectors = multiples[here, None] * rows[row_of[here]]
@@ -360,7 +397,15 @@ class ReadOut:
 
         Of a contrast, the two tokens of it. The norm's scale is that of ``resid``. Cost: two
         passes over the unembedding, for one vector.
+
+        Raises:
+            InputError: Of several accepted answers, or a distribution.
         """
+        if not target.is_token and target.against is None:
+            raise InputError(
+                f"only a token or a contrast has rivals, not {target.words}; attribute the prompt "
+                "with one token as target"
+            )
         centred = self._centred(resid)
         one = centred.new_ones(1)
         slopes = None if self.soft_cap is None else self._cap_slopes(self.logits(resid))
@@ -412,8 +457,7 @@ class ReadOut:
         if tangent is None or scales is None or baseline.log_probs is None:
             raise InputError("only a token's log-probability, its norm frozen, has deviations")
         one = scales.new_ones(1)
-        own = self._transposed(self._columns(baseline.aims.token), scales)
-        expected = (own - tangent.gradient) * scales[:, None]
+        expected = tangent.expected * scales[:, None]
         sizes = expected.square().sum(-1, keepdim=True)
         largest = torch.zeros_like(scales)
         mean = torch.zeros_like(scales)
@@ -443,16 +487,96 @@ class ReadOut:
             normalized = self.normalize(rows[first : first + size])
             aim = aims[slice(first, first + size)]
             if aim.against is not None:
-                parts.append(self._contrast(normalized, aim.token, aim.against))
+                apart = self._token_logit(normalized, aim.token)
+                parts.append(apart - self._token_logit(normalized, aim.against))
                 continue
             # the logsumexp of the blocks' logsumexps is the logsumexp over the vocabulary
             partial = [
                 self._logit_block(normalized, columns).logsumexp(-1)
                 for columns in self._vocabulary()
             ]
-            token_logit = self._token_logit(normalized, aim.token)
-            parts.append(token_logit - torch.stack(partial).logsumexp(0))
+            target_logit = self._target_logit(normalized, aim)
+            parts.append(target_logit - torch.stack(partial).logsumexp(0))
         return torch.cat(parts)
+
+    def _aims(
+        self, targets: Sequence[Target], repeats: Sequence[int], device: torch.device
+    ) -> "Aims":
+        """So many rows for each target in turn.
+
+        Raises:
+            InputError: If they are not of one form; if the model's own distribution is asked about
+                without the run that tells it.
+        """
+        if len({target.form for target in targets}) > 1:
+            raise InputError(
+                "tokens and contrasts cannot share a baseline, nor targets of other forms, or of "
+                "more accepted answers; ask for each in turn"
+            )
+        number = torch.repeat_interleave(torch.tensor(repeats, device=device))
+
+        def column(ids: list[int]) -> Tensor:
+            return torch.tensor(ids, device=device)[number]
+
+        others = [target.against.id for target in targets if target.against is not None]
+        also = [[each.id for each in target.also] for target in targets if target.also]
+        wanted = [target.distribution for target in targets if target.distribution is not None]
+        return Aims(
+            token=column([target.id for target in targets]),
+            against=column(others) if others else None,
+            also=torch.tensor(also, device=device)[number] if also else None,
+            wanted=self._wanted(wanted, device)[number] if wanted else None,
+        )
+
+    def _wanted(self, distributions: Sequence[Distribution], device: torch.device) -> "Wanted":
+        """What each distribution expects of logits. Cost: one pass over the unembedding."""
+        if self.soft_cap is not None:
+            raise InputError(
+                "a distribution cannot be explained where logits pass through a soft cap; give a "
+                "token as target"
+            )
+        given = [each.probs for each in distributions if each.probs is not None]
+        if len(given) < len(distributions):
+            raise InputError(
+                "the model's own prediction is known only after its run; attribute(...) puts it "
+                "in, or give Distribution(probs)"
+            )
+        probs = torch.stack(list(given)).to(device, self.dtype)
+        column = probs.new_zeros(len(given), self.W_U.shape[0])
+        norm = probs.new_zeros(len(given))
+        for columns in self._vocabulary(_SURVEY_COLUMNS):
+            column += probs[:, columns] @ self.W_U[:, columns].to(self.dtype).T
+            norm += probs[:, columns] @ self._norms(columns)
+        constant = -torch.xlogy(probs, probs).sum(-1)
+        if self.b_U is not None:
+            constant = constant + probs @ self.b_U.to(device, self.dtype)
+        return Wanted(column=column, constant=constant, norm=norm)
+
+    def _target_logit(self, normalized: Tensor, aims: "Aims") -> Float[Tensor, " row"]:
+        """That of the target, to take the logsumexp of all logits from; not of a contrast."""
+        if aims.wanted is not None:
+            return (normalized * aims.wanted.column).sum(-1) + aims.wanted.constant
+        if aims.also is None:
+            return self._token_logit(normalized, aims.token)
+        each = [self._token_logit(normalized, tokens) for tokens in aims.answers]
+        return torch.stack(each).logsumexp(0)
+
+    def _target_delta(
+        self, added: Tensor, baseline: "Baseline", bases: Tensor, moved: _Moved
+    ) -> Float[Tensor, " row"]:
+        """By how much each row changes its base's target logit; of a contrast the first one.
+
+        Of accepted answers it is the log of the mean of their factors, each weighted by its share
+        of the answers' probability before.
+        """
+        aims = baseline.aims[bases]
+        if aims.wanted is not None:  # affine: there is no soft cap
+            return moved((added * aims.wanted.column).sum(-1), aims.token)
+        if aims.also is None:
+            return moved((added * self._columns(aims.token)).sum(-1), aims.token)
+        assert baseline.log_share is not None
+        each = [moved((added * self._columns(ids)).sum(-1), ids) for ids in aims.answers]
+        return joint_rise(torch.stack(each), baseline.log_share[bases].T)
 
     def _log_expected(
         self,
@@ -591,9 +715,6 @@ class ReadOut:
         logit = (normalized * self._columns(tokens)).sum(-1)
         return logit if self.b_U is None else logit + self.b_U[tokens].to(self.dtype)
 
-    def _contrast(self, normalized: Tensor, token: Tensor, against: Tensor) -> Tensor:
-        return self._token_logit(normalized, token) - self._token_logit(normalized, against)
-
     def _product(self, normalized: Tensor, columns: slice) -> Tensor:
         return normalized @ self.W_U[:, columns].to(self.dtype)
 
@@ -633,31 +754,41 @@ class ReadOut:
 
 @dataclass(frozen=True, kw_only=True)
 class Aims:
-    """The target of each row; all of them tokens, or all of them contrasts."""
+    """The target of each row, all of one form: tokens, contrasts, answers, distributions."""
 
     token: Int[Tensor, " row"]
     against: Int[Tensor, " row"] | None
+    also: Int[Tensor, "row other"] | None = None
+    """Further accepted answers."""
+    wanted: "Wanted | None" = None
+
+    @property
+    def answers(self) -> list[Int[Tensor, " row"]]:
+        """Each row's first accepted answer, its second, and so on."""
+        return [self.token, *([] if self.also is None else self.also.unbind(1))]
 
     def __getitem__(self, rows: slice | Tensor) -> "Aims":
-        against = None if self.against is None else self.against[rows]
-        return Aims(token=self.token[rows], against=against)
-
-    @classmethod
-    def of(cls, targets: Sequence[Target], repeats: Sequence[int], device: torch.device) -> "Aims":
-        """So many rows for each target in turn."""
-        contrasts = {target.against is not None for target in targets}
-        if len(contrasts) != 1:
-            raise InputError("tokens and contrasts cannot share a baseline; ask for each in turn")
-
-        def column(ids: list[int]) -> Tensor:
-            each = torch.tensor(ids, device=device)
-            return each.repeat_interleave(torch.tensor(repeats, device=device))
-
-        others = [target.against.id for target in targets if target.against is not None]
-        return cls(
-            token=column([target.id for target in targets]),
-            against=column(others) if others else None,
+        return Aims(
+            token=self.token[rows],
+            against=None if self.against is None else self.against[rows],
+            also=None if self.also is None else self.also[rows],
+            wanted=None if self.wanted is None else self.wanted[rows],
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wanted:
+    """What each row's distribution expects of logits: it takes the place of a token's column."""
+
+    column: Float[Tensor, "row d_model"]
+    """Expected column of the unembedding."""
+    constant: Float[Tensor, " row"]
+    """Expected bias of a logit, and the distribution's entropy, in nats."""
+    norm: Float[Tensor, " row"]
+    """Expected norm of such a column, weighted by the final norm's gain."""
+
+    def __getitem__(self, rows: slice | Tensor) -> "Wanted":
+        return Wanted(column=self.column[rows], constant=self.constant[rows], norm=self.norm[rows])
 
 
 @dataclass(frozen=True)
@@ -687,7 +818,9 @@ class Baseline:
     norm_scale: Float[Tensor, " base"] | None
     """The frozen norm's divisor; ``None`` if the norm is recomputed."""
     log_prob: Float[Tensor, " base"]
-    """log p(target) of each base; of a contrast the difference."""
+    """log p(target) of each base; of a contrast the difference, of a distribution -KL."""
+    log_share: Float[Tensor, "base answer"] | None = None
+    """Of several accepted answers the log of each one's share of their probability."""
     log_probs: Float[Tensor, "prediction d_vocab"] | None
     """log p(every token); ``None`` for contrasts, which do not depend on it."""
     prediction: Int[Tensor, " base"]
@@ -709,6 +842,7 @@ class Baseline:
             norm_scale=None if self.norm_scale is None else self.norm_scale[bases],
             log_prob=self.log_prob[bases],
             prediction=self.prediction[bases],
+            log_share=None if self.log_share is None else self.log_share[bases],
             tangent=None if self.tangent is None else self.tangent[bases],
         )
 
@@ -718,8 +852,14 @@ class Tangent:
     """The first-order picture of log p(target) at each base, for a frozen norm.
 
     As log p is concave in the residual vector, ``contribution . gradient`` is never below the
-    exact ``increase``: an upper bound of a neuron's score for one dot product. For a contrast it
-    *is* the increase.
+    exact ``increase``: an upper bound of a neuron's score for one dot product. So it is for a
+    distribution, whose expected logit is affine as a token's is. For a contrast it *is* the
+    increase.
+
+    Of several accepted answers log p is not concave, but each of them has its tangent, and with the
+    answers' shares s of their probability::
+
+        increase = log sum_w s_w exp(increase of w) <= log sum_w s_w exp(u . gradient of w)
 
     Under a soft cap log p is not concave, but its logits bend by so little that the tangent need
     only be raised: ``z -> c tanh(z / c)`` has a second derivative of at most ``4 / (3 sqrt(3) c)``,
@@ -731,19 +871,26 @@ class Tangent:
     """
 
     gradient: Float[Tensor, "base d_model"]
+    """Of log p(target); of several accepted answers no bound by itself."""
+    expected: Float[Tensor, "base d_model"]
+    """What the base's prediction expects of tokens' directions."""
     reach: Float[Tensor, " base"]
     """Norm of the target's direction, and expected norm of a token's under the base's prediction,
     before centring: what the rounding of scores and bounds is in proportion to, where gradients
     cancel too."""
     bend: Float[Tensor, " base"] | None
     """Nats per squared norm of a contribution; ``None`` without a soft cap: 0."""
+    answers: "tuple[Tangent, ...]" = ()
+    """That of each of several accepted answers."""
 
     __repr__ = brief
 
     def __getitem__(self, bases: slice | Tensor) -> "Tangent":
         """The same for some of the bases."""
         return Tangent(
+            answers=tuple(each[bases] for each in self.answers),
             gradient=self.gradient[bases],
+            expected=self.expected[bases],
             reach=self.reach[bases],
             bend=None if self.bend is None else self.bend[bases],
         )
@@ -846,6 +993,16 @@ class Rivals:
         return after.to(first_order.dtype)
 
 
+def joint_rise(
+    rises: Float[Tensor, "answer row"], log_share: Float[Tensor, "answer _"]
+) -> Float[Tensor, " row"]:
+    """Rise in the log of several answers' summed probability, of which each log p rises so much.
+
+    ``log_share`` is the log of each one's share of it before. It grows with every answer's rise.
+    """
+    return (rises + log_share).logsumexp(0)
+
+
 def _plus_log_probs(
     delta: Float[Tensor, "row column"],
     log_probs: Float[Tensor, "prediction column"],
@@ -889,11 +1046,11 @@ def baseline_of_runs(
     Cost: one pass over the unembedding for all of them; d_vocab floats for each base of a run.
 
     Raises:
-        InputError: If some targets are contrasts and others are not.
+        InputError: If targets are not of one form.
     """
     out, device = outs[0], resids[0].device
     counts = [len(resid) for resid in resids]
-    aims = Aims.of(targets, [counts[run] for run in run_of], device)
+    aims = out._aims(targets, [counts[run] for run in run_of], device)
     # which base of all runs each base of the result is
     starts = [sum(counts[:run]) for run in range(len(counts))]
     places = [torch.arange(starts[run], starts[run] + counts[run]) for run in run_of]
@@ -905,38 +1062,54 @@ def baseline_of_runs(
         norm_scale = torch.tensor(scales, dtype=out.dtype, device=device)
         norm_scale = norm_scale.repeat_interleave(lengths)[source]
     normalized = torch.cat([each.normalize(r) for each, r in zip(outs, resids, strict=True)])
-    log_probs = picture = None
+    log_probs = log_share = picture = None
     if aims.against is None:
         leaning = torch.full_like(normalized[:, 0], tangent and out.bounded, dtype=torch.bool)
         for start in starts:
             leaning[[start + place for place in plain]] = False
         survey = out._survey(normalized, leaning)
         log_probs = survey.log_probs
-        log_prob = log_probs[source, aims.token]
-        token_logit = log_prob + survey.log_total[source]
+        if aims.wanted is None:
+            own = [log_probs[source, ids] for ids in aims.answers]
+            logits = [each + survey.log_total[source] for each in own]
+            log_prob = own[0]
+            if len(own) > 1:
+                log_prob = torch.stack(own).logsumexp(0)
+                log_share = torch.stack(own, 1) - log_prob[:, None]
+        else:
+            logits = [out._target_logit(normalized[source], aims)]
+            log_prob = logits[0] - survey.log_total[source]
         expected, expected_norm = survey.expected[source], survey.expected_norm[source]
         expected_square = survey.expected_square[source]
     else:
-        token_logit = out._token_logit(normalized[source], aims.token)
+        logits = [out._token_logit(normalized[source], aims.token)]
         against_logit = out._token_logit(normalized[source], aims.against)
-        log_prob = token_logit - against_logit
+        log_prob = logits[0] - against_logit
         expected, slopes = out._columns(aims.against), out._cap_slopes(against_logit)
         expected = expected if slopes is None else expected * slopes[:, None]
         expected_norm = out._norms(aims.against)
         expected_square = expected_norm.square()
     if tangent and norm_scale is not None:
-        column, slopes = out._columns(aims.token), out._cap_slopes(token_logit)
-        column = column if slopes is None else column * slopes[:, None]
-        own_norm = out._norms(aims.token)
-        bend = None
-        if out.soft_cap is not None:
-            squares = (own_norm.square() + expected_square) / norm_scale.square()
-            bend = squares * 2 / (3 * 3**0.5 * out.soft_cap)
-        picture = Tangent(
-            gradient=out._transposed(column - expected, norm_scale),
-            reach=(own_norm + expected_norm) / norm_scale,
-            bend=bend,
-        )
+        tangents = []
+        for ids, logit in zip(aims.answers, logits, strict=True):
+            column, own_norm = out._columns(ids), out._norms(ids)
+            if aims.wanted is not None:
+                column, own_norm = aims.wanted.column, aims.wanted.norm
+            slopes = out._cap_slopes(logit)
+            column = column if slopes is None else column * slopes[:, None]
+            bend = None
+            if out.soft_cap is not None:
+                squares = (own_norm.square() + expected_square) / norm_scale.square()
+                bend = squares * 2 / (3 * 3**0.5 * out.soft_cap)
+            tangents.append(
+                Tangent(
+                    gradient=out._transposed(column - expected, norm_scale),
+                    expected=out._transposed(expected, norm_scale),
+                    reach=(own_norm + expected_norm) / norm_scale,
+                    bend=bend,
+                )
+            )
+        picture = tangents[0] if log_share is None else _of_answers(tangents, log_share)
     return Baseline(
         resid=torch.cat(list(resids))[source],
         aims=aims,
@@ -944,7 +1117,21 @@ def baseline_of_runs(
         log_prob=log_prob,
         log_probs=log_probs,
         prediction=source,
+        log_share=log_share,
         tangent=picture,
+    )
+
+
+def _of_answers(tangents: Sequence[Tangent], log_share: Float[Tensor, "base answer"]) -> Tangent:
+    """The tangents of several accepted answers, and that of them together."""
+    gradients = torch.stack([each.gradient for each in tangents], 1)
+    bends = [each.bend for each in tangents if each.bend is not None]
+    return Tangent(
+        gradient=(log_share.exp()[..., None] * gradients).sum(1),
+        expected=tangents[0].expected,
+        reach=torch.stack([each.reach for each in tangents]).amax(0),
+        bend=torch.stack(bends).amax(0) if bends else None,
+        answers=tuple(tangents),
     )
 
 

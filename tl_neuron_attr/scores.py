@@ -64,7 +64,7 @@ def baselines_of_runs(
     Cost: one pass over the unembedding for all of them; (2 x layers + 1) x d_vocab floats a run.
 
     Raises:
-        InputError: If some targets are contrasts and others are not.
+        InputError: If targets are not of one form.
     """
     runs: dict[tuple[int, int, int], int] = {}
     run_of = [

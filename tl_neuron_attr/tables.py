@@ -98,6 +98,8 @@ RUN_TABLES = (
     "lowest",
     "label_positions",
     "inputs",
+    "answer_tokens",
+    "neurons_by_token",
 )
 """Tables that a ``run.json`` beside them is about, whichever command wrote it."""
 SHARE_COLUMNS = ("kind", "top", "rise_lower", "rise_upper", "share_lower", "share_upper")

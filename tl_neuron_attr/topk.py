@@ -13,6 +13,10 @@ in practice), taken four times over for the bound and again for the exact score,
 the target's direction and of those the model considers likely; a logsumexp of probabilities rounds
 by a few eps. The certificate is a proof up to that model of rounding; in float64 the slack is 10^9
 times smaller.
+
+Several accepted answers: their log p is not concave, but the rise of it is the log of a mean of the
+answers' factors, ``log sum_w s_w exp(score of w)``, which grows with each of them. So each answer's
+bound in the place of its score bounds it.
 """
 
 import math
@@ -29,7 +33,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.prompts import Target, at_least_one
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
+from tl_neuron_attr.readout import Baseline, ReadOut, full_precision, joint_rise
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
 Bounds = Callable[[Sequence[int]], tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]]
@@ -263,6 +267,21 @@ def top_neurons_of_runs(
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnswerSlopes:
+    """The first-order pictures of several accepted answers, in one block."""
+
+    slopes: Float[Tensor, "answer subvalue"]
+    log_share: Float[Tensor, " answer"]
+    """The log of each answer's share of their probability, at the base."""
+
+    def rise(
+        self, coefficients: Float[Tensor, " neuron"], slopes: Float[Tensor, "answer neuron"]
+    ) -> Float[Tensor, " neuron"]:
+        """That of the log of their summed probability, each answer's being linear."""
+        return joint_rise(coefficients * slopes, self.log_share[:, None])
+
+
+@dataclass(frozen=True, kw_only=True)
 class TangentBound:
     """The first-order picture of one block's scores."""
 
@@ -275,6 +294,14 @@ class TangentBound:
     """Allowance for the rounding of a logsumexp."""
     bend: Float[Tensor, " subvalue"] | None
     """Allowance for a soft cap, per squared coefficient."""
+    answers: AnswerSlopes | None = None
+    """Of several accepted answers; ``slope`` is then that of their gradient, and no bound."""
+
+    def rise(self, coefficients: Float[Tensor, " neuron"]) -> Float[Tensor, " neuron"]:
+        """What the first-order picture says of every neuron of the block."""
+        if self.answers is None:
+            return coefficients * self.block.of_each(self.slope)
+        return self.answers.rise(coefficients, self.block.of_each(self.answers.slopes))
 
     def above(self) -> tuple[Float[Tensor, " neuron"], Float[Tensor, ""]]:
         """A number that no neuron's score exceeds (-inf for those that are off), and the slack."""
@@ -283,7 +310,7 @@ class TangentBound:
 
     def linear(self) -> Float[Tensor, " neuron"]:
         """The scores themselves, where they are linear."""
-        return self.block.all_coefficients() * self.block.of_each(self.slope)
+        return self.rise(self.block.all_coefficients())
 
 
 def bounds_above(
@@ -293,8 +320,13 @@ def bounds_above(
     block, constant = tangents[0].block, tangents[0].constant
     coefficients = torch.stack([each.block.all_coefficients() for each in tangents])
     slack = block.of_each(torch.stack([each.slack for each in tangents])) * coefficients.abs()
-    slopes = block.of_each(torch.stack([each.slope for each in tangents]))
-    bounds = coefficients * slopes + slack + constant
+    if tangents[0].answers is None:
+        slopes = block.of_each(torch.stack([each.slope for each in tangents]))
+        first_order = coefficients * slopes
+    else:
+        rises = [each.rise(row) for each, row in zip(tangents, coefficients, strict=True)]
+        first_order = torch.stack(rises)
+    bounds = first_order + slack + constant
     if tangents[0].bend is not None:
         bends = torch.stack([each.bend for each in tangents if each.bend is not None])
         bounds = bounds + block.of_each(bends) * coefficients.square()
@@ -327,11 +359,18 @@ def tangent_bounds(
     ``before`` has one base a block: a run's blocks in order, run after run.
     Source: log p is concave in the residual vector, so its tangent lies above it; under a soft cap
     nearly so (see ``Tangent``).
-    Cost: one matrix product a layer, which reads its weights once for all runs.
+    Cost: one matrix product a layer, which reads its weights once for all runs; of several accepted
+    answers one for each.
     """
     tangent = before.tangent
     if tangent is None:
         return None
+    if tangent.answers:
+        each = [
+            tangent_bounds(runs, out, replace(before, tangent=answer, log_share=None))
+            for answer in tangent.answers
+        ]
+        return _of_answers([bounds for bounds in each if bounds is not None], before)
     eps = torch.finfo(out.dtype).eps
     relative = 8 * math.sqrt(tangent.gradient.shape[1]) * eps
     bends = [None] * len(before) if tangent.bend is None else tangent.bend
@@ -367,6 +406,30 @@ def tangent_bounds(
             ]
         )
     return [list(run) for run in zip(*columns, strict=True)]
+
+
+def _of_answers(
+    each: Sequence[list[list[TangentBound]]], before: Baseline
+) -> list[list[TangentBound]]:
+    """The bounds of several accepted answers, given by answer, run and layer, as those of all."""
+    shares, n_layers = before.log_share, len(each[0][0])
+    assert shares is not None
+
+    def together(run: int, layer: int) -> TangentBound:
+        bounds = [answer[run][layer] for answer in each]
+        log_share = shares[run * n_layers + layer]
+        slopes = torch.stack([bound.slope for bound in bounds])
+        bends = [bound.bend for bound in bounds if bound.bend is not None]
+        return replace(
+            bounds[0],
+            slope=log_share.exp().to(slopes) @ slopes,
+            slack=torch.stack([bound.slack for bound in bounds]).amax(0),
+            constant=2 * bounds[0].constant,  # two logsumexps
+            bend=torch.stack(bends).amax(0) if bends else None,
+            answers=AnswerSlopes(slopes=slopes, log_share=log_share.to(slopes)),
+        )
+
+    return [[together(run, layer) for layer in range(n_layers)] for run in range(len(each[0]))]
 
 
 def score_bounds(

@@ -12,7 +12,7 @@ import pandas as pd
 from tl_neuron_attr.display import box, decimals, escaped, facts, grid, line, signed, token
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head
-from tl_neuron_attr.prompts import Target, visible
+from tl_neuron_attr.prompts import Target, shown_tokens, visible
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import records, write_tables
 from tl_neuron_attr.topk import Kind
@@ -156,8 +156,7 @@ class NeuronCard:
             if isinstance(value, pd.DataFrame):
                 values[name] = records(value)
             elif isinstance(value, Target):
-                against = None if value.against is None else vars(value.against)
-                values[name] = {"id": value.id, "text": value.text, "against": against}
+                values[name] = value.facts()
             elif name != "neuron":
                 values[name] = list(value) if isinstance(value, tuple) else value
         return values
@@ -213,18 +212,20 @@ _TABLES = (
 
 def _html(card: NeuronCard) -> str:
     what = "FFN neuron" if kind_of(card.neuron) == "ffn" else "attention neuron"
-    against = card.target.against
-    aim = token(card.target.text) + ("" if against is None else f" against {token(against.text)}")
+    target = card.target
+    aim = " or ".join(token(each.text) for each in target.answers)
+    if target.against is not None:
+        aim += f" against {token(target.against.text)}"
+    aim = aim if target.distribution is None else escaped(target.words)
     numbers = [f"coefficient {signed(card.coefficient)}"]
     if card.score is not None:
         ranked = card.rank is not None
         place = f"rank {card.rank:,}" if ranked else f"not among the best {card.ranked:,}"
         numbers += [f"score {signed(card.score)} nats", f"{place} of {card.total:,}"]
     told = {
-        "prompt": escaped(_sentence("".join(card.tokens))),
+        "prompt": escaped(shown_tokens(card.tokens[: card.read_pos + 1])),
         "writes at": f"{card.position}: {token(card.tokens[card.position])}",
-        "target": f"{aim}, {'log p' if against is None else 'difference of log p'} "
-        f"{signed(card.log_prob)} nats",
+        "target": f"{aim}, {_what(target)} {signed(card.log_prob)} nats",
         "in this run": escaped("; ".join(numbers)),
     }
     for end in ("top", "bottom"):
@@ -293,16 +294,10 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
     what = "FFN neuron" if kind_of(card.neuron) == "ffn" else "attention neuron"
     at = f"{card.position}:{visible(card.tokens[card.position])}"
     yield _clipped(f"{card.neuron}   {what} of {card.model_name}, where it writes at {at}", width)
-    yield _clipped(f"prompt    {_sentence(''.join(card.tokens))}", width)
-    aim = visible(card.target.text)
-    if card.target.against is None:
-        yield _clipped(f"target    {aim}   log p {decimals(card.log_prob)} nats", width)
-    else:
-        other = visible(card.target.against.text)
-        yield _clipped(
-            f"target    {aim} against {other}   difference of log p {decimals(card.log_prob)} nats",
-            width,
-        )
+    yield _clipped(f"prompt    {shown_tokens(card.tokens[: card.read_pos + 1])}", width)
+    signs = card.target.distribution is None
+    said = f"{_what(card.target)} {decimals(card.log_prob, sign=signs)} nats"
+    yield _clipped(f"target    {card.target.words}   {said}", width)
     yield ""
     facts = [f"coefficient {card.coefficient:+.4g}"]
     if card.score is not None:
@@ -323,6 +318,13 @@ def _heading(card: NeuronCard, width: int) -> Iterator[str]:
             width,
             subsequent_indent=" " * 10,
         )
+
+
+def _what(target: Target) -> str:
+    """What is known of a target, in a few words."""
+    if target.distribution is not None:
+        return target.quantity
+    return "log p" if target.against is None else "difference of log p"
 
 
 def _section(title: str, lines: Iterator[str]) -> Iterator[str]:

@@ -233,7 +233,7 @@ def _prompts(
     """The prompts where its score is largest, in blocks within the budget."""
     alike: dict[Any, list[Attribution]] = {}  # those that can be scored together
     for each in prompts:
-        key = (each.target.against is None, each.captured.v.dtype)
+        key = (each.target.form, each.captured.v.dtype)
         alike.setdefault(key, []).append(each)
     rows = []
     for some in alike.values():
@@ -273,7 +273,7 @@ def _scored_prompts(
             place = source_pos if neuron.source_pos is not None else n_pos
         text = prompt.text if prompt.text is not None else "".join(prompt.token_texts)
         source = None if source_pos is None else prompt.token_texts[source_pos]
-        asked = (prompt.prompt_id, text, each.target.text, source_pos, source)
+        asked = (prompt.prompt_id, text, each.target.in_tables, source_pos, source)
         rows.append((*asked, float(coefficients[place]), float(score[place])))
     return rows
 

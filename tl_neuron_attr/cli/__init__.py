@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from typer.core import TyperCommand
 
+from tl_neuron_attr.cli.answer import answer
 from tl_neuron_attr.cli.attribute import attribute
 from tl_neuron_attr.cli.card import card
 from tl_neuron_attr.cli.compare import compare
@@ -30,7 +31,7 @@ from tl_neuron_attr.cli.runs import diff, run, summary, upgrade
 from tl_neuron_attr.cli.terminal import WIDTH
 
 PANELS = {
-    "One prompt": (attribute, query, graph, card, in_context),
+    "One prompt": (attribute, answer, query, graph, card, in_context),
     "Is it so?": (heads, compare),
     "Many prompts": (prompts, evaluate, run, summary, diff),
     "The paper": (write_paper,),

@@ -24,6 +24,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
@@ -31,11 +32,13 @@ from tl_neuron_attr.cli.options import (
     load,
     prompt_of,
     prompts_in,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, show_written
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
+from tl_neuron_attr.targets import tokenize
 
 
 def card(
@@ -61,6 +64,7 @@ def card(
     ] = None,
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -86,7 +90,7 @@ def card(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         read_as = convention_of(convention)

@@ -4,7 +4,6 @@ import json
 import math
 import sys
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
@@ -38,6 +38,7 @@ from tl_neuron_attr.cli.options import (
     index_of,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -81,6 +82,7 @@ def compare(
     ] = None,
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -123,7 +125,7 @@ def compare(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         read_as = convention_of(convention)
@@ -197,7 +199,7 @@ def _as_json(
         "prompt": original.captured.prompt.text,
         "tokens": list(original.captured.prompt.token_texts),
         "read_pos": original.captured.prompt.read_pos,
-        "target": {**asdict(original.target), "log_prob": original.log_prob},
+        "target": {**original.target.facts(), "log_prob": original.log_prob},
         "convention": original.convention,
         "other": {
             "what": other.what,

@@ -28,12 +28,14 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import WIDTH, model_line, show_written, target_line, token_line
 from tl_neuron_attr.display import decimals
@@ -52,6 +54,7 @@ def graph(
     model: ModelName = "tiny-facts",
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -104,7 +107,7 @@ def graph(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         asked: dict[str, Any] = {

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,11 +27,13 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -57,6 +58,7 @@ def heads(
     model: ModelName = "tiny-facts",
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -78,7 +80,7 @@ def heads(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         if top < 1:
@@ -113,7 +115,7 @@ def _as_json(result: Attribution, model: str, table: pd.DataFrame) -> dict[str, 
         "prompt": prompt.text,
         "tokens": list(prompt.token_texts),
         "read_pos": prompt.read_pos,
-        "target": {**asdict(result.target), "log_prob": result.log_prob},
+        "target": {**result.target.facts(), "log_prob": result.log_prob},
         "heads": records(table),
         "warnings": list(result.warnings),
     }

@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +30,10 @@ from tl_neuron_attr.cli.options import (
     WeightDtype,
     command_line,
     convention_of,
-    either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -47,7 +46,7 @@ from tl_neuron_attr.cli.terminal import (
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.in_context import (
     InContextHeads,
     check_labels,
@@ -58,6 +57,7 @@ from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.prompts import visible
 from tl_neuron_attr.report.in_context import in_context_page
 from tl_neuron_attr.tables import Saved, records, write_run
+from tl_neuron_attr.targets import tokenize
 
 
 def in_context(
@@ -92,7 +92,7 @@ def in_context(
     Example: tl-neuron-attr in-context "the color red, number two, the" --labels " color" " number"
     """
     with errors_in_one_sentence():
-        prompt = prompt_of(text, tokens, bos, position, either("--target", target, target_id), None)
+        prompt = prompt_of(text, tokens, bos, position, target_of(target, target_id), None)
         read_as = convention_of(convention)
         chosen = None if head is None else as_head(head)
         if top < 1:
@@ -143,7 +143,7 @@ def _as_json(
         "prompt": prompt.text,
         "tokens": list(prompt.token_texts),
         "read_pos": prompt.read_pos,
-        "target": {**asdict(result.target), "log_prob": result.log_prob},
+        "target": {**result.target.facts(), "log_prob": result.log_prob},
         "convention": result.convention,
         "labels": [
             {"id": label.id, "text": label.text, "positions": list(places)}

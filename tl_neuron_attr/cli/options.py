@@ -4,7 +4,7 @@ import json
 import shlex
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +16,7 @@ from rich.markup import escape
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.index import ProjectionIndex, projection_index
 from tl_neuron_attr.models import count_tokens, load_model
-from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.prompts import Answer, Distribution, Prompt
 from tl_neuron_attr.readout import CONVENTIONS, Convention
 
 ModelName = Annotated[
@@ -48,13 +48,27 @@ Bos = Annotated[
     ),
 ]
 TargetText = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--target", help="The answer, one token (mind its leading space). Default: the model's."
+        "--target",
+        help="The answer, one token (mind its leading space); given several times, all of them "
+        "are accepted. Default: the model's own.",
+        show_default=False,
     ),
 ]
 TargetId = Annotated[
-    int | None, typer.Option(help="The answer as a token id, in place of --target.")
+    list[int] | None,
+    typer.Option(
+        "--target-id",
+        help="The same as token ids, in place of --target.",
+        show_default=False,
+    ),
+]
+WholeDistribution = Annotated[
+    bool,
+    typer.Option(
+        "--distribution", help="Explain the model's whole prediction, in place of one answer."
+    ),
 ]
 Against = Annotated[
     str | None,
@@ -80,7 +94,7 @@ def prompt_of(
     tokens: str | None,
     bos: bool | None,
     position: int,
-    target: str | int | None,
+    target: Answer | None,
     against: str | int | None,
 ) -> Prompt:
     """The prompt that was asked about, as text or as ids."""
@@ -105,8 +119,8 @@ def prompt_of(
 def prompts_in(path: Path, bos: bool | None = None) -> list[Prompt]:
     """The prompts of a JSON Lines file: each line a text, or an object that holds one.
 
-    Such an object has ``text``, and may have ``target``, ``against``, ``position`` and
-    ``prompt_id`` (by default the number of its line, from 1).
+    Such an object has ``text``, and may have ``target`` (a list: several accepted answers),
+    ``against``, ``position`` and ``prompt_id`` (by default the number of its line, from 1).
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -166,6 +180,22 @@ def length_of(prompt: Prompt, model: str) -> int:
     return count_tokens(model, prompt.text or "", bos=prompt.prepend_bos)
 
 
+def target_of(
+    texts: Sequence[str] | None, ids: Sequence[int] | None, distribution: bool = False
+) -> Answer | None:
+    """What is asked about: one token, a set of accepted answers, a distribution; or nothing."""
+    if texts and ids:
+        raise InputError("give the answer either as --target or as --target-id")
+    answers = [*(texts or ()), *(ids or ())]
+    if distribution:
+        if answers:
+            raise InputError("give either --distribution or answers with --target, not both")
+        return Distribution()
+    if len(set(answers)) < len(answers):
+        raise InputError("--target gives the same answer twice; give each once")
+    return frozenset(answers) if len(answers) > 1 else answers[0] if answers else None
+
+
 def either(option: str, text: str | None, token: int | None) -> str | int | None:
     """A token given as text under ``option``, or as an id under ``option-id``; not as both."""
     if text is not None and token is not None:
@@ -189,11 +219,14 @@ def command_line(context: typer.Context) -> str:
         if source is None or source.name != "COMMANDLINE" or param.name in ("out", "as_json"):
             continue
         value = context.params[param.name or ""]
-        values = [str(each) for each in value] if isinstance(value, tuple) else [str(value)]
+        several = isinstance(value, (tuple, list))
+        values = [str(each) for each in value] if several else [str(value)]
         if param.param_type_name == "argument":
             arguments += values
         elif isinstance(value, bool):
             line.append((param.opts if value else param.secondary_opts)[0])
+        elif getattr(param, "multiple", False):
+            line += [word for each in values for word in (param.opts[0], each)]
         else:
             line += [param.opts[0], *values]
     if any(value.startswith("-") for value in arguments):

@@ -34,12 +34,14 @@ from tl_neuron_attr.cli.options import (
     TargetText,
     TokenIds,
     WeightDtype,
+    WholeDistribution,
     command_line,
     convention_of,
     either,
     errors_in_one_sentence,
     load,
     prompt_of,
+    target_of,
 )
 from tl_neuron_attr.cli.terminal import (
     WIDTH,
@@ -57,11 +59,12 @@ from tl_neuron_attr.cli.terminal import (
 from tl_neuron_attr.display import decimals
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
 from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.report.query import query_page
 from tl_neuron_attr.tables import Saved, write_run
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import Kind
 
 _SHOWN = 10
@@ -100,6 +103,7 @@ def query(
     model: ModelName = "tiny-facts",
     target: TargetText = None,
     target_id: TargetId = None,
+    distribution: WholeDistribution = False,
     against: Against = None,
     against_id: AgainstId = None,
     position: Position = -1,
@@ -131,7 +135,7 @@ def query(
             tokens,
             bos,
             position,
-            either("--target", target, target_id),
+            target_of(target, target_id, distribution),
             either("--against", against, against_id),
         )
         read_as = convention_of(convention)

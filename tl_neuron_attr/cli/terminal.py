@@ -4,7 +4,6 @@ import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -51,16 +50,20 @@ def token_line(token_texts: tuple[str, ...], read_pos: int) -> Text:
 def target_line(result: Attribution) -> str:
     """What is explained, and how probable it is."""
     target, before = result.target, result.embedding_log_prob
-    line = f"[bold]Target[/]  {escape(visible(target.text))} (id {target.id})"
+    line = f"[bold]Target[/]  {escape(target.words_and_ids)}"
+    if target.distribution is not None:
+        return (
+            f"{line}   {target.quantity} = {decimals(result.log_prob, sign=False)} nats; "
+            f"before the first layer {decimals(before)}"
+        )
     if target.against is None:
         log_prob = decimals(result.log_prob, sign=False)
         return (
             f"{line}   log p = {log_prob} nats, p = {math.exp(result.log_prob):.3g}; "
             f"before the first layer p = {math.exp(before):.2g}"
         )
-    other = target.against
     return (
-        f"{line} against {escape(visible(other.text))} (id {other.id})   difference of log p = "
+        f"{line}   difference of log p = "
         f"{decimals(result.log_prob)} nats; before the first layer {decimals(before)}"
     )
 
@@ -80,7 +83,7 @@ def asked_as_json(result: Attribution, model: str) -> dict[str, Any]:
         "read_pos": prompt.read_pos,
         "top_predictions": records(result.predictions(10).rename(columns={"token": "text"})),
         "target": {
-            **asdict(result.target),
+            **result.target.facts(),
             "log_prob": result.log_prob,
         },
         "convention": result.convention,

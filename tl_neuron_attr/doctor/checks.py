@@ -25,13 +25,14 @@ from tl_neuron_attr.doctor.subject import (
     ranked,
 )
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, tokenize
+from tl_neuron_attr.host import Host, has_hooks
 from tl_neuron_attr.identities import Identity, identities, subkey_identities
 from tl_neuron_attr.interventions import Zeroed, capture_zeroed
 from tl_neuron_attr.neurons import AttnNeuron
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import CONVENTIONS, read_out
 from tl_neuron_attr.state import changed, model_state, random_states, torch_modes
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import score_bounds
 
 HostCheck = Callable[[Examined], tuple[Finding, ...]]

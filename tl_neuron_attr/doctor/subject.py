@@ -13,9 +13,10 @@ from tl_neuron_attr.attribute import attribute
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture, capture
 from tl_neuron_attr.display import brief
-from tl_neuron_attr.host import Host, make_exact, open_host, tokenize
+from tl_neuron_attr.host import Host, make_exact, open_host
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.prompts import Prompt, TokenizedPrompt
+from tl_neuron_attr.targets import tokenize
 
 COPY_LIMIT = 4 * 2**30
 """Bytes that a copy of the weights in float64 may take by default."""

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import coefficient_hooks, run_rows
 from tl_neuron_attr.errors import InputError, NonFiniteError
-from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.interventions.rows import batches
 from tl_neuron_attr.interventions.values import MeanCoefficients
 from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.prompts import TokenizedPrompt, as_questions
+from tl_neuron_attr.targets import tokenize
 
 Positions = Literal["all", "read"]
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from tl_neuron_attr.capture import capture
 from tl_neuron_attr.display import box, grid, next_calls, warned
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, one_token, open_host, tokenize
+from tl_neuron_attr.host import Host, has_hooks, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
 from tl_neuron_attr.knowledge.facts import (
@@ -39,6 +39,7 @@ from tl_neuron_attr.knowledge.facts import (
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one, at_least_zero
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 from tl_neuron_attr.styled import grid_of
+from tl_neuron_attr.targets import one_token, tokenize
 
 Reason = Literal[
     "not one token", "cannot be asked", "not among the top", "another answer of its type above"

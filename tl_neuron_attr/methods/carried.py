@@ -74,8 +74,8 @@ def _carried(case: Case, kind: Kind, *, once: bool) -> Float[Tensor, "..."]:
     host, captured = case.result.host, case.result.captured
     shape = neuron_shape(host, kind)
     read_pos = captured.prompt.read_pos
+    rivals = answer_and_rivals(case)  # first: it may refuse the target
     sources = capture_sources(host, captured, range(read_pos + 1))
-    rivals = answer_and_rivals(case)
     direct = torch.zeros_like(sources.resid_pre[0])
     direct[read_pos] = rivals.gradient
     worth = direct  # of a unit written to the residual stream, at each position

@@ -21,12 +21,13 @@ from torch import Tensor
 
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.errors import ConformanceError, InputError
-from tl_neuron_attr.host import open_host, tokenize
+from tl_neuron_attr.host import open_host
 from tl_neuron_attr.methods.case import Case, Method, neuron_shape
 from tl_neuron_attr.methods.registry import method_name
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.state import changed, model_state, random_states, torch_modes
+from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import Kind
 
 Check = Callable[[Method, Sequence[Case]], None]
@@ -291,11 +292,10 @@ def _attributed_beside_others(case: Case) -> Case:
     """The case with its prompt attributed in a batch with two others, one longer, one shorter."""
     result = case.result
     prompt = result.captured.prompt
-    against = result.target.against
     asked = Prompt(
         tokens=prompt.tokens,
-        target=result.target.id,
-        against=None if against is None else against.id,
+        target=result.target.as_asked,
+        against=None if result.target.against is None else result.target.against.id,
         position=prompt.read_pos,
         prompt_id=prompt.prompt_id,
     )

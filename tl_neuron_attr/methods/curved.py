@@ -41,10 +41,12 @@ def curved_gradient(
     Cost: one forward and one backward pass, and ``rivals + 4`` dot products a neuron.
 
     Raises:
-        InputError: If ``rivals`` is below 1; if the model no longer gives what was captured.
+        InputError: If ``rivals`` is below 1; of several accepted answers or a distribution; if the
+            model no longer gives what was captured.
     """
     rivals = at_least_one(rivals, "rivals")
-    return bent(case, kind, gradient_activation(case, kind, top), answer_and_rivals(case, rivals))
+    competing = answer_and_rivals(case, rivals)  # first: it may refuse the target
+    return bent(case, kind, gradient_activation(case, kind, top), competing)
 
 
 def answer_and_rivals(case: Case, count: int = RIVALS) -> Rivals:

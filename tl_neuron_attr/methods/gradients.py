@@ -135,6 +135,9 @@ def integrated_gradients(
     ):
         if value not in known:
             raise InputError(f"{what} must be one of {', '.join(known)}; got {value!r}")
+    target = case.result.target
+    if quantity == "prob" and target.distribution is not None:
+        raise InputError(f"{target.words} has no probability; take quantity='log_prob'")
     host, captured = case.result.host, case.result.captured
     neuron_shape(host, kind)
     check_differentiable(host)
@@ -205,9 +208,9 @@ def _read(case: Case, resid: Float[Tensor, "row d_model"], quantity: Quantity) -
     target = result.target
     if quantity == "log_prob":
         return out.log_prob(resid, target)
-    chance = out.log_prob(resid, Target(id=target.id)).exp()
     if target.against is None:
-        return chance
+        return out.log_prob(resid, target).exp()
+    chance = out.log_prob(resid, Target(id=target.id)).exp()
     return chance - out.log_prob(resid, target.against).exp()
 
 

@@ -85,12 +85,17 @@ def prob_increase(case: Case, kind: Kind, top: int | None = None) -> Float[Tenso
     """c. p(w | base + u) - p(w | base), a probability. Cost as of ``log_prob``.
 
     Raises:
-        InputError: Of a contrast, which has no probability.
+        InputError: Of a contrast or a distribution, which has no probability.
     """
     blocks = blocks_of(case, kind)
     if case.result.target.against is not None:
         raise InputError(
             "a contrast has no probability to increase; attribute the prompt without against"
+        )
+    if not case.result.target.has_prob:
+        raise InputError(
+            f"{case.result.target.words} has no probability to increase; attribute the prompt with "
+            "a token, or a set of them, as target"
         )
     before = _before(case, blocks)
     chance = before.log_prob.exp()
@@ -188,7 +193,7 @@ def rank(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, "..."]
     neuron.
 
     Raises:
-        InputError: Of a contrast, which has no rank.
+        InputError: Of anything but one token, which alone has a rank.
     """
     if kind in case.known_ranks:
         return case.known_ranks[kind].clone()  # what is returned is the caller's
@@ -231,11 +236,18 @@ def direct_logit(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor
     Of a contrast, to the difference of the two logits. Where the result is read out by
     ``recomputed``, which has no frozen norm, the norm is that of the final residual. Cost: one
     matrix-vector product a layer.
+
+    Raises:
+        InputError: Of several accepted answers, or a distribution.
     """
-    result = case.result
+    target = case.result.target
+    if not target.is_token and target.against is None:
+        raise InputError(
+            f"only a token or a contrast has a logit, not {target.words}; attribute the prompt "
+            "with one token as target"
+        )
     out = frozen(case)
     assert out.norm_scale is not None
-    target = result.target
     tokens = [target.id, *([] if target.against is None else [target.against.id])]
     directions = out.directions(torch.tensor(tokens, device=_device(case)), out.norm_scale)
     direction = directions[0] - directions[1] if len(tokens) > 1 else directions[0]

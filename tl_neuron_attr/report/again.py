@@ -10,6 +10,7 @@ import pandas as pd
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.evaluate import load_evaluation
 from tl_neuron_attr.files import check_file
+from tl_neuron_attr.report.answer import answer_page
 from tl_neuron_attr.report.asked import Facts
 from tl_neuron_attr.report.card import card_page
 from tl_neuron_attr.report.comparison import comparison_page
@@ -27,6 +28,10 @@ OF_RUNS: Mapping[str, tuple[tuple[str, ...], Page]] = {
     "query": (("query_layers", "query_heads", "query_neurons", "query_values"), query_page),
     "compare": (("layers", "heads", "neurons"), comparison_page),
     "heads": (("heads",), heads_page),
+    "answer": (
+        ("answer_tokens", "layers", "heads", "neurons", "neurons_by_token"),
+        answer_page,
+    ),
     "in-context": (("heads", "label_positions", "inputs"), in_context_page),
 }
 """Of each command that writes ``run.json``: the tables it writes, and their page."""

@@ -7,7 +7,7 @@ from typing import Any
 import pandas as pd
 
 from tl_neuron_attr.markup import Shown
-from tl_neuron_attr.prompts import visible
+from tl_neuron_attr.prompts import Target, visible
 from tl_neuron_attr.report.page import Section
 
 Facts = Mapping[str, Any]
@@ -64,26 +64,37 @@ def tokens(texts: Sequence[str]) -> str:
 
 def answer(target: Facts) -> str:
     """What is explained, and how probable it is."""
-    words = f"Target: {visible(target['text'])} (token {target['id']})"
-    other = target["against"]
-    before = target["embedding_log_prob"]
-    if other is None:
+    asked = Target.of_facts(target)
+    words, before = f"Target: {asked.words_and_ids}", target["embedding_log_prob"]
+    if asked.distribution is not None:
+        return (
+            f"{words}: {asked.quantity} is {signed(target['log_prob'])} nats; before the first "
+            f"layer {signed(before)}. Wherever this page says log p, that is meant."
+        )
+    if asked.against is None:
         return (
             f"{words}, log p = {signed(target['log_prob'])} nats, a probability of "
             f"{math.exp(target['log_prob']):.3g}; before the first layer log p = {signed(before)}."
         )
     return (
-        f"{words} against {visible(other['text'])} (token {other['id']}): the difference of their "
-        f"log p is {signed(target['log_prob'])} nats; before the first layer {signed(before)}. "
-        "Wherever this page says log p, that difference is meant."
+        f"{words}: the difference of their log p is {signed(target['log_prob'])} nats; before the "
+        f"first layer {signed(before)}. Wherever this page says log p, that difference is meant."
     )
+
+
+def named(target: Facts) -> str:
+    """What is explained, for a title."""
+    return Target.of_facts(target).in_tables.strip()
 
 
 def quantity(target: Facts) -> str:
     """What scores are a rise of, in a few words."""
-    if target["against"] is None:
-        return f"log p of {visible(target['text'])}"
-    return f"log p({visible(target['text'])}) − log p({visible(target['against']['text'])})"
+    asked = Target.of_facts(target)
+    if asked.distribution is not None:
+        return asked.quantity
+    if asked.against is None:
+        return f"log p of {asked.words}"
+    return f"log p({visible(asked.text)}) − log p({visible(asked.against.text)})"
 
 
 def model(facts: Facts) -> str:

@@ -14,6 +14,7 @@ from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_file
 from tl_neuron_attr.markup import Shown, escaped, number, table
+from tl_neuron_attr.prompts import Target
 from tl_neuron_attr.report.cards import CARDS, best_cards
 from tl_neuron_attr.report.page import POLICY, contents, data, document, figure, paragraphs
 from tl_neuron_attr.report.payload import lists_of, payload, shown
@@ -142,9 +143,11 @@ def report_html(
     )
     places = [(name, title) for name, title, inside in sections if inside]
     command = " ".join(map(shlex.quote, ["tl-neuron-attr", "card", "NEURON", *_asked(facts)]))
+    if not _has_command(facts):
+        command = "neuron_card(result, 'NEURON')"
     found = {**payload(saved, cards), "command": command, "quantity": _quantity(facts)}
     return document(
-        f"{shown(facts['target']['text'])} after {_clipped(_prompt(facts))}",
+        f"{Target.of_facts(facts['target']).words} after {_clipped(_prompt(facts))}",
         f"{_header(facts)}\n{contents(places)}\n{body}\n"
         '<dialog id="card" aria-labelledby="card-name"></dialog>\n'
         + data(found, 'data-name="report"'),
@@ -159,10 +162,7 @@ def report_html(
 
 
 def _header(facts: Mapping[str, Any]) -> str:
-    target, against = facts["target"], facts["target"]["against"]
-    aim = f"<code>{escaped(shown(target['text']))}</code>"
-    if against is not None:
-        aim += f" rather than <code>{escaped(shown(against['text']))}</code>"
+    aim = _aim(Target.of_facts(facts["target"]))
     warned = "".join(
         f'<p class="warn"><strong>Warning.</strong> {escaped(message)}</p>'
         for message in facts["warnings"]
@@ -179,6 +179,16 @@ def _header(facts: Mapping[str, Any]) -> str:
     )
 
 
+def _aim(target: Target) -> str:
+    """What is explained, for the heading."""
+    if target.distribution is not None:
+        return escaped(target.words)
+    aim = " or ".join(f"<code>{escaped(shown(each.text))}</code>" for each in target.answers)
+    if target.against is not None:
+        aim += f" rather than <code>{escaped(shown(target.against.text))}</code>"
+    return aim
+
+
 def _tokens(facts: Mapping[str, Any]) -> str:
     tokens = facts["token_texts"][: facts["read_pos"] + 1]
     return "".join(
@@ -191,14 +201,16 @@ def _tokens(facts: Mapping[str, Any]) -> str:
 
 def _numbers(facts: Mapping[str, Any]) -> str:
     target = facts["target"]
-    if target["against"] is None:
+    asked = Target.of_facts(target)
+    if asked.has_prob:
         says = (
             f"log p = {number(target['log_prob'])} nats, p = {number(_prob(target['log_prob']))}; "
             f"before the first layer p = {number(_prob(target['embedding_log_prob']))}"
         )
     else:
+        what = "difference of log p" if asked.distribution is None else asked.quantity
         says = (
-            f"difference of log p = {number(target['log_prob'])} nats; before the first layer "
+            f"{what} = {number(target['log_prob'])} nats; before the first layer "
             f"{number(target['embedding_log_prob'])}"
         )
     likeliest = " ".join(
@@ -207,7 +219,7 @@ def _numbers(facts: Mapping[str, Any]) -> str:
         for row in facts["predictions"]
     )
     return (
-        f"<dl><dt>Answer</dt><dd>{escaped(says)}</dd>"
+        f"<dl><dt>Answer</dt><dd>{escaped(asked.words_and_ids)}: {escaped(says)}</dd>"
         f"<dt>The model predicts</dt><dd>{likeliest}</dd></dl>"
     )
 
@@ -217,7 +229,7 @@ def _prob(log_prob: float) -> float:
 
 
 def _quantity(facts: Mapping[str, Any]) -> str:
-    return "log p(target)" + ("" if facts["target"]["against"] is None else " - log p(against)")
+    return Target.of_facts(facts["target"]).quantity
 
 
 def _prompt(facts: Mapping[str, Any]) -> str:
@@ -237,7 +249,10 @@ def _layers(saved: Saved) -> str:
         figure(views.layer_bars(saved.tables["layers"]), "f-layers"),
     ]
     if "log_probs" in saved.tables:
-        parts.append(figure(views.log_prob_heatmap(saved.tables["log_probs"]), "f-log-probs"))
+        target = Target.of_facts(saved.facts["target"])
+        quantity = None if target.distribution is None else target.quantity
+        found = views.log_prob_heatmap(saved.tables["log_probs"], quantity=quantity)
+        parts.append(figure(found, "f-log-probs"))
     return "\n".join(parts)
 
 
@@ -369,6 +384,11 @@ def _provenance(facts: Mapping[str, Any]) -> str:
     listed = "".join(
         f"<dt>{escaped(name)}</dt><dd>{escaped(value)}</dd>" for name, value in rows.items()
     )
+    if not _has_command(facts):
+        return (
+            f"<dl>{listed}</dl>\n<p>Made in Python, of a distribution that no command line "
+            "takes: attribute(model, prompt, target=Distribution(probs)).</p>"
+        )
     return (
         f"<dl>{listed}</dl>\n<p>Made again by (add --index DIR for neurons that lower the answer, "
         f'and for shares):</p>\n<pre tabindex="0"><code>{escaped(command_of(facts))}</code></pre>\n'
@@ -376,6 +396,12 @@ def _provenance(facts: Mapping[str, Any]) -> str:
         "made by <code>attribute --out</code>; <code>tl-neuron-attr report DIR</code> draws it "
         "again from them.</p>"
     )
+
+
+def _has_command(facts: Mapping[str, Any]) -> bool:
+    """Whether a command line can ask for it: not about a distribution that was given."""
+    wanted = Target.of_facts(facts["target"]).distribution
+    return wanted is None or wanted.is_own
 
 
 def command_of(facts: Mapping[str, Any]) -> str:
@@ -386,7 +412,7 @@ def command_of(facts: Mapping[str, Any]) -> str:
 
 def _asked(facts: Mapping[str, Any]) -> list[str]:
     """The arguments that ask about this prompt and target, whatever the command."""
-    texts, target = facts["token_texts"], facts["target"]
+    texts, target = facts["token_texts"], Target.of_facts(facts["target"])
     text = facts["prompt"]
     if text is not None and "".join(texts[1:]) == text:
         words = [text, "--bos"]
@@ -394,9 +420,14 @@ def _asked(facts: Mapping[str, Any]) -> list[str]:
         words = [text, "--no-bos"]
     else:
         words = ["--tokens", ",".join(map(str, facts["tokens"]))]
-    words += ["--model", facts["model"]["name"], "--target-id", str(target["id"])]
-    if target["against"] is not None:
-        words += ["--against-id", str(target["against"]["id"])]
+    words += ["--model", facts["model"]["name"]]
+    if target.distribution is not None:
+        words += ["--distribution"]
+    else:
+        for each in target.answers:
+            words += ["--target-id", str(each.id)]
+    if target.against is not None:
+        words += ["--against-id", str(target.against.id)]
     if facts["read_pos"] != len(facts["tokens"]) - 1:
         words += ["--position", str(facts["read_pos"])]
     if facts["convention"] != "exact":

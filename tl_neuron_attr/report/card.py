@@ -16,7 +16,7 @@ from tl_neuron_attr.cards.card import (
     SOURCE_COLUMNS,
 )
 from tl_neuron_attr.markup import Shown
-from tl_neuron_attr.prompts import visible
+from tl_neuron_attr.prompts import Target, visible
 from tl_neuron_attr.report.asked import (
     CONVENTIONS,
     POSITIONS,
@@ -132,7 +132,7 @@ def _asked(facts: Facts) -> Section:
             f"Tokens, each after its position: {tokens(facts['tokens'])}.",
             f"The neuron is looked at where it writes, at {_at(facts, facts['position'])}; the "
             f"answer is read at {_at(facts, facts['read_pos'])}.",
-            f"Target: {visible(target['text'])} (token {target['id']}); {quantity(target)} is "
+            f"Target: {Target.of_facts(target).words_and_ids}; {quantity(target)} is "
             f"{signed(facts['log_prob'])} nats.",
             f"Convention {CONVENTIONS[facts['convention']]}",
         ],

@@ -10,6 +10,7 @@ from tl_neuron_attr.report.asked import (
     asked,
     how_to_read,
     model,
+    named,
     origin,
     proof,
     quantity,
@@ -61,7 +62,7 @@ def comparison_page(saved: Saved) -> str:
     layers, heads, neurons = (tables[name] for name in ("layers", "heads", "neurons"))
     of = quantity(facts["target"])
     return page(
-        f"What raises {facts['target']['text'].strip()} here, and not there",
+        f"What raises {named(facts['target'])} here, and not there",
         _findings(layers, heads, neurons, facts),
         [
             *warned(facts["warnings"]),

@@ -9,6 +9,7 @@ from tl_neuron_attr.report.asked import (
     Facts,
     asked,
     how_to_read,
+    named,
     origin,
     proof,
     quantity,
@@ -49,7 +50,7 @@ def graph_page(saved: Saved) -> str:
     }
     of = quantity(target)
     return page(
-        f"From the prompt to {target['text'].strip()}: who set off whom",
+        f"From the prompt to {named(target)}: who set off whom",
         _findings(nodes, edges, of),
         [
             *warned(made.get("warnings", ())),

@@ -5,6 +5,7 @@ import pandas as pd
 from tl_neuron_attr.report.asked import (
     asked,
     how_to_read,
+    named,
     origin,
     quantity,
     signed,
@@ -35,7 +36,7 @@ def heads_page(saved: Saved) -> str:
     ordered = heads.sort_values("change", kind="stable").reset_index(drop=True)
     of = quantity(facts["target"])
     return page(
-        f"Heads without which the answer changes: {facts['target']['text'].strip()}",
+        f"Heads without which the answer changes: {named(facts['target'])}",
         [_finding(ordered, of)],
         [
             *warned(facts["warnings"]),

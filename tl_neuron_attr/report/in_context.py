@@ -10,6 +10,7 @@ from tl_neuron_attr.report.asked import (
     asked,
     how_to_read,
     joined,
+    named,
     origin,
     quantity,
     signed,
@@ -45,7 +46,7 @@ def in_context_page(saved: Saved) -> str:
     tables, facts = saved.tables, saved.facts
     heads, found = tables["heads"], facts["in_context"]
     return page(
-        f"Heads that carry labels to {facts['target']['text'].strip()}",
+        f"Heads that carry labels to {named(facts['target'])}",
         _findings(heads, facts),
         [
             *warned(facts["warnings"]),

@@ -14,6 +14,7 @@ from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.markup import Shown, escaped, table
+from tl_neuron_attr.prompts import Target
 from tl_neuron_attr.report.attribution import drawn, report_html
 from tl_neuron_attr.report.cards import best_cards, label_of
 from tl_neuron_attr.report.page import contents, document, figure, paragraphs, plotly_js
@@ -140,9 +141,9 @@ def _line(saved: Saved, page: str) -> dict[str, Any]:
         "page": page,
         "prompt_id": facts["prompt_id"],
         "prompt": prompt if len(prompt) <= 120 else "…" + prompt[-119:],
-        "target": [shown(target["text"])],
+        "target": [Target.of_facts(target).words],
         "log_prob": target["log_prob"],
-        "prob": math.exp(target["log_prob"]) if target["against"] is None else None,
+        "prob": math.exp(target["log_prob"]) if Target.of_facts(target).has_prob else None,
         "predicted": [shown(predicted["token"])],
         "layer": f"{'attention' if best['kind'] == 'attn' else 'FFN'} {best['layer']}",
         "layer_score": best["score"],

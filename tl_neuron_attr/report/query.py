@@ -10,6 +10,7 @@ from tl_neuron_attr.report.asked import (
     asked,
     how_to_read,
     joined,
+    named,
     origin,
     proof,
     quantity,
@@ -43,7 +44,7 @@ def query_page(saved: Saved) -> str:
     layers, neurons = tables["query_layers"], tables["query_neurons"]
     of = _value_neurons(facts["query"])
     return page(
-        f"What set off the neurons behind {facts['target']['text'].strip()}",
+        f"What set off the neurons behind {named(facts['target'])}",
         _findings(layers, neurons, tables["query_values"], facts),
         [
             *warned(facts["warnings"]),

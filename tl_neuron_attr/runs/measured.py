@@ -72,6 +72,11 @@ def check_measurable(host: Host, settings: RunSettings) -> None:
 
 def why_not(settings: RunSettings, target: Target | None) -> str | None:
     """Why a prompt with this target cannot be measured as asked, if so."""
+    if target is not None and not target.is_token and target.against is None:
+        return (
+            f"a run's tables hold one token as target, not {target.words}; leave the others out, "
+            "or attribute the prompt by itself"
+        )
     refusing = [name for name in settings.methods if name in _OF_TOKENS]
     if target is None or target.against is None or not refusing:
         return None

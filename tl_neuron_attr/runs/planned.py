@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, tokenize, weights_hash
+from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.parts import plain
 from tl_neuron_attr.plan import peaks_of
 from tl_neuron_attr.prompts import TokenizedPrompt
@@ -25,6 +25,7 @@ from tl_neuron_attr.runs.measured import check_measurable, why_not
 from tl_neuron_attr.runs.schema import FORMAT, NEURON_BASIS, PROMPTS, with_metadata
 from tl_neuron_attr.runs.settings import LARGEST_BATCH, RunSettings
 from tl_neuron_attr.runs.totals import check_types
+from tl_neuron_attr.targets import tokenize
 
 _VERSIONED = ("tl_neuron_attr", "transformer_lens", "transformers", "torch", "pyarrow")
 

@@ -98,13 +98,16 @@ def position_bars(positions: pd.DataFrame, *, title: str | None = None) -> go.Fi
     return figure
 
 
-def log_prob_heatmap(log_probs: pd.DataFrame, *, title: str | None = None) -> go.Figure:
+def log_prob_heatmap(
+    log_probs: pd.DataFrame, *, quantity: str | None = None, title: str | None = None
+) -> go.Figure:
     """One cell a layer and token: log p(target), in nats, if the run were read out there.
 
     Columns are what enters the first layer (``emb``) and what leaves each; rows are the tokens from
     top to bottom, as in ``position_bars``. The last column is the model's own prediction at each
     position, and its lowest cell what was attributed. Of a contrast, where values lie above 0, the
-    colours are those of signs, centred on 0.
+    colours are those of signs, centred on 0. ``quantity`` is what the numbers are called, where
+    they are neither (``target.quantity``).
 
     Drawn from ``Attribution.log_probs()``.
 
@@ -128,10 +131,11 @@ def log_prob_heatmap(log_probs: pd.DataFrame, *, title: str | None = None) -> go
     labels = _labels(places, [token_of[place] for place in places])
     values = table["log_prob"].tolist()
     limit = limit_of(values)
-    look, quantity = {"colorscale": SEQUENTIAL}, "log p(target)"
+    look, called = {"colorscale": SEQUENTIAL}, "log p(target)"
     if max(values) > 0:  # no log-probability is: these are differences of two
         look = {"colorscale": list(DIVERGING), "zmid": 0, "zmin": -limit, "zmax": limit}
-        quantity = "Difference of log p"
+        called = "Difference of log p"
+    quantity = quantity or called
     figure = go.Figure(
         go.Heatmap(
             x=["emb" if station < 0 else str(station) for station in grid.columns],
