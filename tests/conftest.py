@@ -120,41 +120,46 @@ WRITTEN_THROUGH = {
         ),
     ),
 }
-SUPPORTED = FAMILIES | WRITTEN_THROUGH
 
-# Families that must be refused, with a word of the reason.
-REFUSED = {
+# Families whose FFN is a mixture of experts: with the chosen weights summing to 1 or not, with an
+# expert that all positions go through, with one expert chosen or several.
+_QWEN2_MOE = dict(
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=24,
+    **_GROUPED,
+)
+MIXTURES = {
     "mixtral": (
         "MixtralForCausalLM",
         lambda: transformers.MixtralConfig(**_GROUPED, num_local_experts=4),
-        "experts",
     ),
     "olmoe": (
         "OlmoeForCausalLM",
-        lambda: transformers.OlmoeConfig(**_GROUPED, num_experts=4, num_experts_per_tok=2),
-        "experts",
+        lambda: transformers.OlmoeConfig(**_GROUPED, num_experts=8, num_experts_per_tok=2),
     ),
-    "qwen2moe": (
-        "Qwen2MoeForCausalLM",
-        lambda: transformers.Qwen2MoeConfig(
-            **_GROUPED,
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=16,
-            shared_expert_intermediate_size=24,
-        ),
-        "experts",
-    ),
+    "qwen2moe": ("Qwen2MoeForCausalLM", lambda: transformers.Qwen2MoeConfig(**_QWEN2_MOE)),
     "qwen3moe": (
         "Qwen3MoeForCausalLM",
         lambda: transformers.Qwen3MoeConfig(
             **_GROUPED,
             num_experts=4,
-            num_experts_per_tok=2,
+            num_experts_per_tok=3,
+            norm_topk_prob=True,
             moe_intermediate_size=16,
             head_dim=6,
         ),
-        "experts",
+    ),
+}
+SUPPORTED = FAMILIES | WRITTEN_THROUGH | MIXTURES
+
+# Families that must be refused, with a word of the reason.
+REFUSED = {
+    "qwen2moe-mixed": (
+        "Qwen2MoeForCausalLM",
+        lambda: transformers.Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[1]),
+        "equally many",
     ),
     "opt-post": (
         "OPTForCausalLM",
@@ -163,6 +168,8 @@ REFUSED = {
     ),
     "cohere": ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED), "scaled"),
 }
+
+MIXTURE_CLASSES = {class_name for class_name, _ in MIXTURES.values()}
 
 # Families that are tested as HookedTransformer too, number for number against the bridge.
 HOOKED = (
@@ -209,6 +216,8 @@ def bridge_of(family, *, processed=False, dtype=torch.float32, seed=0):
 def bridge_from(class_name, config, *, processed=False, dtype=torch.float32, seed=0):
     """A TransformerBridge of a Hugging Face class and configuration."""
     hf = hugging_face_model(class_name, config, seed).to(dtype)
+    if class_name in MIXTURE_CLASSES and dtype == torch.float64:
+        hf.set_experts_implementation("eager")  # the others know no float64
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         bridge = build_bridge_from_module(

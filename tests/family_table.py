@@ -35,6 +35,7 @@ NAMES = {
     "mixtral": "Mixtral",
     "olmoe": "OLMoE",
     "qwen2moe": "Qwen2-MoE",
+    "qwen2moe-mixed": "Qwen2-MoE, some layers without experts",
     "qwen3moe": "Qwen3-MoE",
     "opt-post": "OPT-350m",
     "cohere": "Cohere",
@@ -63,12 +64,20 @@ def _supported(family: str) -> tuple[str, ...]:
         NAMES[family],
         f"`{host.architecture}`",
         f"{norm}, {where}",
-        "plain" if host.W_gate(0) is None else "gated",
+        _ffn(host),
         groups.get(host.n_key_value_heads, "in groups"),
         ", ".join(also),
         "best alone" if host.soft_cap is not None else "best and worst",
         "yes" if family in HOOKED else "",
     )
+
+
+def _ffn(host) -> str:
+    mixture = host.mixture(0)
+    if mixture is None:
+        return "gated" if host.gated else "plain"
+    shared = ", and one shared by all" if mixture.d_shared else ""
+    return f"gated, {mixture.per_position} of {host.n_experts} experts{shared}"
 
 
 def refused_rows() -> list[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.experts import coefficients as expert_coefficients
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import (
+    ROUTER_HOOKS,
     Host,
     batch_regime,
     block_outputs,
@@ -34,7 +35,7 @@ from tl_neuron_attr.host import (
     starting_at,
     unembedding_input_name,
 )
-from tl_neuron_attr.pieces import blocks_of
+from tl_neuron_attr.pieces import blocks_of, times
 from tl_neuron_attr.prompts import PaddingSide, Target, TokenizedPrompt
 
 Hook = tuple[str, Callable[..., Any]]
@@ -130,7 +131,7 @@ class Sources:
 
 
 _SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern", *_POST_SCALES)
-_OF_EXPERTS = ("ffn_read", "routing")  # what ``mlp_post`` of a mixture of experts is made of
+_OF_EXPERTS = tuple(ROUTER_HOOKS)  # what ``mlp_post`` of a mixture of experts is made of
 
 # Largest difference to the value vectors captured before, relative to the largest, by the dtype of
 # the model: a prompt alone and in a batch differ by rounding.
@@ -299,14 +300,53 @@ def coefficients_everywhere(
 
     Attention neurons are numbered by head, then index. Cost: one forward pass.
     """
+    seen: dict[int, Tensor] = {}
+
+    def keep(activation: Tensor, hook: Any, *, layer: int) -> None:
+        seen[layer] = _scoring_copy(activation[0].flatten(1), host.device)
+
+    layers = range(host.n_layers)
+    hooks = [
+        hook for at in layers for hook in coefficient_hooks(host, at, kind, partial(keep, layer=at))
+    ]
+    _forward(host, [prompt.tokens], hooks, [[]])
+    return torch.stack([seen[layer] for layer in layers])
+
+
+def coefficient_hooks(
+    host: Host,
+    layer: int,
+    kind: Literal["ffn", "attn"],
+    use: Callable[[Tensor, Any], Tensor | None],
+) -> list[Hook]:
+    """Hooks that show ``use`` all coefficients of a layer, which it may give back edited.
+
+    Of FFN neurons by row, position and neuron; of attention neurons ``z``. In a mixture of experts
+    they are no activation: they are made of what the FFN reads and its router gives (at least
+    float32), and what an edit makes of them is added to what the FFN writes. Cost there: that of
+    the chosen experts' gate and up products, a float for each neuron and position; of an edit also
+    a product with the rows of experts it changes.
+    """
+    mixture = host.mixture(layer) if kind == "ffn" else None
+    if mixture is None:
+        return [(coefficient_name(host, layer, kind), use)]
+    names = hook_names(host, layer)
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, name: str) -> None:
-        seen[name] = _scoring_copy(activation[0].flatten(1), host.device)
+        seen[name] = activation
 
-    names = [coefficient_name(host, layer, kind) for layer in range(host.n_layers)]
-    _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
-    return torch.stack([seen[name] for name in names])
+    def edit(written: Tensor, hook: Any) -> Tensor | None:
+        read, routing = (seen.pop(name).flatten(0, -2) for name in _OF_EXPERTS)
+        read = read.to(torch.promote_types(read.dtype, torch.float32))
+        made = expert_coefficients(mixture, read, routing).unflatten(0, written.shape[:2])
+        edited = use(made, hook)
+        if edited is None:
+            return None
+        return written + times(edited - made, mixture.down).to(written)
+
+    keeping = [(names[name], partial(keep, name=name)) for name in _OF_EXPERTS]
+    return [*keeping, (names["mlp_out"], edit)]
 
 
 def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
@@ -431,7 +471,7 @@ def capture_pre_activations(
         seen.setdefault(key, []).append(_scoring_copy(at, host.device))
 
     def keep_products(activation: Tensor, hook: Any, *, layer: int) -> None:
-        read = activation[0, captured.prompt.read_pos]
+        read = activation[captured.prompt.read_pos]  # of one row
         for key, (subkeys, _) in host.ffn_inputs(layer).items():
             products = torch.cat([rows @ read for _, rows in blocks_of(subkeys, len(subkeys))])
             seen.setdefault(key, []).append(_scoring_copy(products, host.device))
@@ -660,18 +700,18 @@ def _cached(host: Host, cache: Any) -> dict[str, str]:
 
 def _in_rows(key: str, activation: Tensor, n_rows: int) -> Tensor:
     """An activation by row and position: a router sees the positions of all rows in one axis."""
-    if _kind(key) != "routing" or activation.ndim == 3:
+    if _kind(key) not in _OF_EXPERTS or activation.ndim == 3:
         return activation
     if activation.ndim == 1 or activation.shape[0] % n_rows:
         raise InputError(
-            "the cache has lost the router's logits of all positions but one; give the cache as "
+            "the cache has lost what the router saw at all positions but one; give it as "
             "run_with_cache returned it, with its batch axis"
         )
     return activation.unflatten(0, (n_rows, -1))
 
 
 def _with_batch_axis(key: str, activation: Tensor) -> Tensor:
-    if _kind(key) == "routing":
+    if _kind(key) in _OF_EXPERTS:
         return activation  # see _in_rows
     full_rank = 4 if _kind(key) in ("pattern", "v", "z") else 3
     return activation[None] if activation.ndim == full_rank - 1 else activation

@@ -26,7 +26,7 @@ from tl_neuron_attr.experts import experts_on
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.norms import row_norms
-from tl_neuron_attr.pieces import Matrix, Pieces, blocks_of
+from tl_neuron_attr.pieces import Matrix, Pieces, blocks_of, times
 from tl_neuron_attr.readout import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
@@ -339,7 +339,8 @@ def head_vectors_of_runs(
 
 
 def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[FFNDecomposition]:
-    W_out, b_out = _written_with(host, captures, layer), host.b_out(layer)
+    b_out = host.b_out(layer)
+    W_out = rows_in_use(host, layer, torch.stack([run.mlp_post[layer] for run in captures]))
     return [
         FFNDecomposition(
             layer=layer,
@@ -352,16 +353,6 @@ def _ffns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[
         )
         for run, through in zip(captures, _outlets(host, captures, "ffn", layer), strict=True)
     ]
-
-
-def _written_with(
-    host: Host, captures: Sequence[Capture], layer: int
-) -> Float[Matrix, "d_mlp d_model"]:
-    """``W_out``; of a mixture the experts that are on in some run, so that no other is read."""
-    W_out, mixture = host.W_out(layer), host.mixture(layer)
-    if mixture is None or not isinstance(W_out, Pieces):
-        return W_out
-    return W_out.using(experts_on(mixture, torch.stack([run.mlp_post[layer] for run in captures])))
 
 
 def _attns_of_layer(host: Host, captures: Sequence[Capture], layer: int) -> list[AttnDecomposition]:
@@ -385,6 +376,16 @@ def _check_layer(host: Host, layer: int) -> None:
         raise InputError(f"layer {layer} is out of range: the model has {host.n_layers} layers")
 
 
+def rows_in_use(
+    host: Host, layer: int, coefficients: Float[Tensor, "place d_mlp"]
+) -> Float[Matrix, "d_mlp d_model"]:
+    """``W_out``, of which products read only experts that are on at some of these places."""
+    W_out, mixture = host.W_out(layer), host.mixture(layer)
+    if mixture is None or not isinstance(W_out, Pieces):
+        return W_out
+    return W_out.using(experts_on(mixture, coefficients))
+
+
 def slopes(
     rows: Float[Matrix, "subvalue d_model"], gradients: Float[Tensor, "base d_model"]
 ) -> Float[Tensor, "base subvalue"]:
@@ -398,22 +399,6 @@ def slopes(
     for here, block in blocks_of(rows, _WIDENED_ROWS):
         products[:, here] = there @ block.to(there.dtype).T
     return products.to(gradients.device)
-
-
-def times(
-    vectors: Float[Tensor, "*batch row"], weights: Float[Matrix, "*_ row column"]
-) -> Float[Tensor, "*batch column"]:
-    """``vectors @ weights`` in the dtype of the vectors, computed where the weights are.
-
-    A layer's weights may be on another device than what was captured; they never move.
-    """
-    there = vectors.to(weights.device)
-    if isinstance(weights, Tensor):
-        return (there @ weights.to(there.dtype)).to(vectors.device)
-    total = there.new_zeros(*there.shape[:-1], weights.shape[1])
-    for here, block in blocks_of(weights, len(weights)):
-        total += there[..., here] @ block.to(there.dtype)
-    return total.to(vectors.device)
 
 
 def rows_at(

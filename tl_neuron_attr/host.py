@@ -444,6 +444,12 @@ def output_bias(host: Host, kind: Kind, layer: int) -> Float[Tensor, " d_model"]
 # --- hooks ------------------------------------------------------------------------------------
 
 
+ROUTER_HOOKS = {"ffn_read": "hook_in", "routing": "hook_out"}
+"""What a mixture of experts reads, and its router's logits, which the coefficients are made of.
+
+Both have the positions of all rows in one axis."""
+
+
 def hook_names(host: Host, layer: int) -> dict[str, str]:
     """The activations a capture reads in one layer, by the name it keeps them under."""
     block = f"blocks.{layer}."
@@ -461,7 +467,7 @@ def hook_names(host: Host, layer: int) -> dict[str, str]:
         del names["resid_mid"]
     if host.n_experts:  # no activation holds its coefficients: they are made of these two
         del names["mlp_post"]
-        names |= {"ffn_read": f"{block}mlp.hook_in", "routing": f"{block}mlp.gate.hook_out"}
+        names |= {name: f"{block}mlp.gate.{hook}" for name, hook in ROUTER_HOOKS.items()}
     for kind in get_args(Kind):
         post = _post_norm_name(host.model, host.architecture, layer, kind)
         if post is not None:
@@ -481,26 +487,15 @@ def coefficient_name(host: Host, layer: int, kind: Literal["ffn", "attn"]) -> st
     """The hook of the neurons' coefficients in one layer: what ``W_out`` or ``W_O`` multiplies.
 
     Raises:
-        InputError: For the FFN of a mixture of experts, which has no such activation.
+        UnsupportedModelError: For a mixture of experts, which has no such activation.
     """
-    if kind == "ffn":
-        check_hooked_coefficients(host)
-    return hook_names(host, layer)["mlp_post" if kind == "ffn" else "z"]
-
-
-def check_hooked_coefficients(host: Host) -> None:
-    """Stop where what FFN neurons give cannot be edited, or followed, in the forward pass.
-
-    Raises:
-        InputError: For a mixture of experts.
-    """
-    if host.n_experts:
-        raise InputError(
-            f"the FFN of {host.architecture} is a mixture of experts: its neurons' coefficients "
-            "are no activation of the model, so nothing can edit them or go back through them in "
-            "a forward pass; zero or scale FFN neurons with edit_weights(model, ...), and rank "
-            "them by the static methods"
+    names = hook_names(host, layer)
+    if kind == "ffn" and host.n_experts:
+        raise UnsupportedModelError(
+            f"{host.architecture}: no activation holds the coefficients of experts' neurons; "
+            "coefficient_hooks makes them of what there is"
         )
+    return names["mlp_post" if kind == "ffn" else "z"]
 
 
 def final_resid_name(host: Host) -> str:
@@ -976,6 +971,13 @@ def _n_experts(cfg: Any) -> int:
 
 def _scorable(weight: Matrix) -> bool:
     return weight.dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def make_exact(model: Any) -> None:
+    """Have a model's experts computed one by one, for other ways to do it know no float64."""
+    inner = getattr(model, "original_model", None)
+    if _n_experts(model.cfg) and hasattr(inner, "set_experts_implementation"):
+        inner.set_experts_implementation("eager")
 
 
 def has_hooks(model: Any) -> bool:

@@ -30,12 +30,12 @@ from torch import Tensor
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import capture_sources
 from tl_neuron_attr.cards import as_head, check_head
-from tl_neuron_attr.decompose import times
 from tl_neuron_attr.display import box, brief, facts, grid, line, token
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, one_token
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.neurons import Head
+from tl_neuron_attr.pieces import times
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, integer
 from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.readout import full_precision, project

@@ -30,6 +30,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, open_host, weights_hash
 from tl_neuron_attr.neurons import Kind
+from tl_neuron_attr.pieces import Matrix
 from tl_neuron_attr.prompts import integer
 from tl_neuron_attr.readout import DEFAULT_BUDGET, ReadOut, TokenEnds, check_read_out
 

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
-from tl_neuron_attr.decompose import outlet, slopes
+from tl_neuron_attr.decompose import outlet, rows_in_use, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
@@ -246,8 +246,9 @@ def _candidates(
             live = (readers.layer > layer).nonzero()[:, 0]
             for here in live.split(some):
                 through = outlet(host, sources, "ffn", layer, readers.place[here])
-                slope = slopes(host.W_out(layer), through(readers.key[here]))
                 coefficients = sources.mlp_post[layer, readers.place[here]]
+                rows = rows_in_use(host, layer, coefficients)
+                slope = slopes(rows, through(readers.key[here]))
                 yield here, (2 * layer + _BLOCK["ffn"]) * stride, slope * coefficients
 
 

@@ -64,35 +64,33 @@ class Pieces:
         for _, matrix in replace(self, of_use=None).matrices():
             yield from matrix.split(size)
 
-    def __getitem__(
-        self, rows: Int[Tensor, " some"] | tuple[Int[Tensor, " some"]]
-    ) -> Float[Tensor, "some _column"]:
-        """These rows: a copy."""
-        rows = rows[0] if isinstance(rows, tuple) else rows
+    def __getitem__(self, where: tuple[Int[Tensor, " some"], ...]) -> Float[Tensor, "some _column"]:
+        """The rows of these numbers: a copy."""
+        (rows,) = where  # one axis, as a tensor is indexed by a tuple
         found = self.stacks[0].new_empty(len(rows), self.shape[1])
-        for here, stack, matrix, row in self._places(rows):
-            found[here] = stack[matrix, row]
+        for here, stack, place in self._places(rows):
+            found[here] = stack[place]
         return found
 
     def __setitem__(
-        self,
-        rows: Int[Tensor, " some"] | tuple[Int[Tensor, " some"]],
-        values: Float[Tensor, "some _column"],
+        self, where: tuple[Int[Tensor, " some"], ...], values: Float[Tensor, "some _column"]
     ) -> None:
         """Write these rows to where they lie."""
-        rows = rows[0] if isinstance(rows, tuple) else rows
-        for here, stack, matrix, row in self._places(rows):
-            stack[matrix, row] = values[here]
+        (rows,) = where
+        for here, stack, place in self._places(rows):
+            stack[place] = values[here]
 
-    def _places(self, rows: Int[Tensor, " some"]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """Of each stack: which of ``rows`` are in it, the stack, and where in it they are."""
+    def _places(
+        self, rows: Int[Tensor, " some"]
+    ) -> Iterator[tuple[Tensor, Tensor, tuple[Tensor, Tensor]]]:
+        """Of each stack: which of ``rows`` are in it, the stack, and the matrix and row there."""
         first = 0
         for stack in self.stacks:
             n_matrices, per_matrix, _ = stack.shape
             last = first + n_matrices * per_matrix
             here = ((rows >= first) & (rows < last)).nonzero()[:, 0]
             inside = rows[here] - first
-            yield here, stack, inside // per_matrix, inside % per_matrix
+            yield here, stack, (inside // per_matrix, inside % per_matrix)
             first = last
 
 
@@ -109,3 +107,21 @@ def blocks_of(
         for block in matrix.split(size):
             yield slice(first, first + len(block)), block
             first += len(block)
+
+
+def times(
+    vectors: Float[Tensor, "*batch row"], weights: Float[Matrix, "*_ row column"]
+) -> Float[Tensor, "*batch column"]:
+    """``vectors @ weights`` in the dtype of the vectors, computed where the weights are.
+
+    A layer's weights may be on another device than what was captured; they never move.
+    """
+    there = vectors.to(weights.device)
+    if isinstance(weights, Tensor):
+        return (there @ weights.to(there.dtype)).to(vectors.device)
+    total = there.new_zeros(*there.shape[:-1], weights.shape[1])
+    for here, block in blocks_of(weights, len(weights)):
+        some = there[..., here]
+        if some.requires_grad or some.any():  # what is off is not read
+            total = total + some @ block.to(there.dtype)
+    return total.to(vectors.device)

@@ -32,7 +32,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Sources
-from tl_neuron_attr.decompose import outlet, slopes
+from tl_neuron_attr.decompose import outlet, rows_in_use, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
@@ -165,8 +165,9 @@ def query_scores(
     for layer in range(ffn_depth):
         live = to_ffn[layer].any(-1).nonzero()[:, 0]  # positions that some value neuron reads later
         written = outlet(host, sources, "ffn", layer, live)
-        slope = slopes(host.W_out(layer), written(to_ffn[layer, live]))
-        ffn[live, layer] = slope * sources.mlp_post[layer, live]
+        coefficients = sources.mlp_post[layer, live]
+        written_rows = rows_in_use(host, layer, coefficients)
+        ffn[live, layer] = slopes(written_rows, written(to_ffn[layer, live])) * coefficients
     for layer in range(attn_depth):
         live = to_attn[layer].any(-1).nonzero()[:, 0]
         written = outlet(host, sources, "attn", layer, live)

@@ -30,6 +30,7 @@ from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import WeightNorms, column_norms, weight_norms
+from tl_neuron_attr.pieces import Matrix
 from tl_neuron_attr.prompts import Target
 
 Convention = Literal["exact", "published", "recomputed"]
@@ -804,7 +805,7 @@ class Rivals:
     @full_precision()
     def loss(
         self,
-        rows: Float[Tensor, "neuron d_model"],
+        rows: Float[Matrix, "neuron d_model"],
         coefficients: Float[Tensor, " neuron"],
         first_order: Float[Tensor, " neuron"],
         weights: Float[Tensor, " d_model"],

@@ -13,7 +13,7 @@ from tl_neuron_attr.attribute import attribute
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture, capture
 from tl_neuron_attr.display import brief
-from tl_neuron_attr.host import Host, open_host, tokenize
+from tl_neuron_attr.host import Host, make_exact, open_host, tokenize
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.prompts import Prompt, TokenizedPrompt
 
@@ -119,6 +119,7 @@ def _in_double(own: Subject, copy_limit: int) -> tuple[Subject | None, str]:
         # not twin.double(), which HookedTransformer announces in print
         torch.nn.Module._apply(twin, _widened)
         twin.cfg.dtype = torch.float64
+        make_exact(twin)
         return _subject(open_host(twin), own.prompt), ""
     except Exception as error:  # copying and running in another dtype may fail in any way
         reason = (str(error).splitlines() or [""])[0]

@@ -29,6 +29,7 @@ from tl_neuron_attr.interventions.values import (
     units_by_layer,
 )
 from tl_neuron_attr.neurons import Kind
+from tl_neuron_attr.pieces import Matrix
 
 _NAMES = {
     ("ffn", "rows"): "W_out",
@@ -238,7 +239,7 @@ def _narrowed(change: _Change) -> list[_Change]:
 # --- bits -------------------------------------------------------------------------------------
 
 
-def _tensor(host: Host, change: _Change) -> Tensor:
+def _tensor(host: Host, change: _Change) -> Matrix:
     if change.what == "rows":
         return output_weights(host, change.kind, change.layer)
     tensor = (host.b_out if change.kind == "ffn" else host.b_O)(change.layer)

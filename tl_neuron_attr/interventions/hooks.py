@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.capture import Hook
+from tl_neuron_attr.capture import Hook, coefficient_hooks
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.host import (
     Host,
@@ -205,7 +205,7 @@ class _Layer:
         if self.attn or self.sources:
             hooks.append((names["z"], self.edit_z))
         if self.ffn:
-            hooks.append((names["mlp_post"], self.edit_ffn))
+            hooks += coefficient_hooks(self.host, self.layer, "ffn", self.edit_ffn)
         return hooks
 
     def begin(self, activation: Tensor, hook: Any) -> None:

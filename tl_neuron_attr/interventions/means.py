@@ -8,11 +8,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import run_rows
+from tl_neuron_attr.capture import coefficient_hooks, run_rows
 from tl_neuron_attr.errors import InputError, NonFiniteError
-from tl_neuron_attr.host import Host, hook_names, open_host, tokenize
+from tl_neuron_attr.host import Host, open_host, tokenize
 from tl_neuron_attr.interventions.rows import batches
 from tl_neuron_attr.interventions.values import MeanCoefficients
+from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.prompts import TokenizedPrompt, as_questions
 
 Positions = Literal["all", "read"]
@@ -47,13 +48,17 @@ def mean_coefficients(
         raise InputError(f"positions must be 'all' or 'read', got {positions!r}")
     asked = _tokenized(host, prompts, prepend_bos)
     sums: dict[tuple[str, int], Tensor] = {}
+    kinds: tuple[tuple[Kind, str], ...] = (("ffn", "ffn"), ("attn", "z"))
     for rows in batches(host, asked):
         some = [asked[row] for row in rows]
         counted = _counted(some, positions)
         hooks = [
-            (hook_names(host, layer)[name], partial(_add, counted=counted, sums=sums, key=key))
+            hook
             for layer in range(host.n_layers)
-            for name, key in (("mlp_post", ("ffn", layer)), ("z", ("z", layer)))
+            for kind, name in kinds
+            for hook in coefficient_hooks(
+                host, layer, kind, partial(_add, counted=counted, sums=sums, key=(name, layer))
+            )
         ]
         run_rows(host, some, hooks)
     n_positions = sum(prompt.read_pos + 1 if positions == "all" else 1 for prompt in asked)

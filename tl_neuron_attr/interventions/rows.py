@@ -20,6 +20,7 @@ from tl_neuron_attr.capture import (
     capture_blocks,
     capture_rows,
     check_same_run,
+    coefficient_hooks,
     final_residuals,
 )
 from tl_neuron_attr.host import Host, batch_regime, hook_names, residual_of
@@ -183,7 +184,12 @@ def batches(host: Host, prompts: Sequence[TokenizedPrompt]) -> Iterator[list[int
 
 
 def _without(host: Host, captured: Capture, mask: ZeroMask) -> Capture:
-    """The capture with value vectors of 0 where they were zeroed."""
+    """The capture with value vectors of 0 where they were zeroed; experts' neurons likewise."""
+    if host.n_experts and mask.ffn:  # what an edit makes of theirs is no activation
+        mlp_post = captured.mlp_post.clone()
+        for layer, zeroed in mask.ffn.items():
+            mlp_post[layer].masked_fill_(zeroed.to(mlp_post.device), 0.0)
+        captured = replace(captured, mlp_post=mlp_post)
     if not mask.attn and not mask.sources:
         return captured
     v = captured.v.repeat_interleave(host.n_heads // captured.v.shape[2], dim=2)
@@ -227,7 +233,7 @@ def _zero_hooks(
         names = hook_names(host, layer)
         ffn = _rows([mask.ffn.get(layer) for mask in masks])
         if ffn is not None:
-            hooks.append((names["mlp_post"], partial(_zero, mask=ffn)))
+            hooks += coefficient_hooks(host, layer, "ffn", partial(_zero, mask=ffn))
         if any(layer in mask.sources for mask in masks):
             # before the others: of what is zeroed altogether nothing is to be left
             sources = [mask.sources.get(layer) for mask in masks]

@@ -7,8 +7,13 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.capture import capture_blocks, check_same_run, final_residuals
-from tl_neuron_attr.host import coefficient_name, residual_of
+from tl_neuron_attr.capture import (
+    capture_blocks,
+    check_same_run,
+    coefficient_hooks,
+    final_residuals,
+)
+from tl_neuron_attr.host import residual_of
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
 from tl_neuron_attr.readout import full_precision, read_out
 from tl_neuron_attr.topk import Kind
@@ -44,8 +49,8 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
     left = [out.log_prob(final[None], result.target)]
     for layer in range(n_layers):
         for some in torch.arange(per_layer, device=host.device).split(at_a_time):
-            hook = (coefficient_name(host, layer, kind), partial(_without_one, number=some))
-            resid = final_residuals(host, [prompt] * len(some), [hook], start=(layer, outputs))
+            hooks = coefficient_hooks(host, layer, kind, partial(_without_one, number=some))
+            resid = final_residuals(host, [prompt] * len(some), hooks, start=(layer, outputs))
             left.append(out.log_prob(resid, result.target))
     every = torch.cat(left)
     return in_layers(case, kind, (every[0] - every[1:]).to(result.out.dtype))

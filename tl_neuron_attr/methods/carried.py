@@ -25,10 +25,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.capture import Sources, capture_sources
-from tl_neuron_attr.decompose import slopes, times
+from tl_neuron_attr.decompose import slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.curved import answer_and_rivals, bent
+from tl_neuron_attr.pieces import times
 from tl_neuron_attr.reading import through_norm, values_by_head
 from tl_neuron_attr.readout import full_precision
 from tl_neuron_attr.topk import Kind
@@ -129,7 +130,7 @@ def _before_stream(
     if post is None:
         return worth
     if kind == "ffn":
-        out = _plus(run.coefficients @ host.W_out(layer).to(worth), host.b_out(layer))
+        out = _plus(times(run.coefficients, host.W_out(layer)), host.b_out(layer))
     else:
         W_O = host.W_O(layer).to(worth)
         out = einsum(run.z, W_O, "head pos d_head, head d_head d_model -> pos d_model")
@@ -155,16 +156,11 @@ def _through_ffn(run: _Layer, worth: Float[Tensor, "pos d_model"]) -> Float[Tens
     read = _normalized(host, norm, run.before_ffn)
     paid = slopes(host.W_out(layer), worth) * run.coefficients
     back = torch.zeros_like(worth)
-    for weight, bias in (
-        (host.W_in(layer), host.b_in(layer)),
-        (host.W_gate(layer), host.b_gate(layer)),
-    ):
-        if weight is None:
-            continue
-        pre = times(read, weight)
+    for subkeys, bias in host.ffn_inputs(layer).values():
+        pre = slopes(subkeys, read)
         pre = pre if bias is None else pre + bias.to(read)
         # a neuron that reads nothing has nothing to hand on
-        back += slopes(weight, torch.where(pre == 0, 0.0, paid / pre))
+        back += times(torch.where(pre == 0, 0.0, paid / pre), subkeys)
     return _back_through_norm(host, norm, run.before_ffn, back)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from tl_neuron_attr.decompose import outlet
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.gradients import gradient_activation
+from tl_neuron_attr.pieces import Matrix
 from tl_neuron_attr.prompts import at_least_one
 from tl_neuron_attr.readout import Rivals, full_precision, read_out
 from tl_neuron_attr.topk import Kind
@@ -69,6 +70,7 @@ def bent(
     host, captured = case.result.host, case.result.captured
     shape = neuron_shape(host, kind)
     layers = []
+    rows: Matrix
     for layer in range(host.n_layers):
         if kind == "ffn":
             rows, coefficients = host.W_out(layer), captured.mlp_post[layer]

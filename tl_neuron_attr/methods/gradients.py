@@ -16,11 +16,12 @@ from torch import Tensor
 from tl_neuron_attr.capture import (
     capture_blocks,
     check_same_run,
+    coefficient_hooks,
     coefficients_everywhere,
     final_residuals,
 )
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, coefficient_name
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import full_precision, read_out
@@ -87,7 +88,8 @@ def coefficients_and_gradients(
         nudges.append(nudge)
         return activation + nudge
 
-    hooks = [(coefficient_name(host, layer, kind), nudged) for layer in range(host.n_layers)]
+    layers = range(host.n_layers)
+    hooks = [hook for layer in layers for hook in coefficient_hooks(host, layer, kind, nudged)]
     with torch.inference_mode(False), torch.enable_grad():
         resid = final_residuals(host, [prompt], hooks, differentiable=True)
         check_same_run(host, case.result.captured, resid[0].detach())
@@ -159,11 +161,11 @@ def integrated_gradients(
         for layer in range(host.n_layers):
             total: Tensor | None = None
             for some in factors.split(at_a_time):
-                hook = (coefficient_name(host, layer, kind), partial(grow, by=some))
+                hooks = coefficient_hooks(host, layer, kind, partial(grow, by=some))
                 resid = final_residuals(
                     host,
                     [prompt] * len(some),
-                    [hook],
+                    hooks,
                     start=(layer, outputs),
                     differentiable=True,
                 )
