@@ -447,7 +447,9 @@ def test_a_configuration_that_is_none_is_refused():
         quick("./absent", n_tokens=4)
     with pytest.raises(InputError, match="cannot read the configuration of 'no-such/model'"):
         quick("no-such/model", n_tokens=4)
-    with pytest.raises(UnsupportedModelError, match="experts"):
-        quick(transformers.MixtralConfig(), n_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="whose router is not known"):
+        quick(transformers.DeepseekV3Config(), n_tokens=4)
+    with pytest.raises(UnsupportedModelError, match="others do not"):
+        quick(transformers.Qwen3MoeConfig(decoder_sparse_step=2), n_tokens=4)
     with pytest.raises(UnsupportedModelError, match="encoder-decoder"):
         quick(transformers.T5Config(), n_tokens=4)

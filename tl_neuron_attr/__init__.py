@@ -47,6 +47,7 @@ from tl_neuron_attr.identities import verify
 from tl_neuron_attr.ids import (
     Layout,
     Unit,
+    expert_id,
     from_pair,
     hook_id,
     layout_of,
@@ -206,6 +207,7 @@ __all__ = [
     "edit_weights",
     "diff_runs",
     "evaluate",
+    "expert_id",
     "ffn_decomposition",
     "from_pair",
     "head_inputs",

@@ -250,6 +250,9 @@ class Attribution:
             tokens: If positive, three more columns: the source token, and so many tokens that
                 the neuron's signed contribution ``raises`` and ``lowers`` most.
 
+        In a mixture of experts FFN neurons are numbered through a layer, expert after expert, and
+        the column ``expert`` says which one each is in (a shared one is the one after the last).
+
         Raises:
             InputError: If ``kind`` is unknown, or more neurons are asked for than were ranked.
         """
@@ -672,16 +675,25 @@ class Attribution:
     def _table(
         self, neurons: RankedNeurons, blocks: Sequence[Decomposition], tokens: int
     ) -> pd.DataFrame:
-        table = neuron_table(neurons, self.captured.prompt.prompt_id)
+        table = self._with_experts(neuron_table(neurons, self.captured.prompt.prompt_id))
         return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
 
     def _query_table(self, found: QueryNeurons, *, by_position: bool, tokens: int) -> pd.DataFrame:
         prompt_id = self.captured.prompt.prompt_id
         table = query_neuron_table(found, prompt_id, position=by_position or tokens > 0)
+        table = self._with_experts(table)
         if tokens > 0:
             blocks = self._blocks(found.neurons.kind)
             table = table.join(self._token_columns(found.neurons, blocks, tokens))
         return table
+
+    def _with_experts(self, table: pd.DataFrame) -> pd.DataFrame:
+        """Of a mixture of experts with the column ``expert``, empty for attention neurons."""
+        host = self.host
+        if not host.n_experts:
+            return table
+        expert = (table["index"] // host.d_expert).clip(upper=host.n_experts)
+        return table.assign(expert=expert.where(table["kind"] == "ffn").astype("Int64"))
 
     def _no_query_neurons(self, tokens: int) -> pd.DataFrame:
         nothing = QueryNeurons(

@@ -702,12 +702,8 @@ def _in_rows(key: str, activation: Tensor, n_rows: int) -> Tensor:
     """An activation by row and position: a router sees the positions of all rows in one axis."""
     if _kind(key) not in _OF_EXPERTS or activation.ndim == 3:
         return activation
-    if activation.ndim == 1 or activation.shape[0] % n_rows:
-        raise InputError(
-            "the cache has lost what the router saw at all positions but one; give it as "
-            "run_with_cache returned it, with its batch axis"
-        )
-    return activation.unflatten(0, (n_rows, -1))
+    flat = activation[None] if activation.ndim == 1 else activation  # one position, axis dropped
+    return flat.unflatten(0, (n_rows, -1))
 
 
 def _with_batch_axis(key: str, activation: Tensor) -> Tensor:

@@ -87,6 +87,8 @@ class Host:
     """Experts an FFN chooses from at each position; 0: its FFNs are no mixtures."""
     d_expert: int = 0
     """Neurons of each of these experts."""
+    experts_per_position: int = 0
+    """How many of them a position is given."""
 
     __repr__ = brief
 
@@ -348,6 +350,7 @@ def open_host(model: Any) -> Host:
         n_ctx=int(cfg.n_ctx),
         n_experts=0 if mixture is None else mixture.n_experts,
         d_expert=0 if mixture is None else mixture.d_expert,
+        experts_per_position=0 if mixture is None else mixture.per_position,
     )
 
 
@@ -975,9 +978,8 @@ def _scorable(weight: Matrix) -> bool:
 
 def make_exact(model: Any) -> None:
     """Have a model's experts computed one by one, for other ways to do it know no float64."""
-    inner = getattr(model, "original_model", None)
-    if _n_experts(model.cfg) and hasattr(inner, "set_experts_implementation"):
-        inner.set_experts_implementation("eager")
+    if _n_experts(model.cfg) and hasattr(model, "original_model"):
+        model.original_model.set_experts_implementation("eager")
 
 
 def has_hooks(model: Any) -> bool:

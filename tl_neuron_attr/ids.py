@@ -39,6 +39,9 @@ class Layout:
     d_head: int
     d_mlp: int
     gated: bool
+    n_experts: int = 0
+    """Experts of an FFN, a shared one not counted; 0: it is no mixture of them."""
+    d_expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -63,13 +66,16 @@ def layout_of(host: Host) -> Layout:
         d_head=host.d_head,
         d_mlp=host.d_mlp,
         gated=host.gated,
+        n_experts=host.n_experts,
+        d_expert=host.d_expert,
     )
 
 
 def parse_id(text: str, layout: Layout) -> Unit:
     """The neuron that an id of any known form names, and the basis of the id.
 
-    Ours (``L3.N12``, ``L3.H5.D17``, ``L3.H5.D17@2``), TransformerLens's hooks
+    Ours (``L3.N12``, ``L3.H5.D17``, ``L3.H5.D17@2``; ``L3.E5.N17``, neuron 17 of expert 5, which
+    is numbered through its layer as ``L3.N...``), TransformerLens's hooks
     (``blocks.3.mlp.hook_post[12]``), Hugging Face's modules
     (``model.layers.3.mlp.down_proj.input[12]``) and the published notebooks' (``3_12``,
     ``3_5_17_2``). Positions count the tokens of the run: with a BOS in one tool and none in the
@@ -80,6 +86,8 @@ def parse_id(text: str, layout: Layout) -> Unit:
     """
     if re.fullmatch(r"\d+(_\d+)+", text):
         unit = _of_notebook(text)
+    elif re.fullmatch(r"L\d+\.E\d+\.N\d+", text):
+        unit = Unit(_of_expert(text, layout), "post")
     elif re.match(r"L\d", text):
         try:
             neuron = parse_neuron(text)
@@ -91,6 +99,46 @@ def parse_id(text: str, layout: Layout) -> Unit:
     else:
         unit = _of_module(text, layout)
     return _checked(unit, layout)
+
+
+# --- experts ----------------------------------------------------------------------------------
+
+
+def expert_id(neuron: FFNNeuron, layout: Layout) -> str:
+    """An FFN neuron with its expert, and its number there: ``L3.E5.N17``.
+
+    The expert that all positions go through, if there is one, is the one after the last.
+
+    Raises:
+        InputError: If the model has no such neuron, or no experts.
+    """
+    _checked(Unit(neuron, "post"), layout)
+    if not layout.n_experts:
+        raise InputError(f"the FFN of {layout.architecture} has no experts: {neuron} is the id")
+    expert = min(neuron.index // layout.d_expert, layout.n_experts)
+    return f"L{neuron.layer}.E{expert}.N{neuron.index - expert * layout.d_expert}"
+
+
+def _of_expert(text: str, layout: Layout) -> FFNNeuron:
+    layer, expert, number = (int(each) for each in re.findall(r"\d+", text))
+    if not layout.n_experts:
+        raise InputError(f"{text!r}: the FFN of {layout.architecture} has no experts")
+    d_shared = layout.d_mlp - layout.n_experts * layout.d_expert
+    sizes = [layout.d_expert] * layout.n_experts + [d_shared] * (d_shared > 0)
+    if expert >= len(sizes) or number >= sizes[expert]:
+        raise InputError(
+            f"there is no {text}: a layer has {layout.n_experts} experts of {layout.d_expert} "
+            "neurons" + (f", and a shared one of {d_shared}" if d_shared else "")
+        )
+    return FFNNeuron(layer, expert * layout.d_expert + number)
+
+
+def _refuse_experts(layout: Layout, what: str) -> None:
+    if layout.n_experts:
+        raise InputError(
+            f"the FFN of {layout.architecture} is a mixture of experts: {what}; its neurons have "
+            "the ids L3.N12, numbered through a layer, and L3.E5.N17"
+        )
 
 
 # --- the published notebooks ------------------------------------------------------------------
@@ -157,6 +205,7 @@ def hook_id(unit: Unit, layout: Layout) -> str:
     if isinstance(neuron, AttnNeuron):
         _refuse_source(neuron, "hook")
         return f"blocks.{neuron.layer}.attn.hook_z[{neuron.head}, {neuron.index}]"
+    _refuse_experts(layout, "no hook shows its neurons")
     names = {"post": "hook_post", "pre": "hook_pre", "gate": "hook_pre", "up": "hook_pre_linear"}
     return f"blocks.{neuron.layer}.mlp.{names[unit.basis]}[{neuron.index}]"
 
@@ -179,6 +228,7 @@ def _of_hook(text: str, layout: Layout) -> Unit:
                 f"{text!r}: an entry of hook_z has a head and a dimension, like hook_z[5, 17]"
             )
         return Unit(AttnNeuron(layer, *numbers), "z")
+    _refuse_experts(layout, f"{name} shows what it reads or writes, not its neurons")
     if len(numbers) != 1:
         raise InputError(f"{text!r}: an entry of {name} has one number, the neuron's")
     if name == "mlp.hook_pre":
@@ -227,6 +277,10 @@ _MODULES = {
             "Gemma3ForCausalLM",
             "GraniteForCausalLM",
             "Olmo2ForCausalLM",
+            "MixtralForCausalLM",
+            "OlmoeForCausalLM",
+            "Qwen2MoeForCausalLM",
+            "Qwen3MoeForCausalLM",
         ),
         _LLAMA,
     ),
@@ -275,6 +329,7 @@ def module_id(unit: Unit, layout: Layout) -> str:
         _refuse_source(neuron, "module")
         number = neuron.head * layout.d_head + neuron.index
         return f"{place}{modules.attn}.input[{number}]"
+    _refuse_experts(layout, "no module has its neurons as inputs or outputs")
     if unit.basis == "post":
         return f"{place}{modules.out}.input[{neuron.index}]"
     if modules.fused and unit.basis in ("gate", "up"):
@@ -294,6 +349,8 @@ def _of_module(text: str, layout: Layout) -> Unit:
             f"blocks.3.mlp.hook_post[12] and {modules.block}.3.{modules.out}.input[12]"
         )
     layer, name, side = int(match[2]), match[3], match[4]
+    if name.startswith("mlp."):
+        _refuse_experts(layout, "no module has its neurons as inputs or outputs")
     (number,) = _numbers(text, match[5])
     neuron = FFNNeuron(layer, number)
     if (name, side) == (modules.out, "input"):
@@ -373,6 +430,7 @@ def to_pair(tool: Tool, unit: Unit, layout: Layout) -> tuple[int, int]:
 def _basis_of(tool: Tool, layout: Layout) -> Basis:
     if tool not in get_args(Tool):
         raise InputError(f"tool must be one of {', '.join(get_args(Tool))}; got {tool!r}")
+    _refuse_experts(layout, f"it is not known how {tool} numbers them")
     found = (_GATED if layout.gated else _PLAIN).get(tool)
     if found is None:
         kind = "gated" if layout.gated else "plain"

@@ -60,6 +60,9 @@ _COPYING = frozenset({"gpt_neox", "bloom"})
 _WIDE_ATTENTION = frozenset({"gptj", "gpt_neo"})
 _NARROW_ATTENTION = _KEEPING - {"bloom"}
 
+# Mixtures of experts whose neurons are known.
+_MIXTURES = frozenset({"mixtral", "olmoe", "qwen2_moe", "qwen3_moe"})
+
 # Families that learn an embedding for each position.
 _POSITIONED = frozenset({"gpt2", "gpt_bigcode", "gpt_neo", "opt"})
 
@@ -87,6 +90,13 @@ class Shapes:
     """The unembedding is the embedding, transposed."""
     activation: str
     """Of the FFN, as the configuration calls it."""
+    d_off: int = 0
+    """FFN neurons of a layer whose experts a position is not given; no mixture: 0."""
+
+    @property
+    def d_on(self) -> int:
+        """FFN neurons of a layer that a position goes through: no others are computed or scored."""
+        return self.d_mlp - self.d_off
 
     @property
     def n_subvalues(self) -> int:
@@ -94,17 +104,24 @@ class Shapes:
         return self.n_layers * (self.d_mlp + self.n_heads * self.d_head)
 
     def n_neurons(self, n_tokens: int) -> tuple[int, int]:
-        """FFN neurons, and attention neurons by source position, of a prompt of this length."""
+        """FFN neurons, and attention neurons by source position, of a prompt of this length.
+
+        Of a mixture of experts those of the experts that are on: all others score 0."""
         return (
-            self.n_layers * self.d_mlp,
+            self.n_layers * self.d_on,
             self.n_layers * self.n_heads * n_tokens * self.d_head,
         )
 
     @property
     def n_block_weights(self) -> int:
         """Weights of the matrices in all layers."""
+        return self.n_used_weights + self.n_layers * 3 * self.d_off * self.d_model
+
+    @property
+    def n_used_weights(self) -> int:
+        """Those that one position is multiplied with."""
         attention = 2 * (self.n_heads + self.n_key_value_heads) * self.d_head * self.d_model
-        return self.n_layers * (attention + (3 if self.gated else 2) * self.d_mlp * self.d_model)
+        return self.n_layers * (attention + (3 if self.gated else 2) * self.d_on * self.d_model)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -423,13 +440,14 @@ def _costs(work: _Work, rates: "_Rates") -> dict[str, Cost]:
     peaks = _peaks(work)
     one_readout = 2 * shapes.d_model * shapes.d_vocab
     forward = work.many * (
-        2 * work.length * shapes.n_block_weights
+        2 * work.length * shapes.n_used_weights
         + 2 * shapes.d_model * shapes.d_vocab
         + 4 * shapes.n_layers * shapes.n_heads * shapes.d_head * work.length**2
     )
     # the bases of all layers: their logits, and where there are bounds their gradients
     survey = work.many * one_readout * (2 * shapes.n_layers * (2 if work.affine else 1) + 1)
-    slopes = work.many * 2 * shapes.n_subvalues * shapes.d_model if work.affine else 0
+    products = shapes.n_subvalues - shapes.n_layers * shapes.d_off
+    slopes = work.many * 2 * products * shapes.d_model if work.affine else 0
 
     def cost(name: str, readouts: int, before: int, seconds: float) -> Cost:
         return Cost(
@@ -467,14 +485,12 @@ def shapes_of(config: Any) -> Shapes:
         UnsupportedModelError: For a mixture of experts or an encoder-decoder.
     """
     family = str(getattr(config, "model_type", "") or type(config).__name__)
-    if _number(config, "num_local_experts", "num_experts", "n_routed_experts"):
-        raise UnsupportedModelError(
-            f"{family} is not supported: its FFN is a mixture of experts, whose neurons sit "
-            "behind a router"
-        )
+    mixture = _mixture(config, family)
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModelError(f"{family} is not supported: it is an encoder-decoder")
     found = {name: _number(config, *spellings) for name, spellings in _SPELLINGS.items()}
+    if mixture is not None:
+        found["d_mlp"] = mixture[0]
     unsaid = family == "bloom" or any(hasattr(config, name) for name in _SPELLINGS["d_mlp"])
     if found["d_mlp"] is None and unsaid:
         found["d_mlp"] = 4 * (found["d_model"] or 0)  # what None stands for
@@ -494,7 +510,7 @@ def shapes_of(config: Any) -> Shapes:
     sizes["d_head"] = sizes["d_head"] or sizes["d_model"] // sizes["n_heads"]
     sizes["n_key_value_heads"] = sizes["n_key_value_heads"] or sizes["n_heads"]
     activation = _activation(config)
-    gated = activation in ("silu", "swish") or family in _GATED
+    gated = activation in ("silu", "swish") or family in _GATED or mixture is not None
     return Shapes(
         family=family,
         **sizes,
@@ -507,7 +523,29 @@ def shapes_of(config: Any) -> Shapes:
         gated=gated,
         activation=activation,
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        d_off=0 if mixture is None else mixture[1],
     )
+
+
+def _mixture(config: Any, family: str) -> tuple[int, int] | None:
+    """Neurons of a layer of experts, and how many of them are off; ``None``: it is no mixture."""
+    n_experts = _number(config, "num_local_experts", "num_experts", "n_routed_experts")
+    if not n_experts:
+        return None
+    if family not in _MIXTURES:
+        raise UnsupportedModelError(
+            f"{family} is not supported: its FFN is a mixture of experts whose router is not "
+            f"known; those of {', '.join(sorted(_MIXTURES))} are"
+        )
+    if getattr(config, "mlp_only_layers", None) or getattr(config, "decoder_sparse_step", 1) > 1:
+        raise UnsupportedModelError(
+            f"{family} is not supported as it is here: some of its layers have a mixture of "
+            "experts, and others do not"
+        )
+    d_expert = _number(config, "moe_intermediate_size", "intermediate_size") or 0
+    d_shared = (_number(config, "shared_expert_intermediate_size") or 0) * (family == "qwen2_moe")
+    off = n_experts - (_number(config, "num_experts_per_tok") or n_experts)
+    return n_experts * d_expert + d_shared, off * d_expert
 
 
 def _shapes_of_model(model: Any) -> Shapes:
@@ -529,6 +567,7 @@ def _shapes_of_model(model: Any) -> Shapes:
         gated=gated,
         activation=_activation(config) or str(getattr(model.cfg, "act_fn", "")),
         tied=bool(getattr(config, "tie_word_embeddings", False)),
+        d_off=(host.n_experts - host.experts_per_position) * host.d_expert,
     )
 
 
@@ -588,7 +627,7 @@ def _forward_bytes(work: _Work) -> _Forward:
     # as many numbers per FFN neuron and token as the activation has steps
     stepwise = shapes.activation == "gelu_new" or shapes.family in ("bloom", "phi3")
     steps = 4 if stepwise else 3 if shapes.gated else 2
-    ffn = weight * length * (steps * d_mlp + length) + 4 * vectors
+    ffn = weight * length * (steps * shapes.d_on + length) + 4 * vectors
     if work.hooked:
         attention = 4 * weight * pattern
         kept = cached = 0

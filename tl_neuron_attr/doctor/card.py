@@ -196,7 +196,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         "shape": f"{host.n_layers} layers, {heads}, d_model {host.d_model:,}, d_mlp "
         f"{host.d_mlp:,}, {host.d_vocab:,} tokens; "
         f"{'LayerNorm' if host.norm == 'layer_norm' else 'RMSNorm'}, "
-        f"{'gated' if host.gated else 'plain'} FFN"
+        f"{'gated' if host.gated else 'plain'} FFN{_experts(host)}"
         f"{', parallel blocks' * host.parallel}",
     }
 
@@ -272,3 +272,12 @@ def _hanging(
         )
         for place, part in enumerate(parts)
     ]
+
+
+def _experts(host: Host) -> str:
+    if not host.n_experts:
+        return ""
+    return (
+        f" of {host.n_experts} experts of {host.d_expert:,}, {host.experts_per_position} at a "
+        "position"
+    )

@@ -413,6 +413,22 @@ def check_limits(examined: Examined) -> tuple[Finding, ...]:
     )
 
 
+def check_router(examined: Examined) -> tuple[Finding, ...]:
+    """What is left out where a router chooses experts."""
+    host = examined.own.host
+    if not host.n_experts:
+        return ()
+    return (
+        Finding(
+            name="the router",
+            status="approximate",
+            says="what it chose and how it weighs that is exact in coefficients and scores; query "
+            "scores and cards take it as given: what sets a neuron off is what feeds its gate and "
+            "up pre-activations, not what brought its expert the position",
+        ),
+    )
+
+
 HOST_CHECKS: tuple[HostCheck, ...] = (
     check_left_alone,  # the first, for what is changed may change only once
     check_identities,
@@ -424,6 +440,7 @@ HOST_CHECKS: tuple[HostCheck, ...] = (
     check_zeroing,
     check_batches,
     check_left_padding,
+    check_router,
     check_cache,
     check_again,
     check_weights,

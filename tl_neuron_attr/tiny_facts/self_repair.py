@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import Capture, Hook, capture_rows
 from tl_neuron_attr.host import Host, coefficient_name
+from tl_neuron_attr.pieces import times
 from tl_neuron_attr.readout import ReadOut, full_precision, read_out
 
 MEASURES = ("logit", "log_prob")
@@ -137,7 +138,7 @@ def _written(
     for layer in range(host.n_layers):
         coefficients = (attn[layer] * parts.attn[:, layer]).flatten(1)
         blocks.append(coefficients @ host.W_O(layer).flatten(0, 1).to(attn))
-        blocks.append((ffn[layer] * parts.ffn[:, layer]) @ host.W_out(layer).to(ffn))
+        blocks.append(times(ffn[layer] * parts.ffn[:, layer], host.W_out(layer)))
     return torch.stack(blocks, dim=1)
 
 

@@ -1,0 +1,508 @@
+"""Mixtures of experts: neurons behind a router, against Hugging Face's own modules in float64."""
+
+from functools import cache
+
+import pytest
+import torch
+from conftest import (
+    MIXTURES,
+    TOKENS,
+    bridge_of,
+    hugging_face_model,
+    leaving_the_random_state,
+    watched,
+)
+
+from tl_neuron_attr import (
+    METHODS,
+    Case,
+    FFNNeuron,
+    InputError,
+    attribute,
+    attribute_all,
+    capture_zeroed,
+    edit_weights,
+    experts,
+    intervened,
+    mean_coefficients,
+    open_host,
+    projection_index,
+    replace_mean,
+    scale,
+    tokenize,
+    zero,
+)
+from tl_neuron_attr.capture import capture_all, capture_sources
+from tl_neuron_attr.decompose import ffn_decomposition, slopes
+from tl_neuron_attr.errors import IdentityError
+from tl_neuron_attr.host import weights_hash
+from tl_neuron_attr.identities import identities, subkey_identities
+from tl_neuron_attr.pieces import Pieces, times
+from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.scores import neuron_scores
+
+TARGET = 7
+ALL = 10_000
+LAYERS = range(3)
+
+
+@pytest.fixture(scope="module", params=list(MIXTURES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def model(family):
+    return bridge_of(family)
+
+
+@pytest.fixture(scope="module")
+def editable(family):
+    """The same weights, to be written to: torch counts that, also where they are given back."""
+    return bridge_of(family)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request):
+    if "model" not in request.fixturenames:
+        yield
+        return
+    with watched(request.getfixturevalue("model")):
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(model):
+    """Every neuron of the prompt, scored."""
+    return attribute(model, TOKENS, target=TARGET, top=ALL)
+
+
+# --- by definition ----------------------------------------------------------------------------
+
+
+class Definition:
+    """What every neuron of every expert writes, neuron by neuron, from the weights in float64."""
+
+    def __init__(self, family):
+        class_name, config = MIXTURES[family]
+        self.hf = hugging_face_model(class_name, config())
+        self.hf.set_experts_implementation("eager")
+        self.hf.double()
+        self.hf.requires_grad_(False)
+        self.cfg = self.hf.config
+        seen = {}
+        for layer, block in enumerate(self.hf.model.layers):
+            block.register_forward_hook(
+                lambda _, went_in, came_out, layer=layer: seen.update(
+                    {("pre", layer): went_in[0], ("post", layer): came_out}
+                )
+            )
+            block.mlp.register_forward_hook(
+                lambda _, went_in, came_out, layer=layer: seen.update(
+                    {("read", layer): went_in[0], ("wrote", layer): came_out}
+                )
+            )
+        with torch.no_grad():
+            self.log_probs = self.hf(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
+        first = lambda each: each[0] if isinstance(each, tuple) else each  # noqa: E731
+        self.seen = {key: first(each)[0].double() for key, each in seen.items()}
+
+    def routed(self, layer, position):
+        """Expert -> its weight at a position, by the definition of each family."""
+        router = self.hf.model.layers[layer].mlp.gate
+        logits = [float(row @ self.seen["read", layer][position]) for row in router.weight.double()]
+        chances = torch.tensor(logits, dtype=torch.float64).softmax(0).tolist()
+        best = sorted(range(len(chances)), key=lambda expert: -chances[expert])[: router.top_k]
+        total = (
+            sum(chances[expert] for expert in best)
+            if getattr(router, "norm_topk_prob", True)
+            else 1.0
+        )
+        return {expert: chances[expert] / total for expert in best}
+
+    def neurons(self, layer, position=-1):
+        """(coefficient, row) of every neuron of a layer, expert after expert, shared ones last."""
+        block, x = self.hf.model.layers[layer].mlp, self.seen["read", layer][position]
+        routed = self.routed(layer, position)
+        silu = torch.nn.functional.silu
+        found = []
+        for expert in range(block.experts.num_experts):
+            gates, ups = block.experts.gate_up_proj[expert].double().chunk(2)
+            for gate, up, row in zip(gates, ups, block.experts.down_proj[expert].T, strict=True):
+                found.append((routed.get(expert, 0.0) * silu(gate @ x) * (up @ x), row.double()))
+        if hasattr(block, "shared_expert"):
+            shared = block.shared_expert
+            weight = (block.shared_expert_gate.weight.double()[0] @ x).sigmoid()
+            for gate, up, row in zip(
+                shared.gate_proj.weight,
+                shared.up_proj.weight,
+                shared.down_proj.weight.T,
+                strict=True,
+            ):
+                value = weight * silu(gate.double() @ x) * (up.double() @ x)
+                found.append((value, row.double()))
+        coefficients, rows = zip(*found, strict=True)
+        return torch.stack(coefficients).detach(), torch.stack(rows).detach()
+
+    def log_prob(self, x):
+        final = self.seen["post", 2][-1]
+        scale = (final.square().mean() + self.cfg.rms_norm_eps).sqrt()
+        normed = x / scale * self.hf.model.norm.weight.detach().double()
+        logits = normed @ self.hf.lm_head.weight.detach().double().T
+        return logits.log_softmax(-1)[..., TARGET]
+
+
+@cache
+@leaving_the_random_state
+def definition_of(family):
+    return Definition(family)
+
+
+@pytest.fixture(scope="module")
+def definition(family):
+    return definition_of(family)
+
+
+def test_neurons_of_experts_sum_to_what_the_ffn_writes(definition):
+    """The definition itself."""
+    for layer in LAYERS:
+        for position in (0, -1):
+            coefficients, rows = definition.neurons(layer, position)
+            wrote = definition.seen["wrote", layer][position]
+            torch.testing.assert_close(coefficients @ rows, wrote, rtol=0, atol=2e-7)
+
+
+def test_every_coefficient_and_subvalue_is_the_definitions(definition, whole):
+    every = torch.arange(whole.host.d_mlp)
+    for layer in LAYERS:
+        coefficients, rows = definition.neurons(layer)
+        block = ffn_decomposition(whole.host, whole.captured, layer)
+        torch.testing.assert_close(block.coefficients.double(), coefficients, rtol=0, atol=2e-6)
+        torch.testing.assert_close(block.subvalues(every).double(), rows, rtol=0, atol=1e-7)
+        assert torch.equal(block.coefficients == 0, coefficients == 0)
+
+
+def test_every_score_is_the_definitions(definition, whole):
+    assert whole.log_prob == pytest.approx(float(definition.log_probs[TARGET]), abs=1e-5)
+    found = whole.ffn_neurons
+    assert len(found) == 3 * whole.host.d_mlp
+    for layer in LAYERS:
+        coefficients, rows = definition.neurons(layer)
+        mid = definition.seen["post", layer][-1] - definition.seen["wrote", layer][-1]
+        wanted = definition.log_prob(mid + coefficients[:, None] * rows) - definition.log_prob(mid)
+        here = found.layer == layer
+        scores = found.score[here].double()
+        torch.testing.assert_close(scores, wanted[found.index[here]], rtol=0, atol=1e-5)
+
+
+def test_at_other_positions_they_are_the_definitions_too(definition, model, whole):
+    sources = capture_sources(whole.host, whole.captured, range(len(TOKENS)))
+    for layer, position in ((0, 0), (1, 3), (2, 4)):
+        wanted, _ = definition.neurons(layer, position)
+        found = sources.mlp_post[layer, position].double()
+        torch.testing.assert_close(found, wanted, rtol=0, atol=2e-6)
+
+
+# --- what every family must pass --------------------------------------------------------------
+
+
+def test_every_identity_holds(whole):
+    for identity in identities(whole.host, whole.captured) + subkey_identities(
+        whole.host, whole.captured
+    ):
+        assert identity.error < 5e-6, identity
+
+
+def test_in_float64_the_identities_are_ten_thousand_times_closer():
+    found = attribute(bridge_of("qwen2moe", dtype=torch.float64), TOKENS, target=TARGET, top=3)
+    ffn = next(i for i in identities(found.host, found.captured) if "FFN" in i.name)
+    assert ffn.error < 5e-10
+
+
+def test_a_router_that_is_not_as_believed_is_refused(monkeypatch):
+    monkeypatch.setattr(experts, "KNOWN", {"MixtralForCausalLM": False})
+    with pytest.raises(IdentityError, match="the FFN neurons fails"):
+        attribute(bridge_of("mixtral"), TOKENS, top=1)
+
+
+def test_the_best_are_those_of_all_and_most_are_never_scored(model, whole):
+    found = attribute(model, TOKENS, target=TARGET, top=12)
+    ours, theirs = found.ffn_neurons, whole.ffn_neurons
+    assert ours.neurons() == theirs.neurons()[:12]
+    torch.testing.assert_close(ours.score, theirs.score[:12], rtol=0, atol=1e-6)
+    assert ours.certificate.holds and ours.certificate.applies
+    assert ours.certificate.evaluated < ours.certificate.total / 2
+
+
+def test_a_batch_gives_what_each_prompt_gives_alone(model):
+    prompts = [list(TOKENS), [9, 30], [4] * 9]
+    together = attribute_all(model, prompts, target=TARGET, top=9, batch_size=3)
+    for found, tokens in zip(together, prompts, strict=True):
+        alone = attribute(model, tokens, target=TARGET, top=9)
+        assert found.ffn_neurons.neurons() == alone.ffn_neurons.neurons()
+        torch.testing.assert_close(
+            found.ffn_neurons.score, alone.ffn_neurons.score, rtol=0, atol=2e-6
+        )
+
+
+def test_padding_on_either_side_changes_no_capture(model):
+    host = open_host(model)
+    asked = [tokenize(host, Prompt(tokens=tokens)) for tokens in (TOKENS, (9, 30), (4,) * 9)]
+    alone = [capture_all(host, [prompt])[0] for prompt in asked]
+    for side in ("left", "right"):
+        for ours, theirs in zip(capture_all(host, asked, padding_side=side), alone, strict=True):
+            torch.testing.assert_close(ours.mlp_post, theirs.mlp_post, rtol=1e-4, atol=1e-5)
+
+
+def test_a_cache_gives_what_a_run_gives(model, whole):
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([TOKENS, TOKENS[::-1]]))
+    host = whole.host
+    asked = [tokenize(host, Prompt(tokens=tokens)) for tokens in (TOKENS, TOKENS[::-1])]
+    found = capture_all(host, asked, cache)
+    torch.testing.assert_close(found[0].mlp_post, whole.captured.mlp_post, rtol=0, atol=1e-6)
+    other = capture_all(host, asked[1:])[0]
+    torch.testing.assert_close(found[1].mlp_post, other.mlp_post, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS[:1]])
+def test_a_cache_without_its_batch_axis_does_too(tokens):
+    model = bridge_of("mixtral")
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([tokens]))
+    found = attribute(model, tokens, target=TARGET, top=5, cache=cache.remove_batch_dim())
+    wanted = attribute(model, tokens, target=TARGET, top=5)
+    assert torch.equal(found.ffn_neurons.score, wanted.ffn_neurons.score)
+
+
+def test_a_cache_of_one_prompt_is_not_taken_for_two():
+    model = bridge_of("mixtral")
+    host = open_host(model)
+    with torch.no_grad():
+        _, cache = model.run_with_cache(torch.tensor([TOKENS]))
+    asked = [tokenize(host, Prompt(tokens=TOKENS[:3]))] * 2
+    with pytest.raises(InputError, match="holds 1 prompt"):
+        capture_all(host, asked, cache)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_weights_are_scored_in_float32(dtype):
+    found = attribute(bridge_of("mixtral", dtype=dtype), TOKENS, target=TARGET, top=ALL)
+    wide = attribute(bridge_of("mixtral"), TOKENS, target=TARGET, top=ALL)
+    assert found.ffn_neurons.score.dtype == torch.float32
+    table = found.neurons("ffn").merge(wide.neurons("ffn"), on=["layer", "index"])
+    assert len(table) == 3 * 4 * 40
+    assert table["score_x"].corr(table["score_y"]) > 0.98
+
+
+def test_products_read_the_experts_that_are_on_alone(definition, whole):
+    for layer in LAYERS:
+        W_out = ffn_decomposition(whole.host, whole.captured, layer).W_out
+        shared = {whole.host.n_experts} if whole.host.mixture(layer).d_shared else set()
+        assert W_out.of_use == {*definition.routed(layer, -1)} | shared
+    W_out = whole.host.W_out(0)
+    assert {stack.untyped_storage().data_ptr() for stack in W_out.stacks} <= {
+        weight.untyped_storage().data_ptr() for weight in model_weights(whole.host)
+    }  # views, not copies
+
+
+def model_weights(host):
+    return [*host.model.parameters()]
+
+
+def test_the_index_bounds_and_lists_experts_neurons_like_others(tmp_path):
+    model = bridge_of("qwen2moe")
+    found = attribute(model, TOKENS, target=TARGET, top=12, index=projection_index(model, tmp_path))
+    dense = torch.stack([neuron_scores(block, found.out, found.target) for block in found.ffns])
+    between = found.intervals("ffn")
+    assert ((between.lower <= dense + 1e-6) & (dense <= between.upper + 1e-6)).all()
+    wanted = dense.flatten().sort().values[:12]
+    lowest = found.suppressing_neurons["ffn"].score
+    torch.testing.assert_close(lowest, wanted, rtol=0, atol=1e-6)
+
+
+def test_the_hash_of_the_weights_knows_every_expert(editable):
+    host = open_host(editable)
+    before = weights_hash(host)
+    with torch.no_grad(), edit_weights(editable, scale(FFNNeuron(2, host.d_expert + 1), 2.0)):
+        assert weights_hash(host) != before
+    assert weights_hash(host) == before
+
+
+# --- the query side ---------------------------------------------------------------------------
+
+
+def test_query_shares_sum_to_the_pre_activations_of_gate_and_up(definition, whole):
+    scores = whole.query_scores("ffn", top_values=40)
+    rows, (values,) = scores.inputs, scores.values
+    block = definition.hf.model.layers
+    for row, name in enumerate(rows.input):
+        place = int(rows.value[row])
+        layer, index = int(values.layer[place]), int(values.index[place])
+        expert, number = whole.host.expert_of(index)
+        mlp, x = block[layer].mlp, definition.seen["read", layer][-1]
+        if expert == whole.host.n_experts:
+            weight = getattr(mlp.shared_expert, f"{name}_proj").weight[number]
+        else:
+            weight = mlp.experts.gate_up_proj[expert].chunk(2)[name == "up"][number]
+        wanted = float(weight.double() @ x)
+        found = float(rows.parts[row].sum() + rows.bias[row])
+        assert found == pytest.approx(wanted, abs=1e-5 * float(rows.absolute[row]))
+        assert values.coefficient[place] != 0  # what is off is worth nothing to set off
+    for layer in LAYERS:
+        total = scores.ffn_neurons[layer].sum()
+        torch.testing.assert_close(total, scores.ffn[layer], rtol=0, atol=1e-5)
+
+
+# --- interventions ----------------------------------------------------------------------------
+
+
+def logits_without(family, layer, expert, number):
+    """Hugging Face's own, with a column of an expert's down projection at 0."""
+    class_name, config = MIXTURES[family]
+    hf = hugging_face_model(class_name, config())
+    mlp = hf.model.layers[layer].mlp
+    with torch.no_grad():
+        if expert == mlp.experts.num_experts:
+            mlp.shared_expert.down_proj.weight[:, number] = 0.0
+        else:
+            mlp.experts.down_proj[expert, :, number] = 0.0
+        return hf(torch.tensor([TOKENS])).logits
+
+
+@pytest.mark.parametrize("way", [intervened, edit_weights])
+def test_zeroing_a_neuron_is_zeroing_its_row(family, editable, whole, way):
+    model = editable
+    best = whole.ffn_neurons.neurons()
+    chosen = {whole.host.expert_of(each.index)[0]: each for each in best[:40] if each.layer == 1}
+    tokens = torch.tensor([TOKENS])
+    with torch.no_grad():
+        before = model(tokens)
+        for neuron in chosen.values():
+            with torch.random.fork_rng():
+                wanted = logits_without(family, 1, *whole.host.expert_of(neuron.index))
+            with way(model, zero(neuron)):
+                found = model(tokens)
+            assert not torch.equal(found, before)
+            torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+        assert torch.equal(model(tokens), before)
+
+
+def test_what_happens_at_one_position_happens_there_alone(model, whole):
+    neuron = next(each for each in whole.ffn_neurons.neurons() if each.layer == 0)
+    host, tokens = whole.host, torch.tensor([TOKENS])
+    before = {}
+    with torch.no_grad():
+        _, plain = model.run_with_cache(tokens)
+        with intervened(model, scale(neuron, 3.0, position=-1)):
+            _, edited = model.run_with_cache(tokens)
+    for name in ("blocks.0.hook_mlp_out",):
+        before, after = plain[name][0], edited[name][0]
+    assert torch.equal(before[:-1], after[:-1])
+    row = host.W_out(0)[(torch.tensor([neuron.index]),)][0]
+    added = 2 * whole.captured.mlp_post[0, neuron.index] * row
+    torch.testing.assert_close(after[-1] - before[-1], added, rtol=0, atol=1e-6)
+
+
+def test_a_capture_without_neurons_still_meets_every_identity(model, whole):
+    best = whole.ffn_neurons.neurons()[:5]
+    prompt = whole.captured.prompt
+    (found,) = capture_zeroed(whole.host, [prompt], [zero(best)])
+    assert all(found.mlp_post[each.layer, each.index] == 0 for each in best)
+    for identity in identities(whole.host, found):
+        assert identity.error < 5e-6, identity
+
+
+def test_means_are_those_of_coefficients_at_all_positions(model, whole):
+    means = mean_coefficients(model, [list(TOKENS)])
+    sources = capture_sources(whole.host, whole.captured, range(len(TOKENS)))
+    torch.testing.assert_close(means.ffn, sources.mlp_post.mean(1), rtol=0, atol=1e-6)
+    neuron = whole.ffn_neurons.neurons()[0]
+    with torch.no_grad(), intervened(model, replace_mean(neuron, means)):
+        model(torch.tensor([TOKENS]))
+
+
+def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(model, whole):
+    with (
+        intervened(model, zero(whole.ffn_neurons.neurons()[0])),
+        pytest.raises(IdentityError, match="a hook edits"),
+    ):
+        attribute(model, TOKENS, target=TARGET, top=3)
+
+
+# --- methods ----------------------------------------------------------------------------------
+
+
+def test_methods_that_run_the_model_agree_with_zeroing_rows(editable):
+    whole = attribute(editable, TOKENS, target=TARGET, top=3)
+    case = Case(result=whole)
+    ablated = METHODS["ablation"](case, "ffn", None)
+    gradient = METHODS["gradient_activation"](case, "ffn", None)
+    with torch.no_grad():
+        for neuron in whole.ffn_neurons.neurons()[:3]:
+            with edit_weights(editable, zero(neuron)):
+                left = editable(torch.tensor([TOKENS]))[0, -1].log_softmax(-1)[TARGET]
+            lost = whole.log_prob - float(left)
+            assert float(ablated[neuron.layer, neuron.index]) == pytest.approx(lost, abs=1e-5)
+            little = scale(neuron, 1 - 1e-2)
+            with edit_weights(editable, little):
+                left = editable(torch.tensor([TOKENS]))[0, -1].log_softmax(-1)[TARGET]
+            slope = (whole.log_prob - float(left)) / 1e-2
+            found = float(gradient[neuron.layer, neuron.index])
+            assert found == pytest.approx(slope, abs=2e-3)
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_every_method_scores_every_neuron(method):
+    case = case_of_mixtral()
+    found = METHODS[method](case, "ffn", None)
+    assert found.shape == (3, 160)
+    assert found.isfinite().all()
+
+
+@cache
+def case_of_mixtral():
+    result = attribute(bridge_of("mixtral"), TOKENS, target=TARGET, top=5)
+    corrupted = tokenize(result.host, Prompt(tokens=TOKENS[:-1] + (9,)))
+    return Case(result=result, corrupted=corrupted)
+
+
+# --- a matrix in pieces -----------------------------------------------------------------------
+
+
+def in_pieces():
+    generator = torch.Generator().manual_seed(0)
+    stacks = (torch.randn(3, 2, 5, generator=generator), torch.randn(1, 4, 5, generator=generator))
+    return Pieces(stacks), torch.cat([stack.flatten(0, 1) for stack in stacks])
+
+
+def test_a_matrix_in_pieces_computes_as_one():
+    pieces, whole = in_pieces()
+    assert pieces.shape == whole.shape == torch.Size((10, 5)) and len(pieces) == 10
+    vectors = torch.randn(3, 10, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(times(vectors, pieces), vectors @ whole)
+    torch.testing.assert_close(slopes(pieces, vectors[:, :5]), vectors[:, :5] @ whole.T)
+    some = torch.tensor([9, 0, 5, 6, 5])
+    assert torch.equal(pieces[(some,)], whole[some])
+    assert torch.equal(torch.cat([*pieces.split(3)]), whole)
+    assert str(pieces) == "Pieces(10 x 5, in 4 matrices)"
+
+
+def test_matrices_that_are_of_no_use_count_as_zeros_in_products_alone():
+    pieces, whole = in_pieces()
+    used = pieces.using({1, 3})
+    whole = whole.clone()
+    whole[[0, 1, 4, 5]] = 0.0
+    torch.testing.assert_close(slopes(used, torch.ones(1, 5)), torch.ones(1, 5) @ whole.T)
+    torch.testing.assert_close(times(torch.ones(10), used), torch.ones(10) @ whole)
+    every = torch.arange(10)
+    assert torch.equal(used[(every,)], pieces[(every,)])
+
+
+def test_rows_are_written_to_where_they_lie():
+    pieces, whole = in_pieces()
+    some = torch.tensor([7, 1])
+    pieces[(some,)] = torch.ones(2, 5)
+    assert pieces.stacks[1][0, 1].eq(1).all() and pieces.stacks[0][0, 1].eq(1).all()
+    others = torch.tensor([0, 2, 3, 4, 5, 6, 8, 9])
+    assert torch.equal(pieces[(others,)], whole[others])
