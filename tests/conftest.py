@@ -152,7 +152,11 @@ MIXTURES = {
         ),
     ),
 }
-SUPPORTED = FAMILIES | WRITTEN_THROUGH | MIXTURES
+
+# Families that TransformerLens 3.9 runs wrongly.
+_COHERE = ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED, logit_scale=0.4))
+SINCE_4 = {"cohere": _COHERE} if HookedTransformer is None else {}
+SUPPORTED = FAMILIES | WRITTEN_THROUGH | MIXTURES | SINCE_4
 
 # Families that must be refused, with a word of the reason.
 REFUSED = {
@@ -166,8 +170,9 @@ REFUSED = {
         lambda: transformers.OPTConfig(**_OPT, do_layer_norm_before=False),
         "post-LayerNorm",
     ),
-    "cohere": ("CohereForCausalLM", lambda: transformers.CohereConfig(**_GROUPED), "scaled"),
 }
+if not SINCE_4:
+    REFUSED["cohere"] = (*_COHERE, "rotates its queries")
 
 MIXTURE_CLASSES = {class_name for class_name, _ in MIXTURES.values()}
 

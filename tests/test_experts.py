@@ -1,5 +1,6 @@
 """Mixtures of experts: neurons behind a router, against Hugging Face's own modules in float64."""
 
+import warnings
 from functools import cache
 
 import pytest
@@ -10,22 +11,32 @@ from conftest import (
     bridge_of,
     hugging_face_model,
     leaving_the_random_state,
+    needs_hooked_transformer,
     watched,
 )
 
 from tl_neuron_attr import (
     METHODS,
+    AttnNeuron,
     Case,
     FFNNeuron,
     InputError,
+    Unit,
+    UnsupportedModelError,
     attribute,
     attribute_all,
     capture_zeroed,
     edit_weights,
+    expert_id,
     experts,
+    from_pair,
+    hook_id,
     intervened,
+    layout_of,
     mean_coefficients,
+    module_id,
     open_host,
+    parse_id,
     projection_index,
     replace_mean,
     scale,
@@ -35,7 +46,7 @@ from tl_neuron_attr import (
 from tl_neuron_attr.capture import capture_all, capture_sources
 from tl_neuron_attr.decompose import ffn_decomposition, slopes
 from tl_neuron_attr.errors import IdentityError
-from tl_neuron_attr.host import weights_hash
+from tl_neuron_attr.host import coefficient_name, weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.pieces import Pieces, times
 from tl_neuron_attr.prompts import Prompt
@@ -64,10 +75,12 @@ def editable(family):
 
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(request):
-    if "model" not in request.fixturenames:
-        yield
-        return
-    with watched(request.getfixturevalue("model")):
+    models = []
+    if "model" in request.fixturenames:
+        models.append(request.getfixturevalue("model"))
+    if "one" in request.fixturenames:
+        models.append(request.getfixturevalue("one").host.model)
+    with watched(*models):
         yield
 
 
@@ -75,6 +88,12 @@ def nothing_is_left_behind(request):
 def whole(model):
     """Every neuron of the prompt, scored."""
     return attribute(model, TOKENS, target=TARGET, top=ALL)
+
+
+@pytest.fixture(scope="module")
+def one():
+    """Of the family that has all there is: routed experts, and one that is shared."""
+    return attribute(bridge_of("qwen2moe"), TOKENS, target=TARGET, top=ALL)
 
 
 # --- by definition ----------------------------------------------------------------------------
@@ -234,7 +253,8 @@ def test_the_best_are_those_of_all_and_most_are_never_scored(model, whole):
     assert ours.certificate.evaluated < ours.certificate.total / 2
 
 
-def test_a_batch_gives_what_each_prompt_gives_alone(model):
+def test_a_batch_gives_what_each_prompt_gives_alone(one):
+    model = one.host.model
     prompts = [list(TOKENS), [9, 30], [4] * 9]
     together = attribute_all(model, prompts, target=TARGET, top=9, batch_size=3)
     for found, tokens in zip(together, prompts, strict=True):
@@ -245,7 +265,8 @@ def test_a_batch_gives_what_each_prompt_gives_alone(model):
         )
 
 
-def test_padding_on_either_side_changes_no_capture(model):
+def test_padding_on_either_side_changes_no_capture(one):
+    model = one.host.model
     host = open_host(model)
     asked = [tokenize(host, Prompt(tokens=tokens)) for tokens in (TOKENS, (9, 30), (4,) * 9)]
     alone = [capture_all(host, [prompt])[0] for prompt in asked]
@@ -254,7 +275,8 @@ def test_padding_on_either_side_changes_no_capture(model):
             torch.testing.assert_close(ours.mlp_post, theirs.mlp_post, rtol=1e-4, atol=1e-5)
 
 
-def test_a_cache_gives_what_a_run_gives(model, whole):
+def test_a_cache_gives_what_a_run_gives(one):
+    model, whole = one.host.model, one
     with torch.no_grad():
         _, cache = model.run_with_cache(torch.tensor([TOKENS, TOKENS[::-1]]))
     host = whole.host
@@ -286,12 +308,12 @@ def test_a_cache_of_one_prompt_is_not_taken_for_two():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_weights_are_scored_in_float32(dtype):
-    found = attribute(bridge_of("mixtral", dtype=dtype), TOKENS, target=TARGET, top=ALL)
-    wide = attribute(bridge_of("mixtral"), TOKENS, target=TARGET, top=ALL)
+def test_narrow_weights_are_scored_in_float32(one, dtype):
+    found = attribute(bridge_of("qwen2moe", dtype=dtype), TOKENS, target=TARGET, top=ALL)
+    wide = one
     assert found.ffn_neurons.score.dtype == torch.float32
     table = found.neurons("ffn").merge(wide.neurons("ffn"), on=["layer", "index"])
-    assert len(table) == 3 * 4 * 40
+    assert len(table) == 3 * (4 * 16 + 24)
     assert table["score_x"].corr(table["score_y"]) > 0.98
 
 
@@ -310,8 +332,8 @@ def model_weights(host):
     return [*host.model.parameters()]
 
 
-def test_the_index_bounds_and_lists_experts_neurons_like_others(tmp_path):
-    model = bridge_of("qwen2moe")
+def test_the_index_bounds_and_lists_experts_neurons_like_others(one, tmp_path):
+    model = one.host.model
     found = attribute(model, TOKENS, target=TARGET, top=12, index=projection_index(model, tmp_path))
     dense = torch.stack([neuron_scores(block, found.out, found.target) for block in found.ffns])
     between = found.intervals("ffn")
@@ -388,7 +410,8 @@ def test_zeroing_a_neuron_is_zeroing_its_row(family, editable, whole, way):
         assert torch.equal(model(tokens), before)
 
 
-def test_what_happens_at_one_position_happens_there_alone(model, whole):
+def test_what_happens_at_one_position_happens_there_alone(one):
+    model, whole = one.host.model, one
     neuron = next(each for each in whole.ffn_neurons.neurons() if each.layer == 0)
     host, tokens = whole.host, torch.tensor([TOKENS])
     before = {}
@@ -404,7 +427,8 @@ def test_what_happens_at_one_position_happens_there_alone(model, whole):
     torch.testing.assert_close(after[-1] - before[-1], added, rtol=0, atol=1e-6)
 
 
-def test_a_capture_without_neurons_still_meets_every_identity(model, whole):
+def test_a_capture_without_neurons_still_meets_every_identity(one):
+    whole = one
     best = whole.ffn_neurons.neurons()[:5]
     prompt = whole.captured.prompt
     (found,) = capture_zeroed(whole.host, [prompt], [zero(best)])
@@ -413,7 +437,8 @@ def test_a_capture_without_neurons_still_meets_every_identity(model, whole):
         assert identity.error < 5e-6, identity
 
 
-def test_means_are_those_of_coefficients_at_all_positions(model, whole):
+def test_means_are_those_of_coefficients_at_all_positions(one):
+    model, whole = one.host.model, one
     means = mean_coefficients(model, [list(TOKENS)])
     sources = capture_sources(whole.host, whole.captured, range(len(TOKENS)))
     torch.testing.assert_close(means.ffn, sources.mlp_post.mean(1), rtol=0, atol=1e-6)
@@ -422,7 +447,8 @@ def test_means_are_those_of_coefficients_at_all_positions(model, whole):
         model(torch.tensor([TOKENS]))
 
 
-def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(model, whole):
+def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(one):
+    model, whole = one.host.model, one
     with (
         intervened(model, zero(whole.ffn_neurons.neurons()[0])),
         pytest.raises(IdentityError, match="a hook edits"),
@@ -433,7 +459,8 @@ def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(mo
 # --- methods ----------------------------------------------------------------------------------
 
 
-def test_methods_that_run_the_model_agree_with_zeroing_rows(editable):
+def test_methods_that_run_the_model_agree_with_zeroing_rows():
+    editable = bridge_of("qwen2moe")
     whole = attribute(editable, TOKENS, target=TARGET, top=3)
     case = Case(result=whole)
     ablated = METHODS["ablation"](case, "ffn", None)
@@ -465,6 +492,90 @@ def case_of_mixtral():
     result = attribute(bridge_of("mixtral"), TOKENS, target=TARGET, top=5)
     corrupted = tokenize(result.host, Prompt(tokens=TOKENS[:-1] + (9,)))
     return Case(result=result, corrupted=corrupted)
+
+
+# --- what is refused --------------------------------------------------------------------------
+
+
+@needs_hooked_transformer
+def test_a_hooked_transformer_with_experts_is_refused_by_name():
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    sizes = dict(d_model=24, d_head=6, n_heads=4, d_mlp=40, n_layers=2, n_ctx=32, d_vocab=61)
+    cfg = HookedTransformerConfig(
+        **sizes,
+        num_experts=4,
+        experts_per_token=2,
+        gated_mlp=True,
+        act_fn="silu",
+        normalization_type="RMS",
+        original_architecture="MixtralForCausalLM",
+        device="cpu",
+    )
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = HookedTransformer(cfg)
+    with pytest.raises(UnsupportedModelError, match="on the bridge alone"):
+        open_host(model)
+
+
+def test_a_router_that_nobody_knows_is_refused_by_name():
+    model = bridge_of("mixtral")
+    model.cfg.architecture = model.cfg.original_architecture = "OtherMoeForCausalLM"
+    with pytest.raises(UnsupportedModelError, match="whose router is not known; those of Mixtral"):
+        open_host(model)
+
+
+def test_an_ffn_of_experts_has_no_matrix_of_subkeys():
+    host = open_host(bridge_of("mixtral"))
+    for weight in (host.W_in, host.W_gate):
+        with pytest.raises(UnsupportedModelError, match="host.ffn_inputs"):
+            weight(0)
+    with pytest.raises(UnsupportedModelError, match="no activation holds"):
+        coefficient_name(host, 0, "ffn")
+    assert coefficient_name(host, 0, "attn") == "blocks.0.attn.hook_z"
+
+
+# --- ids --------------------------------------------------------------------------------------
+
+
+def test_ids_name_a_neuron_with_its_expert_and_back(one):
+    whole = one
+    layout = layout_of(whole.host)
+    table = whole.neurons("ffn")
+    for row in table.to_dict("records")[::17]:
+        neuron = FFNNeuron(row["layer"], row["index"])
+        expert, number = whole.host.expert_of(row["index"])
+        label = f"L{row['layer']}.E{expert}.N{number}"
+        assert expert == row["expert"] and expert_id(neuron, layout) == label
+        assert parse_id(label, layout).neuron == neuron
+    assert whole.neurons("attn")["expert"].isna().all()
+
+
+def test_ids_that_name_no_neuron_of_an_expert_are_refused():
+    layout = layout_of(open_host(bridge_of("qwen2moe")))
+    for text, reason in (
+        ("L0.E5.N0", "4 experts of 16 neurons, and a shared one of 24"),
+        ("L0.E1.N16", "there is no L0.E1.N16"),
+        ("L3.E1.N1", "no layer 3"),
+        ("blocks.0.mlp.hook_post[3]", "not its neurons"),
+        ("model.layers.0.mlp.down_proj.input[3]", "no module has its neurons"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            parse_id(text, layout)
+    unit = Unit(FFNNeuron(0, 3), "post")
+    for convert in (hook_id, module_id):
+        with pytest.raises(InputError, match="mixture of experts"):
+            convert(unit, layout)
+    with pytest.raises(InputError, match="how EasyEdit numbers them"):
+        from_pair("EasyEdit", 0, 3, layout)
+    attn = Unit(AttnNeuron(1, 2, 3), "z")
+    assert module_id(attn, layout) == "model.layers.1.self_attn.o_proj.input[15]"
+    dense = layout_of(open_host(bridge_of("llama")))
+    with pytest.raises(InputError, match="has no experts"):
+        parse_id("L0.E1.N1", dense)
+    with pytest.raises(InputError, match="has no experts"):
+        expert_id(FFNNeuron(0, 1), dense)
 
 
 # --- a matrix in pieces -----------------------------------------------------------------------

@@ -15,6 +15,7 @@ from conftest import (
     FAMILIES,
     HOOKED,
     REFUSED,
+    SINCE_4,
     SUPPORTED,
     TOKENS,
     WRITTEN_THROUGH,
@@ -388,6 +389,7 @@ def test_positions_cannot_be_told_from_a_cache_that_forgets_them(model):
 # --- the table of families --------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not SINCE_4, reason="the page is of TransformerLens 4")
 def test_the_page_on_models_has_the_table_that_models_give():
     page = family_table.PAGE.read_text(encoding="utf-8")
     assert family_table.page_with_tables(page) == page, "run python tests/family_table.py"

@@ -38,6 +38,9 @@ _LATE_PATTERN = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausal
 # these norms ln1 and ln2, as it calls those in front of a sub-layer elsewhere.
 _POST_NORM_ONLY = frozenset({"Olmo2ForCausalLM", "Olmo3ForCausalLM"})
 
+# Families whose Hugging Face module holds the number that it multiplies its logits by.
+_SCALING_LOGITS = frozenset({"CohereForCausalLM", "Cohere2ForCausalLM"})
+
 
 @dataclass(frozen=True, kw_only=True)
 class Norm:
@@ -338,7 +341,7 @@ def open_host(model: Any) -> Host:
         eps=float(cfg.eps),
         parallel=bool(cfg.parallel_attn_mlp),
         residual_scale=float(getattr(cfg, "residual_multiplier", None) or 1.0),
-        logit_scale=1.0 / float(getattr(cfg, "logits_scaling", None) or 1.0),
+        logit_scale=_logit_scale(model),
         soft_cap=_soft_cap(cfg),
         n_layers=len(model.blocks),
         n_heads=n_heads,
@@ -869,6 +872,14 @@ def _gain(norm: Any, cfg: Any, class_name: str) -> Tensor | None:
     return 1 + gain if gain is not None and offset else gain
 
 
+def _logit_scale(model: Any) -> float:
+    """What logits are multiplied by, as the model does it now."""
+    if _architecture(model.cfg) in _SCALING_LOGITS:
+        # not cfg.logit_scale, which stays where TransformerLens folds the number into weights
+        return float(model.original_model.logit_scale)
+    return 1.0 / float(getattr(model.cfg, "logits_scaling", None) or 1.0)
+
+
 def _soft_cap(cfg: Any) -> float | None:
     cap = getattr(cfg, "output_logits_soft_cap", None)
     return float(cap) if cap is not None and cap > 0 else None
@@ -1020,8 +1031,13 @@ def _refuse_unsupported(model: Any) -> None:
         refuse("it is an encoder; only causal decoders predict a next token")
     if setting("load_in_4bit") or setting("load_in_8bit") or not _scorable(model.W_U):
         refuse("its weights are quantised; load it in float32, bfloat16 or float16")
-    if (setting("logit_scale") or 1) != 1:
+    if (setting("logit_scale") or 1) != 1 and architecture not in _SCALING_LOGITS:
         refuse("its logits are scaled, by a number that TransformerLens folds into weights or not")
+    if architecture in _SCALING_LOGITS and not setting("rotary_interleaved_cos_sin"):
+        refuse(
+            "this TransformerLens rotates its queries and keys otherwise than Hugging Face does, "
+            "so it predicts something else; TransformerLens 4.3 does it right"
+        )
     if setting("do_layer_norm_before") is False:
         refuse("it normalises the residual stream after each sub-layer (post-LayerNorm)")
     if setting("normalization_type") not in ("LN", "LNPre", "RMS", "RMSPre"):

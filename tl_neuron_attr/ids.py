@@ -277,6 +277,7 @@ _MODULES = {
             "Gemma3ForCausalLM",
             "GraniteForCausalLM",
             "Olmo2ForCausalLM",
+            "CohereForCausalLM",
             "MixtralForCausalLM",
             "OlmoeForCausalLM",
             "Qwen2MoeForCausalLM",
