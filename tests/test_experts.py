@@ -37,6 +37,7 @@ from tl_neuron_attr import (
     module_id,
     open_host,
     parse_id,
+    plan,
     projection_index,
     replace_mean,
     scale,
@@ -49,6 +50,7 @@ from tl_neuron_attr.errors import IdentityError
 from tl_neuron_attr.host import coefficient_name, weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.pieces import Pieces, times
+from tl_neuron_attr.plan import shapes_of
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.scores import neuron_scores
 
@@ -534,6 +536,18 @@ def test_an_ffn_of_experts_has_no_matrix_of_subkeys():
     with pytest.raises(UnsupportedModelError, match="no activation holds"):
         coefficient_name(host, 0, "ffn")
     assert coefficient_name(host, 0, "attn") == "blocks.0.attn.hook_z"
+
+
+# --- plans ------------------------------------------------------------------------------------
+
+
+def test_a_plan_counts_the_experts_that_are_on(family, model, whole):
+    shapes = shapes_of(MIXTURES[family][1]())
+    assert plan(model, n_tokens=6).shapes == shapes
+    on = int((whole.captured.mlp_post != 0).sum())
+    assert on == shapes.n_neurons(6)[0] == 3 * shapes.d_on < 3 * shapes.d_mlp
+    matrices = [p for name, p in model.named_parameters() if "proj" in name and p.ndim > 1]
+    assert shapes.n_block_weights == sum(matrix.numel() for matrix in matrices)
 
 
 # --- ids --------------------------------------------------------------------------------------
