@@ -10,6 +10,7 @@ from conftest import (
     bridge_of,
     hugging_face_model,
     leaving_the_random_state,
+    own_bridge_of,
 )
 
 from tl_neuron_attr import UnsupportedModelError, attribute, open_host
@@ -64,7 +65,7 @@ def test_the_best_are_those_of_all():
 
 
 def test_a_bridge_that_rotates_otherwise_is_refused():
-    model = bridge_of("cohere")
+    model = own_bridge_of("cohere")
     model.cfg.rotary_interleaved_cos_sin = False
     with pytest.raises(UnsupportedModelError, match="rotates its queries and keys otherwise"):
         open_host(model)

@@ -12,7 +12,7 @@ from conftest import (
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
-    watched,
+    own_bridge_of,
 )
 
 from tl_neuron_attr import (
@@ -72,18 +72,7 @@ def model(family):
 @pytest.fixture(scope="module")
 def editable(family):
     """The same weights, to be written to: torch counts that, also where they are given back."""
-    return bridge_of(family)
-
-
-@pytest.fixture(autouse=True)
-def nothing_is_left_behind(request):
-    models = []
-    if "model" in request.fixturenames:
-        models.append(request.getfixturevalue("model"))
-    if "one" in request.fixturenames:
-        models.append(request.getfixturevalue("one").host.model)
-    with watched(*models):
-        yield
+    return own_bridge_of(family)
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +232,7 @@ def test_in_float64_the_identities_are_ten_thousand_times_closer():
 def test_a_router_that_is_not_as_believed_is_refused(monkeypatch):
     monkeypatch.setattr(experts, "KNOWN", {"MixtralForCausalLM": False})
     with pytest.raises(IdentityError, match="the FFN neurons fails"):
-        attribute(bridge_of("mixtral"), TOKENS, top=1)
+        attribute(own_bridge_of("mixtral"), TOKENS, top=1)
 
 
 def test_the_best_are_those_of_all_and_most_are_never_scored(model, whole):
@@ -345,6 +334,7 @@ def test_the_index_bounds_and_lists_experts_neurons_like_others(one, tmp_path):
     torch.testing.assert_close(lowest, wanted, rtol=0, atol=1e-6)
 
 
+@pytest.mark.changes("the weights")
 def test_the_hash_of_the_weights_knows_every_expert(editable):
     host = open_host(editable)
     before = weights_hash(host)
@@ -394,6 +384,7 @@ def logits_without(family, layer, expert, number):
         return hf(torch.tensor([TOKENS])).logits
 
 
+@pytest.mark.changes("the weights")
 @pytest.mark.parametrize("way", [intervened, edit_weights])
 def test_zeroing_a_neuron_is_zeroing_its_row(family, editable, whole, way):
     model = editable
@@ -461,8 +452,9 @@ def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(on
 # --- methods ----------------------------------------------------------------------------------
 
 
+@pytest.mark.changes("the weights")
 def test_methods_that_run_the_model_agree_with_zeroing_rows():
-    editable = bridge_of("qwen2moe")
+    editable = own_bridge_of("qwen2moe")
     whole = attribute(editable, TOKENS, target=TARGET, top=3)
     case = Case(result=whole)
     ablated = METHODS["ablation"](case, "ffn", None)
@@ -522,7 +514,7 @@ def test_a_hooked_transformer_with_experts_is_refused_by_name():
 
 
 def test_a_router_that_nobody_knows_is_refused_by_name():
-    model = bridge_of("mixtral")
+    model = own_bridge_of("mixtral")
     model.cfg.architecture = model.cfg.original_architecture = "OtherMoeForCausalLM"
     with pytest.raises(UnsupportedModelError, match="whose router is not known; those of Mixtral"):
         open_host(model)
