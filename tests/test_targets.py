@@ -291,6 +291,7 @@ def test_everything_else_takes_them_too(gpt2, asked, tmp_path):
     assert low - 1e-6 <= rise <= high + 1e-6
     # the lens ends at the read position's value
     assert result.log_probs()["log_prob"].iloc[-1] == pytest.approx(result.log_prob, abs=1e-5)
+    assert result.log_probs()["log_prob"].max() <= 0
     # zeroing a head: by its definition
     scan = result.head_scan()
     other = compare(result, ["L1.H0"], top=10)
@@ -471,6 +472,7 @@ def test_captures_and_reports_of_them_come_back(facts_model, tmp_path, form):
     assert ("·Rome</code> or <code>" in shown) == (form == "answers")
     assert ("a slope" in shown) == (form == "distribution")
     assert ("--target-id 1034 --target-id 1058" in shown) == (form == "answers")
+    assert ("a figure says log p(target)" in shown) == (form == "distribution")
     assert ("that no command line takes" in shown) == (form == "distribution")
 
 

@@ -185,6 +185,8 @@ class Attribution:
         """
         with torch.no_grad():
             found = log_probs_everywhere(self.host, self.captured, self.out, self.target)
+        if self.target.distribution is not None:
+            found = found.clamp(max=0.0)  # what rounds where a divergence is 0
         return log_prob_table(found, self.captured.prompt.token_texts)
 
     def log_probs_or_why_not(self) -> tuple[dict[str, pd.DataFrame], tuple[str, ...]]:

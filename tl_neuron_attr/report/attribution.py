@@ -162,7 +162,11 @@ def report_html(
 
 
 def _header(facts: Mapping[str, Any]) -> str:
-    aim = _aim(Target.of_facts(facts["target"]))
+    target = Target.of_facts(facts["target"])
+    aim = _aim(target)
+    note = (
+        "" if target.distribution is None else " Where a figure says log p(target), that is meant."
+    )
     warned = "".join(
         f'<p class="warn"><strong>Warning.</strong> {escaped(message)}</p>'
         for message in facts["warnings"]
@@ -171,7 +175,8 @@ def _header(facts: Mapping[str, Any]) -> str:
     return (
         f"<h1>Which neurons gave {aim}?</h1>\n"
         f'<p class="soft">{escaped(model["name"])}, {escaped(model["architecture"])}; scores are '
-        f"rises in {_quantity(facts)}, in nats, convention {escaped(facts['convention'])}.</p>\n"
+        f"rises in {_quantity(facts)}, in nats, convention {escaped(facts['convention'])}."
+        f"{note}</p>\n"
         f'{warned}<div id="strip" class="strip" role="group" aria-label="Tokens of the prompt: '
         f'choose a source position">{_tokens(facts)}</div>\n'
         '<p id="chosen" class="soft" aria-live="polite">Choose a token to see only what comes from '
