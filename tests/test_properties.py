@@ -244,7 +244,7 @@ def test_neither_other_prompts_nor_the_side_of_padding_change_a_run(model, asked
         alone = capture(host, prompt)
         for name in _TENSORS:
             if getattr(alone, name) is not None:
-                close(getattr(found, name), getattr(alone, name), 2e-6)
+                close(getattr(found, name), getattr(alone, name), 1e-5)
 
 
 # --- saved and loaded -------------------------------------------------------------------------
