@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 import torch
 from conftest import TOKENS, bridge_of, count_forward_passes, hooked_of, needs_hooked_transformer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import build, cases
 from typer.testing import CliRunner
@@ -97,7 +97,6 @@ def test_both_classes_give_the_same_answer_scores():
 
 
 @given(st.lists(cases, min_size=3, max_size=3), st.integers(1, 15), st.booleans())
-@settings(max_examples=25, deadline=None)
 def test_the_best_sums_are_those_of_every_neuron_scored_in_every_run(several, top, recomputed):
     """Runs that have nothing in common but the numbers of their neurons."""
     shape = several[0]

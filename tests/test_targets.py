@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOKENS, bridge_of, count_forward_passes, hooked_of, needs_hooked_transformer
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from test_intervals import index_of
 from test_topk import build, cases
@@ -192,7 +192,6 @@ def with_target(case, form, dtype=torch.float32, cap=None):
 
 
 @given(cases, st.sampled_from([*FORMS, "capped"]), st.integers(1, 17))
-@settings(max_examples=60, deadline=None)
 def test_a_bound_is_never_below_the_exact_score_and_the_list_is_the_dense_one(case, form, top):
     cap = 2.0 if form == "capped" else None
     out, blocks, target = with_target(case, "answers" if cap else form, cap=cap)
@@ -209,7 +208,6 @@ def test_a_bound_is_never_below_the_exact_score_and_the_list_is_the_dense_one(ca
 
 
 @given(cases, st.sampled_from(FORMS), st.sampled_from([0, None]), st.integers(1, 17))
-@settings(max_examples=40, deadline=None)
 def test_an_interval_contains_the_score_and_the_lowest_are_those_of_the_dense_list(
     case, form, likely, top
 ):
@@ -228,7 +226,6 @@ def test_an_interval_contains_the_score_and_the_lowest_are_those_of_the_dense_li
 
 
 @given(cases, st.integers(0, 2**31))
-@settings(max_examples=40, deadline=None)
 def test_one_answer_and_a_certain_distribution_are_that_token(case, seed):
     out, blocks, _ = build(case, torch.float64)
     token = Target(seed % case["d_vocab"])
