@@ -20,6 +20,7 @@ ORDER = (
     "strip",
     "tiny_facts",
     "state",
+    "precision",
     "pieces",
     "experts",
     "host",
@@ -28,7 +29,10 @@ ORDER = (
     "models",
     "norms",
     "capture",
+    "baselines",
+    "rivals",
     "readout",
+    "projection",
     "lens",
     "decompose",
     "index",
@@ -172,8 +176,10 @@ def test_hook_names_and_the_softmax_have_one_home():
                     and node.value.startswith("blocks.")
                 )
                 assert not code, f"{path.name} names a hook: {code}"
-            # experts has that of a router over its experts
-            if name not in ("readout", "capture", "identities", "experts"):
+            # experts has that of a router over its experts; rivals, over a few bins, and baselines,
+            # over accepted answers, have those of what a read-out gave
+            of_few = ("experts", "rivals", "baselines")
+            if name not in ("readout", "capture", "identities", *of_few):
                 assert "softmax(" not in text and "logsumexp(" not in text, path.name
 
 

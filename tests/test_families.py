@@ -41,8 +41,8 @@ from tl_neuron_attr import (
 )
 from tl_neuron_attr.capture import capture_all, load_capture, save_capture
 from tl_neuron_attr.identities import identities, subkey_identities
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.readout import project
 from tl_neuron_attr.scores import neuron_scores
 from tl_neuron_attr.topk import subvalues_of
 

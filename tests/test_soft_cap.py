@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from test_topk import build, cases
 
 from tl_neuron_attr import Target, neuron_scores
+from tl_neuron_attr.baselines import Tangent
 from tl_neuron_attr.decompose import Outlet
-from tl_neuron_attr.readout import Tangent
 from tl_neuron_attr.topk import score_bounds, top_neurons
 
 CAPS = st.sampled_from([0.3, 2.0, 30.0])

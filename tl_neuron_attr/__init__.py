@@ -97,9 +97,10 @@ from tl_neuron_attr.methods import METHODS, Case, best_neurons, check_method
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron, parse_part
 from tl_neuron_attr.plan import Plan, plan
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Distribution, Prompt, Target
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
-from tl_neuron_attr.readout import ReadOut, project, read_out
+from tl_neuron_attr.readout import ReadOut, read_out
 from tl_neuron_attr.runs import (
     Progress,
     Run,

@@ -23,8 +23,10 @@ from tl_neuron_attr.display import box, escaped, facts, grid, layer_bars, next_c
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import open_host
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Prompt, as_prompt, at_least_one, shown_tokens
-from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, full_precision, project
+from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.sums import RankedSums, top_sums, with_positions
 from tl_neuron_attr.tables import (

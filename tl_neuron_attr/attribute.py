@@ -28,6 +28,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import (
     Answer,
     PaddingSide,
@@ -40,13 +41,7 @@ from tl_neuron_attr.prompts import (
     as_questions,
     at_least_one,
 )
-from tl_neuron_attr.readout import (
-    DEFAULT_BUDGET,
-    Convention,
-    check_read_out,
-    full_precision,
-    read_out,
-)
+from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out, read_out
 from tl_neuron_attr.scores import baselines_of_runs, head_scores, layer_scores
 from tl_neuron_attr.targets import of_distribution, resolve_target, space_warnings, tokenize
 from tl_neuron_attr.topk import top_neurons_of_runs

@@ -34,10 +34,12 @@ from tl_neuron_attr.intervals import (
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.lens import log_probs_everywhere
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Target, at_least_one, integer
 from tl_neuron_attr.query import QueryScores, query_scores, top_query_neurons
 from tl_neuron_attr.reading import QueryNeurons
-from tl_neuron_attr.readout import Convention, ReadOut, full_precision, project
+from tl_neuron_attr.readout import Convention, ReadOut
 from tl_neuron_attr.scores import LayerScores, position_scores
 from tl_neuron_attr.strip import TokenStrip
 from tl_neuron_attr.tables import (

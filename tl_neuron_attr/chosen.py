@@ -9,8 +9,9 @@ from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, check_exists
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import ReadOut, full_precision
+from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.topk import Certificate, Kind, RankedNeurons, exact_scores
 
 

@@ -33,8 +33,10 @@ from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.interventions import Part, Zeroed, as_zeroed, capture_zeroed, check_zeroed
 from tl_neuron_attr.neurons import FFNNeuron
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Prompt, TokenizedPrompt, as_prompt, at_least_one
-from tl_neuron_attr.readout import full_precision, project, read_out
+from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.scores import LayerScores, baselines, head_scores, layer_scores
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.tables import (

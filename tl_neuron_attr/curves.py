@@ -24,8 +24,9 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import ZeroMask, masked_residuals
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import at_least_zero, integer
-from tl_neuron_attr.readout import full_precision, read_out
+from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.tables import CURVE_COLUMNS, neurons_of
 from tl_neuron_attr.topk import RankedNeurons
 

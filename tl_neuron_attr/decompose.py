@@ -27,7 +27,7 @@ from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.norms import row_norms
 from tl_neuron_attr.pieces import Matrix, Pieces, blocks_of, times
-from tl_neuron_attr.readout import full_precision
+from tl_neuron_attr.precision import full_precision
 
 _WIDENED_ROWS = 1024  # a block that stays in cache between its two uses
 

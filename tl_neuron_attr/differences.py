@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.baselines import Baseline
 from tl_neuron_attr.decompose import Decomposition
 from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import BlockEnds, ends_of_blocks
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import at_least_one
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
+from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
     Bounds,

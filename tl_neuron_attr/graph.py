@@ -35,9 +35,11 @@ from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.inputs import QueryInputs, query_inputs, together
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, fraction, visible
 from tl_neuron_attr.reading import QueryNeurons
-from tl_neuron_attr.readout import Convention, full_precision, project
+from tl_neuron_attr.readout import Convention
 from tl_neuron_attr.tables import Saved, write_tables
 from tl_neuron_attr.topk import Kind, RankedNeurons, subvalues_of
 

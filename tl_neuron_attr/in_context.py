@@ -36,9 +36,10 @@ from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import head_scan
 from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.pieces import times
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Target, TokenizedPrompt, at_least_one, integer
 from tl_neuron_attr.reading import through_norm
-from tl_neuron_attr.readout import full_precision, project
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.targets import one_token
 

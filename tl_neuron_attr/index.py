@@ -31,8 +31,9 @@ from tl_neuron_attr.files import check_writable, write_files
 from tl_neuron_attr.host import Host, open_host, weights_hash
 from tl_neuron_attr.neurons import Kind
 from tl_neuron_attr.pieces import Matrix
+from tl_neuron_attr.projection import TokenEnds
 from tl_neuron_attr.prompts import integer
-from tl_neuron_attr.readout import DEFAULT_BUDGET, ReadOut, TokenEnds, check_read_out
+from tl_neuron_attr.readout import DEFAULT_BUDGET, ReadOut, check_read_out
 
 _FORMAT = "tl_neuron_attr projection index 1"
 
@@ -104,7 +105,7 @@ class ProjectionIndex:
     ) -> TokenEnds:
         """The ``k`` tokens each subvalue raises most and those it lowers most, without computing.
 
-        What ``readout.project`` gives for the same subvalues. The sign rule: a neuron with a
+        What ``projection.project`` gives for the same subvalues. The sign rule: a neuron with a
         negative coefficient raises the *bottom* of its subvalue; give the coefficients' signs, and
         ends and logits are those of the signed subvalue.
 

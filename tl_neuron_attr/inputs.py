@@ -18,6 +18,7 @@ from tl_neuron_attr.decompose import outlet, rows_in_use, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.query import neurons_at
 from tl_neuron_attr.reading import (
     PreActivations,
@@ -30,7 +31,7 @@ from tl_neuron_attr.reading import (
     values_by_head,
     where_set_off,
 )
-from tl_neuron_attr.readout import DEFAULT_BUDGET, full_precision
+from tl_neuron_attr.readout import DEFAULT_BUDGET
 from tl_neuron_attr.topk import Certificate, Kind, RankedNeurons
 
 

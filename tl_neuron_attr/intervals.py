@@ -42,12 +42,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.baselines import Baseline
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, rows_at, slopes
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.index import ProjectionIndex, rounding_unit
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, at_least_one
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision
+from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
     AnswerSlopes,

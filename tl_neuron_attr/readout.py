@@ -24,7 +24,6 @@ and none is affine. log p is then not concave in x, but nearly: see ``Tangent``.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -32,12 +31,22 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.baselines import (
+    Aims,
+    Answers,
+    Baseline,
+    Deviations,
+    Tangent,
+    Wanted,
+    joint_rise,
+)
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.norms import WeightNorms, column_norms, weight_norms
-from tl_neuron_attr.pieces import Matrix
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Distribution, Target
+from tl_neuron_attr.rivals import Rivals
 
 Convention = Literal["exact", "published", "recomputed"]
 """How a residual vector is read out as a log-probability: see this module's docstring."""
@@ -68,24 +77,6 @@ _PUBLISHED_RMS_EPS = 1e-6
 
 
 _Moved = Callable[[Tensor, Tensor | slice], Tensor]
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """Products in the dtype of their factors, whatever the caller chose for his own.
-
-    Under autocast, or with TensorFloat-32 in place of float32, scores would not be what they say,
-    and no bound would hold. The caller's choice is back afterwards.
-    """
-    chosen = torch.get_float32_matmul_precision()
-    with ExitStack() as stack:
-        if chosen != "highest":
-            stack.callback(torch.set_float32_matmul_precision, chosen)
-            torch.set_float32_matmul_precision("highest")
-        for device in ("cpu", "cuda", "mps"):
-            if torch.is_autocast_enabled(device):
-                stack.enter_context(torch.autocast(device, enabled=False))
-        yield
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,7 +122,7 @@ class ReadOut:
         return _rows_per_block(self.W_U, self.dtype, self.budget, self.soft_cap is not None)
 
     @property
-    def _whole_rows(self) -> int:
+    def whole_rows(self) -> int:
         """How many vectors' logits of the whole vocabulary fit."""
         return max(1, self.rows_per_block * _COLUMNS // max(self.W_U.shape[1], _COLUMNS))
 
@@ -243,7 +234,7 @@ class ReadOut:
         repeated = torch.arange(most, device=resid.device) >= counts[:, None]
         found: list[tuple[Tensor, Tensor]] = []
         for rows, tokens, again in zip(
-            *(each.split(self._whole_rows) for each in (resid, ids, repeated)), strict=True
+            *(each.split(self.whole_rows) for each in (resid, ids, repeated)), strict=True
         ):
             logits = self.logits(rows)
             # of these very logits: computed anew it might round to another place among them
@@ -752,45 +743,6 @@ class ReadOut:
             yield slice(start, start + size)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Aims:
-    """The target of each row, all of one form: tokens, contrasts, answers, distributions."""
-
-    token: Int[Tensor, " row"]
-    against: Int[Tensor, " row"] | None
-    also: Int[Tensor, "row other"] | None = None
-    """Further accepted answers."""
-    wanted: "Wanted | None" = None
-
-    @property
-    def answers(self) -> list[Int[Tensor, " row"]]:
-        """Each row's first accepted answer, its second, and so on."""
-        return [self.token, *([] if self.also is None else self.also.unbind(1))]
-
-    def __getitem__(self, rows: slice | Tensor) -> "Aims":
-        return Aims(
-            token=self.token[rows],
-            against=None if self.against is None else self.against[rows],
-            also=None if self.also is None else self.also[rows],
-            wanted=None if self.wanted is None else self.wanted[rows],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wanted:
-    """What each row's distribution expects of logits: it takes the place of a token's column."""
-
-    column: Float[Tensor, "row d_model"]
-    """Expected column of the unembedding."""
-    constant: Float[Tensor, " row"]
-    """Expected bias of a logit, and the distribution's entropy, in nats."""
-    norm: Float[Tensor, " row"]
-    """Expected norm of such a column, weighted by the final norm's gain."""
-
-    def __getitem__(self, rows: slice | Tensor) -> "Wanted":
-        return Wanted(column=self.column[rows], constant=self.constant[rows], norm=self.norm[rows])
-
-
 @dataclass(frozen=True)
 class _Survey:
     log_probs: Float[Tensor, "row d_vocab"]
@@ -802,205 +754,6 @@ class _Survey:
     """The expected norm of such a column, weighted by the final norm's gain."""
     expected_square: Float[Tensor, " row"]
     """The expected square of that norm; 0 without a soft cap."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Baseline:
-    """Residual vectors that blocks add to, and what the model would predict from each of them.
-
-    The bases may come from several runs and be asked about several targets: each base has a
-    target and a norm scale of its own.
-    """
-
-    resid: Float[Tensor, "base d_model"]
-    aims: Aims
-    """The target of each base."""
-    norm_scale: Float[Tensor, " base"] | None
-    """The frozen norm's divisor; ``None`` if the norm is recomputed."""
-    log_prob: Float[Tensor, " base"]
-    """log p(target) of each base; of a contrast the difference, of a distribution -KL."""
-    log_share: Float[Tensor, "base answer"] | None = None
-    """Of several accepted answers the log of each one's share of their probability."""
-    log_probs: Float[Tensor, "prediction d_vocab"] | None
-    """log p(every token); ``None`` for contrasts, which do not depend on it."""
-    prediction: Int[Tensor, " base"]
-    """The row of ``log_probs`` that is the base's: bases that differ in their target share one."""
-    tangent: "Tangent | None"
-    """How log p(target) changes there; ``None`` if the norm is recomputed."""
-
-    __repr__ = brief
-
-    def __len__(self) -> int:
-        return self.resid.shape[0]
-
-    def __getitem__(self, bases: slice | Tensor) -> "Baseline":
-        """The same for some of the bases."""
-        return replace(
-            self,
-            resid=self.resid[bases],
-            aims=self.aims[bases],
-            norm_scale=None if self.norm_scale is None else self.norm_scale[bases],
-            log_prob=self.log_prob[bases],
-            prediction=self.prediction[bases],
-            log_share=None if self.log_share is None else self.log_share[bases],
-            tangent=None if self.tangent is None else self.tangent[bases],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Tangent:
-    """The first-order picture of log p(target) at each base, for a frozen norm.
-
-    As log p is concave in the residual vector, ``contribution . gradient`` is never below the
-    exact ``increase``: an upper bound of a neuron's score for one dot product. So it is for a
-    distribution, whose expected logit is affine as a token's is. For a contrast it *is* the
-    increase.
-
-    Of several accepted answers log p is not concave, but each of them has its tangent, and with the
-    answers' shares s of their probability::
-
-        increase = log sum_w s_w exp(increase of w) <= log sum_w s_w exp(u . gradient of w)
-
-    Under a soft cap log p is not concave, but its logits bend by so little that the tangent need
-    only be raised: ``z -> c tanh(z / c)`` has a second derivative of at most ``4 / (3 sqrt(3) c)``,
-    so that a logit that moves by d without the cap moves by ``slope d`` with it, give or take half
-    of that times d^2. log p(w) is then never above ``contribution . gradient`` and the allowances
-    for w and, as expected under the base's prediction, for its rivals (Jensen's inequality)::
-
-        increase <= u . gradient + bend |u|^2,    bend = (|dir_w|^2 + E |dir|^2) 2 / (3 sqrt(3) c)
-    """
-
-    gradient: Float[Tensor, "base d_model"]
-    """Of log p(target); of several accepted answers no bound by itself."""
-    expected: Float[Tensor, "base d_model"]
-    """What the base's prediction expects of tokens' directions."""
-    reach: Float[Tensor, " base"]
-    """Norm of the target's direction, and expected norm of a token's under the base's prediction,
-    before centring: what the rounding of scores and bounds is in proportion to, where gradients
-    cancel too."""
-    bend: Float[Tensor, " base"] | None
-    """Nats per squared norm of a contribution; ``None`` without a soft cap: 0."""
-    answers: "tuple[Tangent, ...]" = ()
-    """That of each of several accepted answers."""
-
-    __repr__ = brief
-
-    def __getitem__(self, bases: slice | Tensor) -> "Tangent":
-        """The same for some of the bases."""
-        return Tangent(
-            answers=tuple(each[bases] for each in self.answers),
-            gradient=self.gradient[bases],
-            expected=self.expected[bases],
-            reach=self.reach[bases],
-            bend=None if self.bend is None else self.bend[bases],
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class Answers:
-    """What is made of one token by each of several residual vectors."""
-
-    log_prob: Float[Tensor, " row"]
-    """log p(token), in nats."""
-    rank: Int[Tensor, " row"]
-    """Its place among all tokens, from 1: how many are likelier, and one."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Deviations:
-    """How far tokens' directions lie from the one each base expects; never below the truth.
-
-    A direction's dot product with a contribution is its change of the token's logit.
-    """
-
-    largest: Float[Tensor, " base"]
-    """Distance of the farthest token."""
-    mean_square: Float[Tensor, " base"]
-    """Expected square of the distance, under the base's prediction."""
-    widest: float
-    """Largest norm of a column of the unembedding."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rivals:
-    """The target and what it competes with: how log p(target) bends as something is taken away.
-
-    Bins are the target, then its likeliest rivals, then all other tokens as one that lies where
-    they lie on average. For a contrast the two tokens alone, the second of which has it all.
-    """
-
-    directions: Float[Tensor, "bin d_model"]
-    """A normalised vector's dot product with it is its change of the bin's logit."""
-    prob: Float[Tensor, " bin"]
-    """What the model gives each bin, in float64; of a contrast 0 and 1."""
-    resid: Float[Tensor, " d_model"]
-    """The final residual, its mean taken out where the norm does."""
-    norm_scale: Float[Tensor, ""]
-    centered: bool
-    eps: float
-
-    @property
-    def gradient(self) -> Float[Tensor, " d_model"]:
-        """That of log p(target), of a contrast of the difference, with respect to the residual.
-
-        The norm's scale answers too: the model's own gradient.
-        """
-        apart = self.directions[0] - self.prob.to(self.directions.dtype) @ self.directions
-        unit = self.resid / self.norm_scale
-        return (apart - unit * (unit @ apart) / len(unit)) / self.norm_scale
-
-    @full_precision()
-    def loss(
-        self,
-        rows: Float[Matrix, "neuron d_model"],
-        coefficients: Float[Tensor, " neuron"],
-        first_order: Float[Tensor, " neuron"],
-        weights: Float[Tensor, " d_model"],
-    ) -> Float[Tensor, " neuron"]:
-        """What log p(target) loses without each neuron, in nats, from the loss at first order.
-
-        A neuron is ``coefficient * row * weights`` in the residual stream here, and more that it
-        does by way of others. ``first_order`` is the loss of both, taken as linear. What it is
-        here is taken away as it is: each bin's logit moves, the norm is taken anew. The rest of
-        ``first_order`` is laid upon the target's logit. Then the softmax is taken once, so that a
-        neuron with ``first_order`` alone loses what a logit that falls so far does.
-        """
-        d_model = len(self.resid)
-        probes = torch.cat([self.directions, self.resid[None], torch.ones_like(self.resid[None])])
-        # float64, where what is linear is taken from what is not
-        # where the rows are, which may be another device
-        there, weights = probes.to(rows.device), weights.to(rows.device, probes.dtype)
-        products = torch.cat(
-            [there * weights @ block.to(there).T for block in rows.split(_ROWS)], 1
-        )
-        products = (products.to(probes) * coefficients.to(probes)).double()
-        moves, along, total = products[:-2], products[-2], products[-1]
-        squares = torch.cat(
-            [(block.to(there) * weights).square().sum(1) for block in rows.split(_ROWS)]
-        )
-        size = (squares.to(probes) * coefficients.to(probes).square()).double()
-        if self.centered:
-            size = size - total.square() / d_model
-        scale = self.norm_scale.double()
-        left = scale.square() + (size - 2 * along) / d_model
-        logits = (self.directions @ self.resid).double()[:, None]
-        change = (logits - moves) / left.clamp(min=self.eps).sqrt() - logits / scale
-        linear = logits * along / (d_model * scale**3) - moves / scale
-        elsewhere = first_order.double() - (self.prob @ linear - linear[0])
-        rivalry = self.prob[1:].sum().clamp(min=torch.finfo(torch.float64).tiny)
-        change[0] -= elsewhere / rivalry
-        after = (self.prob.log()[:, None] + change).logsumexp(0) - change[0]
-        return after.to(first_order.dtype)
-
-
-def joint_rise(
-    rises: Float[Tensor, "answer row"], log_share: Float[Tensor, "answer _"]
-) -> Float[Tensor, " row"]:
-    """Rise in the log of several answers' summed probability, of which each log p rises so much.
-
-    ``log_share`` is the log of each one's share of it before. It grows with every answer's rise.
-    """
-    return (rises + log_share).logsumexp(0)
 
 
 def _plus_log_probs(
@@ -1209,73 +962,3 @@ def _rows_per_block(
             f"give at least {once + per_row}"
         )
     return min(_ROWS, rows)
-
-
-# --- what a vector says -----------------------------------------------------------------------
-
-
-@dataclass(frozen=True, kw_only=True)
-class TokenEnds:
-    """Both ends of each vector's projection on the vocabulary, strongest first."""
-
-    top_ids: Int[Tensor, "*batch k"]
-    top_logits: Float[Tensor, "*batch k"]
-    """Logit change the vector brings to each of these tokens."""
-    bottom_ids: Int[Tensor, "*batch k"]
-    bottom_logits: Float[Tensor, "*batch k"]
-    mean: Float[Tensor, "*batch"]
-    """Mean logit over the vocabulary, all tokens alike."""
-    spread: Float[Tensor, "*batch"]
-    """Standard deviation of the logits over the vocabulary."""
-
-    __repr__ = brief
-
-    @property
-    def readability(self) -> Float[Tensor, "*batch"]:
-        """How far the stronger end stands out: its distance from the mean, in standard deviations.
-
-        Neither the size nor the sign of a vector changes it. Logits spread like a Gaussian give
-        about ``sqrt(2 log d_vocab)``: 4 at 2,000 tokens, 4.6 at 50,000; one token alone gives
-        ``sqrt(d_vocab - 1)``. 0 for a vector that moves all tokens alike.
-        """
-        ends = self.top_logits[..., 0] - self.mean, self.mean - self.bottom_logits[..., 0]
-        stronger = torch.maximum(*ends)
-        return torch.where(self.spread > 0, stronger / self.spread, 0.0)
-
-
-def project(out: ReadOut, vectors: Float[Tensor, "*batch d_model"], k: int = 10) -> TokenEnds:
-    """The ``k`` tokens each vector raises most and the ``k`` it lowers most.
-
-    This is the linear part of the read-out: no bias of norm or unembedding, for those belong to
-    no vector. For a bare subvalue mind the sign rule: with a negative coefficient the neuron
-    raises the *bottom* tokens. A vector that carries its coefficient already raises its top.
-    Under ``recomputed`` there is no linear part, and vectors are projected without a scale.
-
-    Source: Yu & Ananiadou (2024), section 3; sign rule: their section 4.
-    """
-    vectors = vectors.to(out.W_U.device)
-    scale = torch.ones((), dtype=out.dtype) if out.norm_scale is None else out.norm_scale
-    linear = replace(out, bias=None, b_U=None, norm_scale=scale.to(vectors.device), soft_cap=None)
-    rows = vectors.reshape(-1, vectors.shape[-1])
-    k = min(k, out.W_U.shape[1])
-    top_logits, top_ids, bottom_logits, bottom_ids, mean, spread = [], [], [], [], [], []
-    for block in rows.split(linear._whole_rows):
-        logits = linear.logits(block)
-        values, ids = logits.topk(k, dim=-1)
-        top_logits.append(values)
-        top_ids.append(ids)
-        values, ids = logits.topk(k, dim=-1, largest=False)
-        bottom_logits.append(values)
-        bottom_ids.append(ids)
-        mean.append(logits.mean(-1))
-        apart = logits.sub_(mean[-1][:, None])
-        spread.append(torch.linalg.vector_norm(apart, dim=-1) / apart.shape[-1] ** 0.5)
-    shape = (*vectors.shape[:-1], k)
-    return TokenEnds(
-        top_ids=torch.cat(top_ids).reshape(shape),
-        top_logits=torch.cat(top_logits).reshape(shape),
-        bottom_ids=torch.cat(bottom_ids).reshape(shape),
-        bottom_logits=torch.cat(bottom_logits).reshape(shape),
-        mean=torch.cat(mean).reshape(shape[:-1]),
-        spread=torch.cat(spread).reshape(shape[:-1]),
-    )

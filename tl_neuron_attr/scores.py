@@ -14,12 +14,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from tl_neuron_attr.baselines import Baseline
 from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, head_vectors_of_runs
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import NonFiniteError
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target
-from tl_neuron_attr.readout import Baseline, ReadOut, baseline_of_runs, full_precision
+from tl_neuron_attr.readout import ReadOut, baseline_of_runs
 
 Progress = Callable[[int], object]
 """Called with the number of vectors scored since the last call."""

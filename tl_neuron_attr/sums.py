@@ -16,8 +16,8 @@ from torch import Tensor
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
 from tl_neuron_attr.differences import Side, scores_in
 from tl_neuron_attr.display import brief
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import at_least_one
-from tl_neuron_attr.readout import full_precision
 from tl_neuron_attr.scores import Progress
 from tl_neuron_attr.topk import (
     RankedNeurons,

@@ -18,9 +18,9 @@ from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.projection import TokenEnds
 from tl_neuron_attr.query import QueryScores
 from tl_neuron_attr.reading import QueryNeurons
-from tl_neuron_attr.readout import TokenEnds
 from tl_neuron_attr.scores import LayerScores
 from tl_neuron_attr.topk import RankedNeurons
 

@@ -27,13 +27,15 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.baselines import Baseline, joint_rise
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, rows_at, slopes
 from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.norms import row_norms
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, at_least_one
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision, joint_rise
+from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.scores import Progress, finite, neuron_scores_from
 
 Bounds = Callable[[Sequence[int]], tuple[Float[Tensor, "run neuron"], Float[Tensor, " run"]]]

@@ -21,9 +21,9 @@ from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition, outlet
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.query import query_scores, top_query_neurons
 from tl_neuron_attr.reading import subkeys, through_norm
-from tl_neuron_attr.readout import project
 from tl_neuron_attr.tables import query_layer_table, query_neuron_table, token_columns
 from tl_neuron_attr.topk import Kind, RankedNeurons, exact_scores, subvalues_of
 

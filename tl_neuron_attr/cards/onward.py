@@ -17,8 +17,8 @@ from tl_neuron_attr.decompose import outlet, slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, Head
 from tl_neuron_attr.pieces import Matrix
+from tl_neuron_attr.projection import project
 from tl_neuron_attr.reading import through_norm
-from tl_neuron_attr.readout import project
 from tl_neuron_attr.topk import Kind, largest
 
 # --- what it sets off -------------------------------------------------------------------------

@@ -26,8 +26,9 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, check_exists
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Head, parse_neuron
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import TokenizedPrompt, at_least_one, integer
-from tl_neuron_attr.readout import baseline_of_runs, full_precision
+from tl_neuron_attr.readout import baseline_of_runs
 
 
 def neuron_card(

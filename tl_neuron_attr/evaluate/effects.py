@@ -24,7 +24,8 @@ from tl_neuron_attr.evaluate.rankings import (
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.interventions import ZeroMask, masked_residuals
 from tl_neuron_attr.methods import Case, Method, neuron_shape
-from tl_neuron_attr.readout import full_precision, read_out
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.topk import Kind
 
 Which = Literal["ffn", "attn", "both"]

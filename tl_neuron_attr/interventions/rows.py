@@ -31,8 +31,9 @@ from tl_neuron_attr.interventions.values import (
     units_by_layer,
 )
 from tl_neuron_attr.neurons import Head
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
-from tl_neuron_attr.readout import full_precision, read_out
+from tl_neuron_attr.readout import read_out
 
 # Rows times positions in one forward pass: enough for matrix products to run at full speed.
 _TOKENS_AT_A_TIME = 4096

@@ -36,8 +36,9 @@ from tl_neuron_attr.knowledge.facts import (
     in_order,
     load_facts,
 )
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Prompt, Target, TokenizedPrompt, at_least_one, at_least_zero
-from tl_neuron_attr.readout import ReadOut, full_precision, read_out
+from tl_neuron_attr.readout import ReadOut, read_out
 from tl_neuron_attr.styled import grid_of
 from tl_neuron_attr.targets import one_token, tokenize
 

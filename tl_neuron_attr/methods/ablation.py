@@ -15,7 +15,8 @@ from tl_neuron_attr.capture import (
 )
 from tl_neuron_attr.host import residual_of
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
-from tl_neuron_attr.readout import full_precision, read_out
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.topk import Kind
 
 

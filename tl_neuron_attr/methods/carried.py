@@ -30,8 +30,8 @@ from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.curved import answer_and_rivals, bent
 from tl_neuron_attr.pieces import times
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.reading import through_norm, values_by_head
-from tl_neuron_attr.readout import full_precision
 from tl_neuron_attr.topk import Kind
 
 

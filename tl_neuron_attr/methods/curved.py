@@ -15,8 +15,10 @@ from tl_neuron_attr.decompose import outlet
 from tl_neuron_attr.methods.case import Case, neuron_shape
 from tl_neuron_attr.methods.gradients import gradient_activation
 from tl_neuron_attr.pieces import Matrix
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import at_least_one
-from tl_neuron_attr.readout import Rivals, full_precision, read_out
+from tl_neuron_attr.readout import read_out
+from tl_neuron_attr.rivals import Rivals
 from tl_neuron_attr.topk import Kind
 
 RIVALS = 8

@@ -23,8 +23,9 @@ from tl_neuron_attr.capture import (
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, at_least_one
-from tl_neuron_attr.readout import full_precision, read_out
+from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.topk import Kind
 
 Quantity = Literal["prob", "log_prob"]

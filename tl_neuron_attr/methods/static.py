@@ -13,10 +13,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from tl_neuron_attr.baselines import Baseline
 from tl_neuron_attr.decompose import Decomposition, slopes
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.methods.case import Case, blocks_of, how_many, in_layers, of_ranked
-from tl_neuron_attr.readout import Baseline, ReadOut, full_precision, read_out
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.readout import ReadOut, read_out
 from tl_neuron_attr.scores import neuron_scores_from
 from tl_neuron_attr.topk import (
     Bounds,

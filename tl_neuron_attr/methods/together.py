@@ -15,8 +15,8 @@ from tl_neuron_attr.attribution import TOP_VALUES
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.methods.case import Case, in_layers, neuron_shape
 from tl_neuron_attr.methods.static import scores_by
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.query import QueryScores
-from tl_neuron_attr.readout import full_precision
 from tl_neuron_attr.topk import Kind
 
 

@@ -54,8 +54,9 @@ from tl_neuron_attr.paper.tables import (
 )
 from tl_neuron_attr.paper.zeroing import zero_heads, zero_neurons
 from tl_neuron_attr.parts import Parts, check_run, fingerprint, start_run
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.readout import Convention, full_precision
+from tl_neuron_attr.readout import Convention
 from tl_neuron_attr.tables import write_tables
 
 FORMAT = 1

@@ -26,9 +26,10 @@ from tl_neuron_attr.paper.settings import (
     Sizes,
     sizes,
 )
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import TokenizedPrompt
 from tl_neuron_attr.query import QueryScores
-from tl_neuron_attr.readout import DEFAULT_BUDGET, full_precision, read_out
+from tl_neuron_attr.readout import DEFAULT_BUDGET, read_out
 from tl_neuron_attr.topk import Kind
 
 AS_PUBLISHED, IN_PROPORTION = "as published", "in proportion"

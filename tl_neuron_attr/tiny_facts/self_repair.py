@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_neuron_attr.capture import Capture, Hook, capture_rows
 from tl_neuron_attr.host import Host, coefficient_name
 from tl_neuron_attr.pieces import times
-from tl_neuron_attr.readout import ReadOut, full_precision, read_out
+from tl_neuron_attr.precision import full_precision
+from tl_neuron_attr.readout import ReadOut, read_out
 
 MEASURES = ("logit", "log_prob")
 """What an effect is measured in: the answer's logit less the mean over the vocabulary, as McGrath
