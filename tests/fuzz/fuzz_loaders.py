@@ -49,8 +49,9 @@ class Violation(AssertionError):
 
 
 def loaders() -> tuple[Loader, ...]:
-    from tl_neuron_attr import load_capture, load_evaluation, load_prompts, load_run
+    from tl_neuron_attr import load_capture, load_evaluation, load_model, load_prompts, load_run
     from tl_neuron_attr.cli.options import prompts_in
+    from tl_neuron_attr.index import projection_index
     from tl_neuron_attr.report.saved import read_saved
     from tl_neuron_attr.runs.asked import source_of
 
@@ -59,6 +60,8 @@ def loaders() -> tuple[Loader, ...]:
         for table in found.tables:
             found.table(table)
         return found.summary()
+
+    model = load_model()
 
     def prompts(name, read):
         return Loader(name, lambda place: read(str(place / name)), (name,))
@@ -74,6 +77,7 @@ def loaders() -> tuple[Loader, ...]:
         Loader("result", read_saved, ("run.json", "neurons.parquet", "layers.parquet")),
         Loader("run", run, ()),
         Loader("evaluation", load_evaluation, ()),
+        Loader("index", lambda place: projection_index(model, place), ()),
     )
 
 
@@ -102,6 +106,7 @@ def write_sound(place: Path) -> dict[str, Path]:
         save_capture,
         tokenize,
     )
+    from tl_neuron_attr.index import projection_index
     from tl_neuron_attr.prompts import Prompt
 
     model, text = load_model(), "The capital of France is"
@@ -139,6 +144,7 @@ def write_sound(place: Path) -> dict[str, Path]:
         run_prompts("tiny-facts", [row["text"] for row in rows], place / "run", top=3)
     known = load_prompts("capital")[:2]
     evaluate(model, known, methods=["a"], top=[3], filtered=False).save(place / "evaluation")
+    projection_index(model, place / "index", progress=False)
     return {path.name: path for path in place.iterdir()}
 
 
