@@ -55,9 +55,19 @@ def old(tmp_path):
 
 @pytest.fixture
 def same_versions(monkeypatch):
-    """As if this were the machine that the old run was made on."""
+    """As if these were the machine and the release that the old run was made with."""
     versions = json.loads((OLD / "plan.json").read_text())["identity"]["versions"]
     monkeypatch.setattr(planned_module, "_version", versions.__getitem__)
+    (said,) = {each for each in pq.read_table(OLD / "prompts.parquet")["error"].to_pylist() if each}
+    real = planned_module.tokenize
+
+    def in_its_words(*arguments):
+        try:
+            return real(*arguments)
+        except InputError:
+            raise InputError(said) from None
+
+    monkeypatch.setattr(planned_module, "tokenize", in_its_words)
 
 
 @pytest.fixture(autouse=True)
