@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import pandas as pd
 import pytest
@@ -264,3 +265,53 @@ def test_the_command_line_says_what_is_missing():
     assert shown.exit_code == 2 and "(on the command line: answer)" in " ".join(
         shown.output.split()
     )
+
+
+# --- slips, and what is no answer -------------------------------------------------------------
+
+
+def test_an_answer_that_lacks_its_space_is_pointed_out(facts_model):
+    with pytest.warns(UserWarning, match="did you mean ' Paris and Rome'"):
+        found = attribute_answer(facts_model, FRANCE, "Paris and Rome", top=2)
+    assert any("did you mean ' Paris and Rome'" in each for each in found.warnings)
+    assert attribute_answer(facts_model, FRANCE, " Paris and Rome", top=2).warnings == ()
+
+
+def test_a_prompt_that_ends_with_a_space_is_pointed_out_and_saved_as_it_was_given(
+    facts_model, tmp_path
+):
+    with pytest.warns(UserWarning, match="the prompt ends with a space"):
+        found = attribute_answer(facts_model, f"{FRANCE} ", " Paris and Rome", top=2)
+    found.save(tmp_path)
+    facts = json.loads((tmp_path / "run.json").read_text())
+    assert facts["prompt"] == f"{FRANCE} " and len(facts["warnings"]) >= 1
+
+
+@pytest.mark.parametrize("answer", [{5, 6}, b"ab", {5: 1}])
+def test_what_has_no_order_is_no_answer(facts_model, answer):
+    with pytest.raises(InputError, match="an answer is one text, or its token ids in order"):
+        attribute_answer(facts_model, FRANCE, answer)
+
+
+def test_an_answer_that_is_no_unicode_is_refused(facts_model):
+    with pytest.raises(InputError, match="the answer .* is not valid Unicode text"):
+        attribute_answer(facts_model, FRANCE, " \udcff")
+
+
+def test_runs_that_are_not_numbered_alike_are_not_summed(facts_model):
+    one, other = (attribute(facts_model, text, top=2) for text in (FRANCE, "The capital is"))
+    sides = [
+        Side(
+            blocks=each.attns,
+            out=each.out,
+            before=each.out.baseline(torch.stack([b.base for b in each.attns]), each.target),
+        )
+        for each in (one, other)
+    ]
+    with pytest.raises(InputError, match="not numbered alike"):
+        top_sums(sides, 3)
+    with pytest.raises(InputError, match="no run to sum over"):
+        top_sums([], 3)
+    backwards = replace(sides[0], blocks=sides[0].blocks[::-1])
+    with pytest.raises(InputError, match="not numbered alike"):
+        top_sums([backwards], 3)

@@ -1,6 +1,7 @@
 """Mixtures of experts: neurons behind a router, against Hugging Face's own modules in float64."""
 
 import warnings
+from contextlib import ExitStack
 from functools import cache
 
 import pytest
@@ -39,6 +40,7 @@ from tl_neuron_attr import (
     parse_id,
     plan,
     projection_index,
+    random_neurons,
     replace_mean,
     scale,
     tokenize,
@@ -47,12 +49,15 @@ from tl_neuron_attr import (
 from tl_neuron_attr.capture import capture_all, capture_sources
 from tl_neuron_attr.decompose import ffn_decomposition, slopes
 from tl_neuron_attr.errors import IdentityError
+from tl_neuron_attr.evaluate.rankings import on_first, random_beside
 from tl_neuron_attr.host import coefficient_name, weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.pieces import Pieces, times
 from tl_neuron_attr.plan import shapes_of
 from tl_neuron_attr.prompts import Prompt
+from tl_neuron_attr.readout import baseline_of_runs
 from tl_neuron_attr.scores import neuron_scores
+from tl_neuron_attr.topk import tangent_bounds
 
 TARGET = 7
 ALL = 10_000
@@ -440,13 +445,76 @@ def test_means_are_those_of_coefficients_at_all_positions(one):
         model(torch.tensor([TOKENS]))
 
 
-def test_a_run_whose_experts_are_edited_is_not_attributed_as_if_they_were_not(one):
-    model, whole = one.host.model, one
-    with (
-        intervened(model, zero(whole.ffn_neurons.neurons()[0])),
-        pytest.raises(IdentityError, match="a hook edits"),
-    ):
-        attribute(model, TOKENS, target=TARGET, top=3)
+@pytest.mark.changes("the weights")
+def test_a_run_whose_experts_are_edited_is_attributed_as_it_was_edited():
+    """At the read position and before it, values and what fed them: as with the weights edited."""
+    model = own_bridge_of("qwen2moe")
+    best = attribute(model, TOKENS, target=TARGET, top=3).ffn_neurons.neurons()[0]
+    with intervened(model, zero(best)):
+        hooked = attribute(model, TOKENS, target=TARGET, top=10)
+        fed = hooked.query_scores("attn")
+    with edit_weights(model, zero(best)):
+        written = attribute(model, TOKENS, target=TARGET, top=10)
+        wanted = written.query_scores("attn")
+    assert hooked.captured.mlp_post[best.layer, best.index] == 0, "where its row is zeroed it is on"
+    written.captured.mlp_post[best.layer, best.index] = 0
+    torch.testing.assert_close(hooked.captured.mlp_post, written.captured.mlp_post)
+    torch.testing.assert_close(hooked.ffn_neurons.score, written.ffn_neurons.score)
+    torch.testing.assert_close(fed.ffn_neurons, wanted.ffn_neurons, rtol=1e-4, atol=1e-6)
+
+
+def test_edits_of_experts_neurons_compose_like_others(one):
+    model, neuron = one.host.model, one.ffn_neurons.neurons()[0]
+
+    def log_prob(*edits):
+        with ExitStack() as stack, torch.no_grad():
+            for edit in edits:
+                stack.enter_context(intervened(model, edit))
+            return float(model(torch.tensor([TOKENS]))[0, -1].log_softmax(-1)[TARGET])
+
+    assert log_prob(zero(neuron), zero(neuron)) == pytest.approx(log_prob(zero(neuron)), abs=1e-6)
+    half, quarter = scale(neuron, 0.5), scale(neuron, 0.25)
+    assert log_prob(half, half) == pytest.approx(log_prob(quarter), abs=1e-6)
+    assert abs(log_prob(half) - log_prob(quarter)) > 1e-4
+
+
+def test_an_edit_elsewhere_is_seen_by_the_query_side(one):
+    model, neuron = one.host.model, FFNNeuron(0, one.ffn_neurons.neurons()[0].index)
+    with intervened(model, zero(neuron, position=2)):
+        found = attribute(model, TOKENS, target=TARGET, top=5)
+        scores = found.query_scores("attn")
+    torch.testing.assert_close(
+        scores.ffn_neurons.sum(-1), scores.ffn, rtol=1e-4, atol=1e-5, check_stride=False
+    )
+
+
+def test_random_controls_are_neurons_of_experts_that_ran(one):
+    generator = torch.Generator().manual_seed(0)
+    beside = random_neurons(one, one.ffn_neurons.first(6))
+    assert (beside.coefficient != 0).all()
+    chosen = torch.tensor(
+        [each.layer * one.host.d_mlp + each.index for each in one.ffn_neurons.neurons()[:6]]
+    )
+    keys = on_first(one, "ffn", torch.rand(one.host.n_layers, one.host.d_mlp, generator=generator))
+    drawn = random_beside(chosen, keys)
+    assert (one.captured.mlp_post.flatten()[drawn] != 0).all() and len(drawn) == 6
+
+
+def test_runs_that_were_decomposed_apart_are_bounded_by_all_their_experts(model):
+    runs = [attribute(model, tokens, target=TARGET, top=8) for tokens in (TOKENS, TOKENS[::-1])]
+    before = baseline_of_runs(
+        [run.out for run in runs],
+        [torch.stack([block.base for block in run.ffns]) for run in runs],
+        [0, 1],
+        [run.target for run in runs],
+    )
+    bounds = tangent_bounds([run.ffns for run in runs], runs[0].out, before)
+    for run, of_run in zip(runs, bounds, strict=True):
+        for block, bound in zip(run.ffns, of_run, strict=True):
+            exact = neuron_scores(block, run.out, run.target)
+            above, _ = bound.above()
+            on = block.all_coefficients() != 0
+            assert (above[on] >= exact[on]).all()
 
 
 # --- methods ----------------------------------------------------------------------------------

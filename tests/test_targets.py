@@ -10,7 +10,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of, count_forward_passes, hooked_of, needs_hooked_transformer
+from conftest import (
+    SHARED,
+    TOKENS,
+    bridge_of,
+    count_forward_passes,
+    hooked_of,
+    needs_hooked_transformer,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from test_intervals import index_of
@@ -27,6 +34,7 @@ from tl_neuron_attr import (
     attribute,
     attribute_all,
     capture,
+    check_model,
     compare,
     load_capture,
     load_model,
@@ -43,7 +51,7 @@ from tl_neuron_attr.cli import app
 from tl_neuron_attr.intervals import score_intervals, suppressing_neurons
 from tl_neuron_attr.report import redraw_report
 from tl_neuron_attr.scores import neuron_scores
-from tl_neuron_attr.targets import resolve_target
+from tl_neuron_attr.targets import answer_tokens, resolve_target
 from tl_neuron_attr.topk import score_bounds, top_neurons
 
 FRANCE = "The capital of France is"
@@ -52,6 +60,14 @@ FRANCE = "The capital of France is"
 @pytest.fixture(scope="module")
 def facts_model():
     return load_model("tiny-facts")
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    path = SHARED / "models" / "stories260K"
+    if not path.is_dir():
+        pytest.skip("no model with a SentencePiece tokenizer in ../shared/models/stories260K")
+    return load_model(path)
 
 
 @pytest.fixture(scope="module")
@@ -517,3 +533,54 @@ def test_a_run_says_which_prompts_its_tables_cannot_hold(facts_model, tmp_path):
         "a run's tables hold one token as target, not ·Rome or ·Paris; leave the others out, or "
         "attribute the prompt by itself"
     ]
+
+
+# --- what a distribution is called, and texts behind others -----------------------------------
+
+
+def test_the_prediction_of_another_run_is_called_so(facts_model):
+    clean = attribute(facts_model, "The capital of France is", target=Distribution(), top=2)
+    assert clean.target.distribution.is_own
+    other = attribute(
+        facts_model, "The capital of Italy is", target=clean.target.distribution, top=2
+    )
+    assert other.target.distribution.name == "the prediction of another run"
+    assert other.log_prob < clean.log_prob - 0.1
+
+
+def test_a_distribution_whose_probabilities_are_not_known_is_refused(facts_model):
+    with pytest.raises(InputError, match="the probabilities of mine are not known"):
+        attribute(facts_model, TOKENS, target=Distribution(name="mine"))
+
+
+def test_probabilities_may_be_of_numpy_and_nothing_else_passes_for_them(facts_model):
+    count = facts_model.cfg.d_vocab
+    probs = torch.full((count,), 1 / count, dtype=torch.float64)
+    wanted, found = (
+        attribute(facts_model, TOKENS, target=Distribution(each), top=2).log_prob
+        for each in (probs, probs.numpy())
+    )
+    assert found == wanted
+    with pytest.raises(InputError, match="probabilities are a tensor"):
+        attribute(facts_model, TOKENS, target=Distribution("flat"), top=2)
+
+
+def test_the_doctor_asks_about_one_token(facts_model):
+    for target in ({5, 6}, Distribution()):
+        with pytest.raises(InputError, match="the doctor asks about one token"):
+            check_model(facts_model, Prompt(tokens=TOKENS, target=target))
+
+
+@pytest.mark.parametrize("answer", [".", ", and", "\n", " time", " 😀", "was"])
+def test_a_text_behind_another_has_the_tokens_it_has_there(sentencepiece, answer):
+    """SentencePiece puts a space of its own in front of what it reads, but not behind a text."""
+    host = open_host(sentencepiece)
+    before = host.model.tokenizer("Once", add_special_tokens=False)["input_ids"]
+    whole = host.model.tokenizer(f"Once{answer}", add_special_tokens=False)["input_ids"]
+    if answer != "was":  # whose own spelling has a space, which is taken as meant
+        assert list(answer_tokens(host, answer)) == whole[len(before) :]
+
+
+def test_a_target_without_a_space_is_one_token_where_sentencepiece_adds_one(sentencepiece):
+    found = attribute(sentencepiece, "Once upon a time", target=".", top=2)
+    assert found.target.text == "."

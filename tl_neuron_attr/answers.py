@@ -7,6 +7,7 @@ prompt (teacher forcing): one forward pass, in which its tokens are read one aft
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -38,7 +39,7 @@ from tl_neuron_attr.tables import (
     token_columns,
     write_run,
 )
-from tl_neuron_attr.targets import answer_tokens, tokenize
+from tl_neuron_attr.targets import answer_tokens, answer_warnings, end_warnings, tokenize
 from tl_neuron_attr.topk import Kind, subvalues_of
 
 _TOKENS = 10
@@ -58,6 +59,10 @@ class AnswerAttribution:
     """One attribution for each token of the answer, read where the token comes next."""
     text: str | None
     """The answer as it was asked about; ``None`` where it was token ids."""
+    prompt_text: str | None
+    """The prompt, likewise."""
+    warnings: tuple[str, ...]
+    """What to bear in mind when reading the scores."""
     ffn: RankedSums = field(repr=False)
     """The best FFN neurons for the whole answer, with their certificate."""
     attn: RankedSums = field(repr=False)
@@ -73,11 +78,6 @@ class AnswerAttribution:
     def embedding_log_prob(self) -> float:
         """The same of what enters the first block."""
         return math.fsum(part.embedding_log_prob for part in self.parts)
-
-    @property
-    def warnings(self) -> tuple[str, ...]:
-        """What to bear in mind when reading the scores."""
-        return tuple(dict.fromkeys(each for part in self.parts for each in part.warnings))
 
     def tokens(self) -> pd.DataFrame:
         """The answer, token by token: ``number, position, id, token, log_prob, prob,
@@ -164,6 +164,7 @@ class AnswerAttribution:
         last = self.parts[-1]
         found = {
             **last.facts(),
+            "prompt": self.prompt_text,
             "read_pos": self.parts[0].captured.prompt.read_pos,
             "certificates": self.certificates(),
             "seconds": round(math.fsum(part.seconds for part in self.parts), 3),
@@ -320,7 +321,7 @@ _KINDS = ("attn", "ffn")
 def attribute_answer(
     model: Any,
     prompt: str | Iterable[SupportsIndex] | Tensor | Prompt,
-    answer: str | Sequence[SupportsIndex],
+    answer: str | Iterable[SupportsIndex],
     *,
     prepend_bos: bool | None = None,
     top: SupportsIndex = 300,
@@ -387,7 +388,20 @@ def attribute_answer(
             progress=bar.update,
         )
     text = answer if isinstance(answer, str) else None
-    return AnswerAttribution(parts=tuple(parts), text=text, ffn=ffn, attn=attn)
+    slips = end_warnings(before)
+    if text is not None:
+        slips += answer_warnings(host, text, parts[0].captured.log_prob_of)
+    for message in slips:
+        warnings.warn(message, stacklevel=2)
+    of_parts = (each for part in parts for each in part.warnings)
+    return AnswerAttribution(
+        parts=tuple(parts),
+        text=text,
+        prompt_text=before.text,
+        warnings=tuple(dict.fromkeys([*slips, *of_parts])),
+        ffn=ffn,
+        attn=attn,
+    )
 
 
 def _side(part: Attribution, blocks: Sequence[Any]) -> Side:

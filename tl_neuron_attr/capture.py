@@ -38,6 +38,8 @@ from tl_neuron_attr.host import (
 from tl_neuron_attr.pieces import blocks_of, times
 from tl_neuron_attr.prompts import Distribution, PaddingSide, Target, TokenizedPrompt
 
+_EDITED = "tl_neuron_attr.edited_coefficients"
+
 Hook = tuple[str, Callable[..., Any]]
 """The name of a hook, and what is called there with the activation and the hook point."""
 
@@ -343,15 +345,28 @@ def coefficient_hooks(
 
     def edit(written: Tensor, hook: Any) -> Tensor | None:
         read, routing = (seen.pop(name).flatten(0, -2) for name in _OF_EXPERTS)
-        read = read.to(torch.promote_types(read.dtype, torch.float32))
-        made = expert_coefficients(mixture, read, routing).unflatten(0, written.shape[:2])
+        made = _edited_coefficients(written)
+        if made is None:
+            read = read.to(torch.promote_types(read.dtype, torch.float32))
+            made = expert_coefficients(mixture, read, routing).unflatten(0, written.shape[:2])
         edited = use(made, hook)
         if edited is None:
             return None
-        return written + times(edited - made, mixture.down).to(written)
+        result = written + times(edited - made, mixture.down).to(written)
+        vars(result)[_EDITED] = edited  # for the hooks that come after
+        return result
 
     keeping = [(names[name], partial(keep, name=name)) for name in _OF_EXPERTS]
     return [*keeping, (names["mlp_out"], edit)]
+
+
+def _edited_coefficients(written: Tensor) -> Tensor | None:
+    """What an edit before made of the experts' coefficients, which it left on what the FFN wrote.
+
+    No activation of the model holds them. A hook of the caller's own in between makes a tensor
+    without them: then they are those of the run, as for every hook that edits what an FFN wrote.
+    """
+    return vars(written).get(_EDITED)
 
 
 def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
@@ -394,6 +409,9 @@ def capture_sources(
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
+        edited = _edited_coefficients(activation) if _kind(key) == "mlp_out" else None
+        if edited is not None:
+            seen[key.replace("mlp_out", "mlp_post")] = edited[0].detach()[rows]
         row, upto = _in_rows(key, activation, 1)[0].detach(), prompt.read_pos + 1
         if _kind(key) == "v":
             seen[key] = row[:upto].clone()
@@ -555,6 +573,10 @@ def _pass(
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
         seen[key] = _copies(key, _in_rows(key, activation, len(rows)), places, host.device)
+        edited = _edited_coefficients(activation) if _kind(key) == "mlp_out" else None
+        if edited is not None:
+            post = key.replace("mlp_out", "mlp_post")
+            seen[post] = _copies(post, edited, places, host.device)
 
     # last, so that what the others edit is seen as edited
     keeping = [(name, partial(keep, key=key)) for key, name in _wanted(host).items()]
@@ -827,7 +849,7 @@ def _captures(
     """What was kept of each prompt, layers stacked."""
     stacked = {key: torch.stack(kept) for key, kept in seen.items() if _kind(key) in _OF_EXPERTS}
     made = _with_coefficients(host, stacked)
-    seen = {**seen, **{key: list(of_each) for key, of_each in made.items()}}
+    seen = {**{key: list(of_each) for key, of_each in made.items()}, **seen}
     captures = []
     for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         tensors: dict[str, Any] = {
@@ -858,7 +880,7 @@ def _with_coefficients(host: Host, seen: dict[str, Tensor]) -> dict[str, Tensor]
     found = {key: kept for key, kept in seen.items() if _kind(key) not in _OF_EXPERTS}
     for layer in range(host.n_layers):
         mixture = host.mixture(layer)
-        if mixture is not None:
+        if mixture is not None and f"mlp_post.{layer}" not in found:
             read, routing = (seen[f"{kind}.{layer}"] for kind in _OF_EXPERTS)
             found[f"mlp_post.{layer}"] = expert_coefficients(mixture, read, routing)
     return found

@@ -59,6 +59,8 @@ _SHAPE = {
     "n_key_value_heads": "key-value heads",
     "d_head": "dimensions a head",
     "d_mlp": "FFN neurons a layer",
+    "n_experts": "experts a layer",
+    "d_expert": "neurons an expert",
     "d_model": "dimensions of the residual stream",
     "d_vocab": "tokens in the vocabulary",
 }

@@ -158,6 +158,10 @@ def random_neurons(
     for each in layer.unique().tolist():
         here = layer == each
         order = torch.randperm(n_neurons, generator=generator)
+        if result.host.n_experts and ranked.kind == "ffn":
+            # neurons of experts that did not run would be controls that do nothing
+            off = blocks[each].all_coefficients().cpu() == 0
+            order = order[off[order].sort(stable=True).indices]
         others = order[~torch.isin(order, number[here])]
         count = int(here.sum())
         if len(others) < count:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.host import make_exact
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 _MISSING = re.compile(r"^(\S+)\s*\|\s*MISSING", re.MULTILINE)
@@ -77,6 +78,8 @@ def load_model(
         raise InputError(f"cannot load the model {name!r}: {_lacking(missing)}")
     if model.tokenizer is not None and not _has_words(model.tokenizer):
         model.tokenizer = None  # made up by transformers: it would read every text as nothing
+    if dtype == torch.float64:
+        make_exact(model)
     return model.eval()
 
 

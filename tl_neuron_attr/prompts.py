@@ -9,8 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
 
 import torch
-from jaxtyping import Float
-from torch import Tensor
 
 from tl_neuron_attr.errors import InputError
 
@@ -31,7 +29,8 @@ class Distribution:
     at the read position of the run; ``probs`` are others, one for each token.
     """
 
-    probs: Float[Tensor, " d_vocab"] | None = None
+    probs: Any = None
+    """A tensor, or an array, of ``[d_vocab]``; once it was checked float64, where the model is."""
     name: str = ""
     """What it is called: the model's own, unless ``probs`` are given."""
 
@@ -88,7 +87,7 @@ class Prompt:
         if (self.text is None) == (self.tokens is None):
             raise InputError("a prompt needs either text or tokens, exactly one of them")
         if self.text is not None:
-            _check_text(self.text, "prompt")
+            check_text(self.text, "prompt")
         if self.tokens is not None:
             if isinstance(self.tokens, (str, bytes, dict)):
                 raise InputError(f"token ids must be integers, got {self.tokens!r}")
@@ -479,12 +478,12 @@ def fraction(value: Any, what: str) -> float:
 def _token(given: Any, what: str) -> str | int:
     """A token as text or as an id."""
     if isinstance(given, str):
-        _check_text(given, what)
+        check_text(given, what)
         return given
     return integer(given, "a token id")
 
 
-def _check_text(text: str, what: str) -> None:
+def check_text(text: str, what: str) -> None:
     if not text:
         raise InputError(f"the {what} is empty; give some text, or token ids")
     try:

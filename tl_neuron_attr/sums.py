@@ -16,6 +16,7 @@ from torch import Tensor
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition
 from tl_neuron_attr.differences import Side, scores_in
 from tl_neuron_attr.display import brief
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import at_least_one
 from tl_neuron_attr.scores import Progress
@@ -60,10 +61,16 @@ def top_sums(sides: Sequence[Side], top: int, *, progress: Progress | None = Non
     Exactly those that scoring every neuron in every run would list, with a certificate. Where no
     bound holds (a recomputed norm) every neuron is scored.
 
+    Raises:
+        InputError: If there is no run, or their neurons are not numbered alike: blocks of one kind
+            and size, in order of their layers (``with_positions`` makes attention as wide as that
+            of a longer prompt).
+
     Cost: for each run a pass over its weights for the bounds; then about one read-out per neuron
     listed and run, and more where runs disagree about what is best.
     """
     top = at_least_one(top, "top")
+    _check_alike(sides)
     blocks = sides[-1].blocks
     total = sum(block.n_neurons for block in blocks)
     of_sides = [tangent_bounds([side.blocks], side.out, side.before) for side in sides]
@@ -96,6 +103,18 @@ def top_sums(sides: Sequence[Side], top: int, *, progress: Progress | None = Non
         scores=scores,
         coefficients=coefficients.to(scores),
     )
+
+
+def _check_alike(sides: Sequence[Side]) -> None:
+    if not sides:
+        raise InputError("there is no run to sum over; give at least one")
+    numbered = [[(type(b), b.layer, b.n_neurons) for b in side.blocks] for side in sides]
+    layers = [block.layer for block in sides[0].blocks]
+    if any(each != numbered[0] for each in numbered) or layers != sorted(set(layers)):
+        raise InputError(
+            "the runs' neurons are not numbered alike: give blocks of one kind, the same layers in "
+            "order, and attention of as many source positions (with_positions adds what lacks)"
+        )
 
 
 def with_positions(block: AttnDecomposition, n_pos: int) -> AttnDecomposition:

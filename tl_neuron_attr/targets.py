@@ -4,7 +4,7 @@ Everything that can be wrong with a request in words is found here, before the m
 """
 
 import math
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, SupportsIndex
 
@@ -21,6 +21,7 @@ from tl_neuron_attr.prompts import (
     Target,
     TokenizedPrompt,
     as_answer,
+    check_text,
     integer,
     visible,
 )
@@ -134,14 +135,9 @@ def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> T
     _need_tokenizer(host, what)
     if not given:
         raise InputError(f"the {what} is empty; give a single-token {what} or a token id")
-    ids = _encode(host, given)
+    ids = _behind(host, given)
     if len(ids) == 1:
         return one_token(host, ids[0], what)
-    # SentencePiece adds a leading space of its own, so " Paris" encodes as two; what is meant
-    # is the one token that reads " Paris"
-    bare = _encode(host, given.strip(" ")) if given.startswith(" ") else []
-    if len(bare) == 1 and host.token_text(bare[0]) == given:
-        return Target(id=bare[0], text=given)
     pieces = ", ".join(repr(host.token_text(token)) for token in ids)
     hint = "".join(f" (did you mean {near!r}?)" for near in _one_token_near(host, given)[:1])
     raise InputError(
@@ -150,26 +146,29 @@ def one_token(host: Host, given: str | SupportsIndex, what: str = "target") -> T
     )
 
 
-def answer_tokens(host: Host, answer: str | Sequence[SupportsIndex]) -> tuple[int, ...]:
-    """The ids of a whole answer, given as text or as ids.
+def answer_tokens(host: Host, answer: str | Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """The ids of a whole answer, given as text or as ids in order.
 
     Raises:
-        InputError: If it is empty, an id is outside the vocabulary, or there is no tokenizer.
+        InputError: If it is neither, or empty, an id is outside the vocabulary, or there is no
+            tokenizer.
     """
     if not isinstance(answer, str):
+        unordered = isinstance(answer, (Set, Mapping, bytes))
+        if unordered or not isinstance(answer, Iterable):
+            raise InputError(
+                "an answer is one text, or its token ids in order (accepted answers, as a set, are "
+                f"a target of attribute); got {answer!r}"
+            )
         ids = tuple(one_token(host, each, "answer").id for each in answer)
         if not ids:
             raise InputError("the answer is empty; give some text, or token ids")
         return ids
+    check_text(answer, "answer")
     _need_tokenizer(host, "answer")
     if not answer:
         raise InputError("the answer is empty; give some text, or token ids")
-    ids = _encode(host, answer)
-    # SentencePiece adds a leading space of its own: what reads as the answer does is meant
-    bare = _encode(host, answer[1:]) if answer.startswith(" ") else []
-    if "".join(map(host.token_text, bare)) == answer != "".join(map(host.token_text, ids)):
-        ids = bare
-    return tuple(ids)
+    return tuple(_behind(host, answer))
 
 
 def of_distribution(host: Host, wanted: Distribution) -> Target:
@@ -178,16 +177,8 @@ def of_distribution(host: Host, wanted: Distribution) -> Target:
     return Target(id=token, text=host.token_text(token), distribution=wanted)
 
 
-def space_warnings(
-    host: Host, prompt: TokenizedPrompt, log_prob_of: Callable[[int], float]
-) -> tuple[str, ...]:
-    """Slips with spaces that a run shows: did you mean ' Paris'?
-
-    A target that is much likelier with, or without, a space in front; a prompt that ends with a
-    space of its own, after which no answer can begin with one. Nothing is changed. ``log_prob_of``
-    tells what the run makes of a token, in nats.
-    """
-    found = []
+def end_warnings(prompt: TokenizedPrompt) -> tuple[str, ...]:
+    """What is to say of a prompt that ends with a space: after it no answer can begin with one."""
     last = len(prompt.tokens) - 1
     if (
         prompt.text is not None
@@ -195,11 +186,44 @@ def space_warnings(
         and prompt.read_pos == last
         and not prompt.token_texts[last].strip(" ")
     ):
-        found.append(
+        return (
             f"the prompt ends with a space, a token of its own ({last}:"
             f"{visible(prompt.token_texts[last])}); answers bring theirs: did you mean "
-            f"{prompt.text.rstrip(' ')[-30:]!r}?"
+            f"{prompt.text.rstrip(' ')[-30:]!r}?",
         )
+    return ()
+
+
+def answer_warnings(
+    host: Host, answer: str, log_prob_of: Callable[[int], float]
+) -> tuple[str, ...]:
+    """What is to say of an answer that would begin much likelier with, or without, a space.
+
+    ``log_prob_of`` tells what the run makes of a token behind the prompt, in nats.
+    """
+    other = answer[1:] if answer.startswith(" ") else f" {answer}"
+    if not other.strip(" "):
+        return ()
+    (first, *_), (instead, *_) = answer_tokens(host, answer), answer_tokens(host, other)
+    own, others = math.exp(log_prob_of(first)), math.exp(log_prob_of(instead))
+    if first == instead or others <= max(_LIKELY, _MUCH_LIKELIER * own):
+        return ()
+    return (
+        f"the answer begins with {host.token_text(first)!r}, of a probability of {own:.2g} here, "
+        f"where {host.token_text(instead)!r} has {others:.2g}: did you mean {other!r}?",
+    )
+
+
+def space_warnings(
+    host: Host, prompt: TokenizedPrompt, log_prob_of: Callable[[int], float]
+) -> tuple[str, ...]:
+    """Slips with spaces that a run shows: did you mean ' Paris'?
+
+    A target that is much likelier with, or without, a space in front; a prompt that ends with a
+    space of its own. Nothing is changed. ``log_prob_of`` tells what the run makes of a token, in
+    nats.
+    """
+    found = [*end_warnings(prompt)]
     target = prompt.target
     if target is None or target.distribution is not None:
         return tuple(found)
@@ -240,9 +264,18 @@ def _distribution(host: Host, given: Distribution) -> Target:
             "a whole distribution cannot be explained where logits pass through a soft cap "
             "(Gemma 2): its expected logit is not affine there; give a token as target"
         )
-    if given.probs is None:  # the model's own, known after the run
-        return Target(id=-1, distribution=given)
-    probs = given.probs.detach().to(host.device, torch.float64)
+    if given.probs is None:
+        if not given.is_own:
+            raise InputError(
+                f"the probabilities of {given.name} are not known here; give Distribution(probs)"
+            )
+        return Target(id=-1, distribution=given)  # known after the run
+    try:
+        probs = torch.as_tensor(given.probs).detach().to(host.device, torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(
+            f"a distribution's probabilities are a tensor, one for each token; got {given.probs!r}"
+        ) from error
     if probs.shape != (host.d_vocab,):
         raise InputError(
             f"a distribution has a probability for each of the model's {host.d_vocab} tokens; got "
@@ -254,7 +287,9 @@ def _distribution(host: Host, given: Distribution) -> Target:
             "a distribution's probabilities must be finite, 0 or more, and sum to 1; these "
             f"sum to {total:.6g} and the least is {float(probs.min()):.6g}"
         )
-    return of_distribution(host, Distribution(probs / total, given.name))
+    # a run's own prediction, asked about in another, is not that one's own
+    name = "the prediction of another run" if given.is_own else given.name
+    return of_distribution(host, Distribution(probs / total, name))
 
 
 # --- spaces -----------------------------------------------------------------------------------
@@ -281,6 +316,18 @@ def _other_spacing(host: Host, token: Target) -> Target | None:
     if len(ids) != 1 or ids[0] == token.id or host.token_text(ids[0]) != text:
         return None
     return Target(id=ids[0], text=text)
+
+
+def _behind(host: Host, text: str) -> list[int]:
+    """The tokens of a text that follows others, as it is written.
+
+    SentencePiece puts a space of its own in front of what it reads; behind another text it does
+    not.
+    """
+    ids, before, whole = (_encode(host, each) for each in (text, "\n", f"\n{text}"))
+    rest = whole[len(before) :] if whole[: len(before)] == before else []
+    added = bool(ids) and not host.token_text(ids[0]).strip(" ") and ids[1:] == rest
+    return rest if added and rest else ids
 
 
 def _encode(host: Host, text: str) -> list[int]:

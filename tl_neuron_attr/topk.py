@@ -33,6 +33,7 @@ from tl_neuron_attr.display import Grid, box, brief, grid, line
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, Kind
 from tl_neuron_attr.norms import row_norms
+from tl_neuron_attr.pieces import Matrix, Pieces
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import ReadOut
@@ -382,7 +383,7 @@ def tangent_bounds(
         gradients = tangent.gradient[layer::n_layers]
         outlets = [run[layer].outlet for run in runs]
         gradients = torch.stack([go(g) for go, g in zip(outlets, gradients, strict=True)])
-        products = slopes(block.rows(), gradients)
+        products = slopes(_rows_of_all([run[layer] for run in runs]), gradients)
         known = None if out.norms is None else out.norms.of_rows(block.rows())
         if known is None or tangent.bend is not None:  # of a bend they are no mere allowance
             known = row_norms(block.rows(), block.outlet.gain).to(block.base.device)
@@ -408,6 +409,15 @@ def tangent_bounds(
             ]
         )
     return [list(run) for run in zip(*columns, strict=True)]
+
+
+def _rows_of_all(blocks: Sequence[Decomposition]) -> Matrix:
+    """The rows of one layer, experts that are off in every run left out."""
+    rows = blocks[0].rows()
+    used = [own.of_use for own in (block.rows() for block in blocks) if isinstance(own, Pieces)]
+    if not isinstance(rows, Pieces) or None in used:
+        return rows if not isinstance(rows, Pieces) else replace(rows, of_use=None)
+    return rows.using(frozenset().union(*(each for each in used if each is not None)))
 
 
 def _of_answers(

@@ -14,9 +14,10 @@ from tl_neuron_attr.capture import Capture
 from tl_neuron_attr.cards.card import CARRIED_COLUMNS, DOWNSTREAM_COLUMNS
 from tl_neuron_attr.cards.looked_at import LookedAt, plain, read_by, stream
 from tl_neuron_attr.decompose import outlet, slopes
+from tl_neuron_attr.experts import experts_on
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.neurons import AttnNeuron, Head
-from tl_neuron_attr.pieces import Matrix
+from tl_neuron_attr.pieces import Matrix, Pieces
 from tl_neuron_attr.projection import project
 from tl_neuron_attr.reading import through_norm
 from tl_neuron_attr.topk import Kind, largest
@@ -80,7 +81,10 @@ def _reaches(host: Host, one: LookedAt) -> Iterator[_Reach]:
             yield _reach(host, one, "attn", layer, "v", norm, x, rows, bias)
         if layer > own or after_own:
             norm, x = host.ffn_norm(layer), stream(captured, "ffn")[layer]
+            mixture = host.mixture(layer)
             for name, (rows, bias) in host.ffn_inputs(layer).items():
+                if mixture is not None and isinstance(rows, Pieces):  # others do not run
+                    rows = rows.using(experts_on(mixture, captured.mlp_post[layer][None]))
                 yield _reach(host, one, "ffn", layer, name, norm, x, rows, bias)
 
 

@@ -13,6 +13,7 @@ from tl_neuron_attr.attribute import attribute
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import Capture, capture
 from tl_neuron_attr.display import brief
+from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, make_exact, open_host
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.prompts import Prompt, TokenizedPrompt
@@ -70,6 +71,11 @@ def examine(model: Any, prompt: Prompt | None = None, copy_limit: int = COPY_LIM
     """
     host = open_host(model)
     asked = tokenize(host, default_prompt(host) if prompt is None else prompt)
+    if asked.target is not None and (not asked.target.is_token or asked.target.against):
+        raise InputError(
+            "the doctor asks about one token: give a Prompt whose target is a token or an id, or "
+            "none, for the model's own prediction"
+        )
     own = _subject(host, asked)
     double, why = _in_double(own, copy_limit)
     return Examined(own=own, double=double, why_no_double=why)

@@ -18,6 +18,7 @@ from tl_neuron_attr.evaluate.rankings import (
     check_scores,
     contribution_norms,
     norm_matched,
+    on_first,
     random_beside,
     random_keys,
 )
@@ -221,6 +222,7 @@ def _controls(case: Case, kinds: Sequence[Kind], seed: int) -> dict[Kind, dict[s
         norms = contribution_norms(case.result, kind).cpu()
         shape = (norms.shape[0], norms.shape[1])
         keys = random_keys(shape, seed, case.result.captured.prompt.prompt_id, kind)
+        keys = on_first(case.result, kind, keys)
         made[kind] = {
             RANDOM: lambda chosen, keys=keys: random_beside(chosen, keys),
             NORM_MATCHED: lambda chosen, norms=norms: norm_matched(chosen, norms),

@@ -59,17 +59,29 @@ def contribution_norms(result: Attribution, kind: Kind) -> Float[Tensor, "layer 
     return torch.stack([block.all_coefficients().abs() * block.norms() for block in blocks])
 
 
+def on_first(
+    result: Attribution, kind: Kind, keys: Float[Tensor, "layer place"]
+) -> Float[Tensor, "layer place"]:
+    """Random keys below 1, raised by 1 for neurons of experts that the position was not given.
+
+    Most neurons of a mixture are those, and drawn as controls they would do nothing.
+    """
+    if kind == "attn" or not result.host.n_experts:
+        return keys
+    return keys + (contribution_norms(result, kind).to(keys.device) == 0)
+
+
 def random_beside(
     chosen: Int[Tensor, " chosen"], keys: Float[Tensor, "layer place"]
 ) -> Int[Tensor, " drawn"]:
     """Numbers of as many other neurons of each layer as were chosen there: those of lowest key.
 
-    With ``keys`` at random, below 1, that is a draw without replacement. Where more than half of a
+    With ``keys`` at random, that is a draw without replacement. Where more than half of a
     layer was chosen, all others of it.
     """
     taken = _mask(chosen, keys)
     wanted = taken.sum(1, keepdim=True)
-    order = keys.cpu().masked_fill(taken, 2.0).argsort(dim=1, stable=True)
+    order = keys.cpu().masked_fill(taken, torch.inf).argsort(dim=1, stable=True)
     place = torch.arange(keys.shape[1]).expand_as(order)
     first = torch.zeros_like(taken).scatter(1, order, place < wanted)
     return (first & ~taken).flatten().nonzero()[:, 0]

@@ -24,7 +24,7 @@ from tl_neuron_attr.evaluate.effects import (
     effects,
     ranked,
 )
-from tl_neuron_attr.evaluate.rankings import random_beside, random_keys
+from tl_neuron_attr.evaluate.rankings import on_first, random_beside, random_keys
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.methods import METHODS, Case, neuron_shape
 from tl_neuron_attr.methods.gradients import check_differentiable
@@ -212,7 +212,8 @@ def _beside_random(
         n_layers, *rest = neuron_shape(host, kind)
         # value neurons' controls are those that ``evaluate`` draws
         names = (prompt_id, kind) if role == VALUE else (prompt_id, role, kind)
-        drawn[kind] = random_beside(numbers, random_keys((n_layers, math.prod(rest)), seed, *names))
+        keys = random_keys((n_layers, math.prod(rest)), seed, *names)
+        drawn[kind] = random_beside(numbers, on_first(case.result, kind, keys))
     return [
         (role, Condition(method=name, kind=which, top=count, neurons=neurons))
         for name, neurons in ((TOP, chosen), (RANDOM, drawn))
