@@ -512,7 +512,7 @@ def test_a_damaged_capture_is_refused(tiny_gpt2, tmp_path):
     with pytest.raises(InputError, match="cannot read"):
         load_capture(tmp_path)
     facts.write_text(json.dumps({**json.loads(text), "format": 99}))
-    with pytest.raises(InputError, match="not a capture of format 1"):
+    with pytest.raises(InputError, match="not a capture of format 2"):
         load_capture(tmp_path)
     facts.write_text(json.dumps({**json.loads(text), "prompt": {"tokens": 3}}))
     with pytest.raises(InputError, match="cannot read"):

@@ -548,6 +548,15 @@ def test_the_prediction_of_another_run_is_called_so(facts_model):
     assert other.log_prob < clean.log_prob - 0.1
 
 
+def test_a_capture_that_an_earlier_release_would_misread_is_of_a_later_format(
+    facts_model, tmp_path
+):
+    for target, version in ((5, 1), ({5, 6}, 2), (Distribution(), 2)):
+        found = attribute(facts_model, TOKENS, target=target, top=2)
+        save_capture(found.captured, tmp_path)
+        assert json.loads((tmp_path / "capture.json").read_text())["format"] == version
+
+
 def test_a_distribution_whose_probabilities_are_not_known_is_refused(facts_model):
     with pytest.raises(InputError, match="the probabilities of mine are not known"):
         attribute(facts_model, TOKENS, target=Distribution(name="mine"))

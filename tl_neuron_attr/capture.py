@@ -43,7 +43,7 @@ _EDITED = "tl_neuron_attr.edited_coefficients"
 Hook = tuple[str, Callable[..., Any]]
 """The name of a hook, and what is called there with the activation and the hook point."""
 
-CAPTURE_FORMAT = 1
+CAPTURE_FORMAT = 2
 """Version of the two files ``save_capture`` writes."""
 
 
@@ -954,7 +954,7 @@ def save_capture(captured: Capture, directory: str | Path) -> None:
             tensors[_WANTED] = asked.distribution.probs.contiguous()
     data = safetensors.torch.save(tensors)
     facts = {
-        "format": CAPTURE_FORMAT,
+        "format": 1 if asked is None or not (asked.also or asked.distribution) else CAPTURE_FORMAT,
         "model_name": captured.model_name,
         "prompt": {**asdict(replace(captured.prompt, target=None)), "target": target},
         "tensors_sha256": hashlib.sha256(data).hexdigest(),
@@ -981,10 +981,10 @@ def load_capture(directory: str | Path) -> Capture:
         data = (folder / "capture.safetensors").read_bytes()
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"cannot read a capture from {str(folder)!r}: {error}") from error
-    if not isinstance(facts, dict) or facts.get("format") != CAPTURE_FORMAT:
+    if not isinstance(facts, dict) or facts.get("format") not in (1, CAPTURE_FORMAT):
         raise InputError(
-            f"{str(folder / 'capture.json')!r} is not a capture of format {CAPTURE_FORMAT}; "
-            "capture the prompt again"
+            f"{str(folder / 'capture.json')!r} is not a capture of format {CAPTURE_FORMAT} or an "
+            "earlier one; capture the prompt again"
         )
     if hashlib.sha256(data).hexdigest() != facts.get("tensors_sha256"):
         raise InputError(
