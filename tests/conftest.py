@@ -45,7 +45,7 @@ torch.set_num_threads(1)
 # machine is busy is no fault of a test's.
 _PATIENT = dict(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("ci", max_examples=50, derandomize=True, **_PATIENT)
-settings.register_profile("nightly", max_examples=1000, **_PATIENT)
+settings.register_profile("nightly", max_examples=1000, derandomize=False, **_PATIENT)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 SHARED = Path(__file__).parents[2] / "shared"

@@ -119,8 +119,9 @@ class Definition:
             )
         with torch.no_grad():
             self.log_probs = self.hf(torch.tensor([TOKENS])).logits[0, -1].log_softmax(-1)
-        first = lambda each: each[0] if isinstance(each, tuple) else each  # noqa: E731
-        self.seen = {key: first(each)[0].double() for key, each in seen.items()}
+        # some FFNs give their router's logits besides
+        outputs = {key: each if isinstance(each, tuple) else (each,) for key, each in seen.items()}
+        self.seen = {key: first[0].double() for key, (first, *_) in outputs.items()}
 
     def routed(self, layer, position):
         """Expert -> its weight at a position, by the definition of each family."""
