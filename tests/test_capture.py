@@ -373,7 +373,7 @@ def test_an_unfit_cache_of_a_hooked_transformers_batch_is_refused_too():
 
 @needs_hooked_transformer
 def test_pad_tokens_inside_a_prompt_count_as_tokens():
-    model = hooked_of("gpt2")
+    model = own_hooked_of("gpt2")
     host = open_host(model)
     prompts = asked_of(host, [((0, 0, 5), -1), ((3, 0, 7, 7, 9), -1)])
     wanted = [capture(host, prompt) for prompt in prompts]

@@ -11,10 +11,10 @@ from accelerate import cpu_offload, dispatch_model
 from conftest import (
     FAMILIES,
     HookedTransformer,
-    hooked_of,
     hugging_face_model,
     leaving_the_random_state,
     needs_hooked_transformer,
+    own_hooked_of,
 )
 from fake_devices import fake_devices, put
 from safetensors.torch import load_file
@@ -247,7 +247,7 @@ def _device_map(hf, places):
 
 def hooked(family, places=None):
     """A HookedTransformer, its parts where its forward pass takes them to be."""
-    model = hooked_of(family)
+    model = own_hooked_of(family)
     if places is not None:
         put(model, "cuda:0")
         for layer, device in enumerate(places["layers"]):
