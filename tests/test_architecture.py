@@ -28,6 +28,8 @@ ORDER = (
     "ids",
     "models",
     "norms",
+    "captured",
+    "forward",
     "capture",
     "baselines",
     "rivals",
@@ -179,7 +181,7 @@ def test_hook_names_and_the_softmax_have_one_home():
             # experts has that of a router over its experts; rivals, over a few bins, and baselines,
             # over accepted answers, have those of what a read-out gave
             of_few = ("experts", "rivals", "baselines")
-            if name not in ("readout", "capture", "identities", *of_few):
+            if name not in ("readout", "captured", "identities", *of_few):
                 assert "softmax(" not in text and "logsumexp(" not in text, path.name
 
 

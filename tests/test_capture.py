@@ -29,7 +29,8 @@ from tl_neuron_attr import (
     save_capture,
     tokenize,
 )
-from tl_neuron_attr.capture import _TENSORS, capture_all
+from tl_neuron_attr.capture import capture_all
+from tl_neuron_attr.captured import TENSORS
 from tl_neuron_attr.prompts import Prompt
 
 # Lengths, read positions, repeated tokens and a first token of 0, as no two rows should agree.
@@ -90,7 +91,7 @@ def captured_of(model, **prompt):
 
 
 def assert_same_capture(found, wanted, tolerance=0.0):
-    for name in _TENSORS:
+    for name in TENSORS:
         ours, theirs = getattr(found, name), getattr(wanted, name)
         assert (ours is None) == (theirs is None)
         if ours is not None:
@@ -103,7 +104,7 @@ def assert_same_captures(found, wanted, tolerance=1e-5):
     """The same to rounding: ``tolerance`` is relative to the largest number of each tensor."""
     assert [captured.prompt for captured in found] == [captured.prompt for captured in wanted]
     for ours, theirs in zip(found, wanted, strict=True):
-        for name in _TENSORS:
+        for name in TENSORS:
             value = getattr(theirs, name)
             assert (value is None) == (getattr(ours, name) is None)
             if value is not None:

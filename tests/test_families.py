@@ -39,7 +39,8 @@ from tl_neuron_attr import (
     tokenize,
     zero,
 )
-from tl_neuron_attr.capture import capture_all, load_capture, save_capture
+from tl_neuron_attr.capture import capture_all
+from tl_neuron_attr.captured import load_capture, save_capture
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Prompt

@@ -35,7 +35,7 @@ from tl_neuron_attr import (
     tokenize,
     top_neurons,
 )
-from tl_neuron_attr.capture import _TENSORS
+from tl_neuron_attr.captured import TENSORS
 from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.tables import write_run
 from tl_neuron_attr.topk import score_bounds
@@ -242,7 +242,7 @@ def test_neither_other_prompts_nor_the_side_of_padding_change_a_run(model, asked
     together = capture_all(host, prompts, padding_side=side)
     for prompt, found in zip(prompts, together, strict=True):
         alone = capture(host, prompt)
-        for name in _TENSORS:
+        for name in TENSORS:
             if getattr(alone, name) is not None:
                 close(getattr(found, name), getattr(alone, name), 1e-5)
 
@@ -260,7 +260,7 @@ def test_a_capture_is_read_back_to_the_bit(model, question, name):
         save_capture(captured, directory)
         loaded = load_capture(directory)
     assert loaded.prompt == captured.prompt and loaded.model_name == captured.model_name
-    for field in _TENSORS:
+    for field in TENSORS:
         ours, theirs = getattr(captured, field), getattr(loaded, field)
         assert (ours is None) == (theirs is None), field
         assert ours is None or (ours.dtype == theirs.dtype and torch.equal(ours, theirs)), field

@@ -8,15 +8,8 @@ from tl_neuron_attr.across import layers_by_type, overlap_table
 from tl_neuron_attr.answers import AnswerAttribution, attribute_answer
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import (
-    Capture,
-    Sources,
-    capture,
-    capture_all,
-    capture_sources,
-    load_capture,
-    save_capture,
-)
+from tl_neuron_attr.capture import capture, capture_all, capture_sources
+from tl_neuron_attr.captured import Capture, Sources, load_capture, save_capture
 from tl_neuron_attr.cards import NeuronCard, neuron_card
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.compare import Comparison, OtherRun, compare

@@ -22,7 +22,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tl_neuron_attr.attribution import Attribution, progress_bar
-from tl_neuron_attr.capture import Capture, capture_all, check_fits
+from tl_neuron_attr.capture import capture_all, check_fits
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, has_hooks, open_host

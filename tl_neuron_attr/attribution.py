@@ -16,7 +16,8 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from tl_neuron_attr.capture import Capture, Sources, capture_sources
+from tl_neuron_attr.capture import capture_sources
+from tl_neuron_attr.captured import Capture, Sources
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
 from tl_neuron_attr.errors import InputError, NeuronAttrError

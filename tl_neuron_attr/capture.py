@@ -1,144 +1,43 @@
 """What happened: the forward pass of a prompt, or of several, kept as tensors and plain facts."""
 
-import hashlib
-import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import safetensors
-import safetensors.torch
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.display import brief
+from tl_neuron_attr.captured import (
+    LAYERED,
+    SOURCED,
+    Capture,
+    Sources,
+    prompt_name,
+    refuse_non_finite,
+)
 from tl_neuron_attr.errors import InputError, NonFiniteError
 from tl_neuron_attr.experts import coefficients as expert_coefficients
-from tl_neuron_attr.files import check_writable, write_files
+from tl_neuron_attr.forward import (
+    OF_EXPERTS,
+    Hook,
+    edited_coefficients,
+    forward,
+    scoring_copy,
+    start_of,
+)
 from tl_neuron_attr.host import (
-    ROUTER_HOOKS,
     Host,
     batch_regime,
-    block_outputs,
     cache_is_of,
-    check_left_padding,
-    coefficient_name,
     final_logits,
     final_resid_name,
-    has_hooks,
     hook_names,
-    last_ffn_input_name,
     pre_activation_names,
-    starting_at,
-    unembedding_input_name,
 )
-from tl_neuron_attr.pieces import blocks_of, times
-from tl_neuron_attr.prompts import Distribution, PaddingSide, Target, TokenizedPrompt
-
-_EDITED = "tl_neuron_attr.edited_coefficients"
-
-Hook = tuple[str, Callable[..., Any]]
-"""The name of a hook, and what is called there with the activation and the hook point."""
-
-CAPTURE_FORMAT = 2
-"""Version of the two files ``save_capture`` writes."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Capture:
-    """One prompt's forward pass, read at one position (``prompt.read_pos``).
-
-    Holds tensors and plain facts, no model, so it can be saved, moved and compared. ``pos`` counts
-    the source positions up to and including the read position. Activations are float32 (float64
-    if the model computes in it), whatever the dtype of the weights.
-    """
-
-    prompt: TokenizedPrompt
-    model_name: str
-    resid_pre: Float[Tensor, "layer d_model"]
-    """Residual stream entering each block."""
-    resid_mid: Float[Tensor, "layer d_model"] | None
-    """Residual stream between attention and FFN; ``None`` in parallel blocks, which have none."""
-    resid_final: Float[Tensor, " d_model"]
-    """Residual stream after the last block."""
-    attn_out: Float[Tensor, "layer d_model"]
-    mlp_out: Float[Tensor, "layer d_model"]
-    mlp_post: Float[Tensor, "layer d_mlp"]
-    """Coefficients of the FFN neurons: ``act(pre)``, in a gated FFN ``act(gate) * up``.
-
-    In a mixture of experts that times the router's weight: 0 where an expert was not chosen."""
-    pattern: Float[Tensor, "layer head pos"]
-    """Attention paid by the read position to each source position."""
-    v: Float[Tensor, "layer pos key_value_head d_head"]
-    """Value vectors, value bias included; query heads share them in groups."""
-    z: Float[Tensor, "layer head d_head"]
-    """What each head gathered at the read position: the sum of ``pattern * v`` over sources."""
-    attn_post_scale: Float[Tensor, "layer 1"] | None = None
-    """Divisor of the norm on what attention writes; ``None`` where there is no such norm."""
-    ffn_post_scale: Float[Tensor, "layer 1"] | None = None
-    """Likewise of the FFN. ``attn_out`` and ``mlp_out`` are what comes out of these norms."""
-    logits: Float[Tensor, " d_vocab"]
-    """The model's own logits at the read position."""
-
-    __repr__ = brief
-
-    def to(self, where: torch.dtype | torch.device) -> "Capture":
-        """The same capture with its activations in a dtype (to score in float64), or elsewhere."""
-        tensors = {name: getattr(self, name) for name in _TENSORS}
-        return replace(self, **{name: t.to(where) for name, t in tensors.items() if t is not None})
-
-    def top_predictions(self, k: int = 5) -> list[tuple[int, float]]:
-        """The model's ``k`` likeliest next tokens as (id, log-probability in nats)."""
-        log_probs, ids = self.logits.log_softmax(-1).topk(min(k, self.logits.shape[0]))
-        return list(zip(ids.tolist(), log_probs.tolist(), strict=True))
-
-    def probs(self) -> Float[Tensor, " d_vocab"]:
-        """The model's own prediction of every token, in float64."""
-        return self.logits.double().softmax(-1)
-
-    def log_prob_of(self, token: int) -> float:
-        """The model's own log-probability of a token, in nats."""
-        return float(self.logits.log_softmax(-1)[token])
-
-
-_POST_SCALES = ("attn_post_scale", "ffn_post_scale")
-_LAYERED = (
-    *("resid_pre", "resid_mid", "attn_out", "mlp_out", "mlp_post", "pattern", "v", "z"),
-    *_POST_SCALES,
-)
-_TENSORS = (*_LAYERED, "resid_final", "logits")
-_WANTED = "wanted"  # the probabilities of a distribution asked about, in a file
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sources:
-    """What happened at other positions of a captured run: those that attention neurons read from.
-
-    A value neuron of attention forms its coefficient at its source position, out of what earlier
-    components wrote there. In the dtype of the ``Capture``, which holds ``v`` of all positions.
-    """
-
-    positions: Int[Tensor, " source"]
-    resid_pre: Float[Tensor, "layer source d_model"]
-    """Residual stream entering each block."""
-    attn_out: Float[Tensor, "layer source d_model"]
-    mlp_out: Float[Tensor, "layer source d_model"]
-    mlp_post: Float[Tensor, "layer source d_mlp"]
-    """Coefficients of the FFN neurons there."""
-    pattern: Float[Tensor, "layer head source pos"]
-    """Attention these positions pay to each position up to the read position."""
-    attn_post_scale: Float[Tensor, "layer source 1"] | None = None
-    """Divisor of the norm on what attention writes there; ``None`` where there is none."""
-    ffn_post_scale: Float[Tensor, "layer source 1"] | None = None
-
-    __repr__ = brief
-
-
-_SOURCED = ("resid_pre", "attn_out", "mlp_out", "mlp_post", "pattern", *_POST_SCALES)
-_OF_EXPERTS = tuple(ROUTER_HOOKS)  # what ``mlp_post`` of a mixture of experts is made of
+from tl_neuron_attr.pieces import blocks_of
+from tl_neuron_attr.prompts import PaddingSide, TokenizedPrompt
 
 # Largest difference to the value vectors captured before, relative to the largest, by the dtype of
 # the model: a prompt alone and in a batch differ by rounding.
@@ -199,7 +98,7 @@ def capture_all(
         raise InputError(f"padding_side must be 'right' or 'left'; got {padding_side!r}")
     if cache is not None:
         captures = _read_cache(host, prompts, cache, padding_side)
-        _refuse_non_finite(captures)
+        refuse_non_finite(captures)
         return captures
     distinct: dict[tuple[int, int], dict[Any, TokenizedPrompt]] = {}
     for prompt in prompts:
@@ -210,7 +109,7 @@ def capture_all(
         for group in distinct.values()
         for key, captured in zip(group, _run(host, [*group.values()], padding_side), strict=True)
     }
-    _refuse_non_finite(ran.values())
+    refuse_non_finite(ran.values())
     return [replace(ran[prompt.tokens, prompt.read_pos], prompt=prompt) for prompt in prompts]
 
 
@@ -231,142 +130,8 @@ def capture_rows(
     rows = [prompt.tokens for prompt in prompts]
     places = [_Place(row, 0, prompt.read_pos) for row, prompt in enumerate(prompts)]
     captures = _pass(host, rows, prompts, places, "right", hooks)
-    _refuse_non_finite(captures)
+    refuse_non_finite(captures)
     return captures
-
-
-def run_rows(host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]) -> None:
-    """One forward pass for what ``hooks`` see in it: row i is prompt i, padded on the right.
-
-    Nothing is kept and nothing unembedded. The prompts must be of one ``batch_regime``.
-    """
-    _forward(host, [prompt.tokens for prompt in prompts], hooks, [[]] * len(prompts))
-
-
-def capture_blocks(host: Host, prompt: TokenizedPrompt) -> list[Any]:
-    """What each block returned in a run of ``prompt``, for ``final_residuals`` to start from.
-
-    Cost: one forward pass; a residual vector for each layer and position.
-    """
-    with block_outputs(host) as outputs:
-        _forward(host, [prompt.tokens], _last_ffn_hooks(host, [prompt]), [[]])
-    return [*outputs]
-
-
-def final_residuals(
-    host: Host,
-    prompts: Sequence[TokenizedPrompt],
-    hooks: Sequence[Hook] = (),
-    *,
-    start: tuple[int, Sequence[Any]] | None = None,
-    differentiable: bool = False,
-) -> Float[Tensor, "row d_model"]:
-    """The residual stream after the last block, at each prompt's read position; rows as above.
-
-    ``start`` is a layer and the outputs of ``capture_blocks``: all rows are then runs of that
-    prompt, and what comes before the layer is taken from there. ``differentiable`` keeps the graph
-    that leads from what hooks put in to the result; hooks then see every layer at all positions.
-
-    Raises:
-        NonFiniteError: If one is NaN or infinite.
-
-    Cost: one forward pass of that many rows, from that layer on, without the unembedding, and
-    without the last FFN's other positions (with the caller's own hooks on the model, with both).
-    """
-    seen: list[Tensor] = []
-    rows = torch.arange(len(prompts))
-    reads = torch.tensor([prompt.read_pos for prompt in prompts])
-
-    def keep(activation: Tensor, hook: Any) -> None:
-        resid = activation[rows, reads]
-        wide = torch.promote_types(resid.dtype, torch.float32)
-        seen.append(
-            resid.to(host.device, wide) if differentiable else _scoring_copy(resid, host.device)
-        )
-
-    sparing = [] if differentiable else _last_ffn_hooks(host, prompts)
-    every = [*hooks, *sparing, (final_resid_name(host), keep)]
-    layer, outputs = (0, []) if start is None else start
-    tokens = [prompt.tokens for prompt in prompts]
-    with starting_at(host, layer, outputs, len(prompts)):
-        _forward(host, tokens, every, [[]] * len(prompts), differentiable=differentiable)
-    finite = seen[0].detach().isfinite().all(-1)
-    if not finite.all():
-        first = prompts[int(finite.int().argmin())]
-        raise NonFiniteError(
-            f"the model's activations are not finite: in {_name(first)}, edited, what comes out of "
-            "the last block holds NaN or infinity"
-        )
-    return seen[0]
-
-
-def coefficients_everywhere(
-    host: Host, prompt: TokenizedPrompt, kind: Literal["ffn", "attn"]
-) -> Float[Tensor, "layer pos neuron"]:
-    """The coefficient of every neuron at every position: of attention neurons, ``z``.
-
-    Attention neurons are numbered by head, then index. Cost: one forward pass.
-    """
-    seen: dict[int, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, *, layer: int) -> None:
-        seen[layer] = _scoring_copy(activation[0].flatten(1), host.device)
-
-    layers = range(host.n_layers)
-    hooks = [
-        hook for at in layers for hook in coefficient_hooks(host, at, kind, partial(keep, layer=at))
-    ]
-    _forward(host, [prompt.tokens], hooks, [[]])
-    return torch.stack([seen[layer] for layer in layers])
-
-
-def coefficient_hooks(
-    host: Host,
-    layer: int,
-    kind: Literal["ffn", "attn"],
-    use: Callable[[Tensor, Any], Tensor | None],
-) -> list[Hook]:
-    """Hooks that show ``use`` all coefficients of a layer, which it may give back edited.
-
-    Of FFN neurons by row, position and neuron; of attention neurons ``z``. In a mixture of experts
-    they are no activation: they are made of what the FFN reads and its router gives (at least
-    float32), and what an edit makes of them is added to what the FFN writes. Cost there: that of
-    the chosen experts' gate and up products, a float for each neuron and position; of an edit also
-    a product with the rows of experts it changes.
-    """
-    mixture = host.mixture(layer) if kind == "ffn" else None
-    if mixture is None:
-        return [(coefficient_name(host, layer, kind), use)]
-    names = hook_names(host, layer)
-    seen: dict[str, Tensor] = {}
-
-    def keep(activation: Tensor, hook: Any, *, name: str) -> None:
-        seen[name] = activation
-
-    def edit(written: Tensor, hook: Any) -> Tensor | None:
-        read, routing = (seen.pop(name).flatten(0, -2) for name in _OF_EXPERTS)
-        made = _edited_coefficients(written)
-        if made is None:
-            read = read.to(torch.promote_types(read.dtype, torch.float32))
-            made = expert_coefficients(mixture, read, routing).unflatten(0, written.shape[:2])
-        edited = use(made, hook)
-        if edited is None:
-            return None
-        result = written + times(edited - made, mixture.down).to(written)
-        vars(result)[_EDITED] = edited  # for the hooks that come after
-        return result
-
-    keeping = [(names[name], partial(keep, name=name)) for name in _OF_EXPERTS]
-    return [*keeping, (names["mlp_out"], edit)]
-
-
-def _edited_coefficients(written: Tensor) -> Tensor | None:
-    """What an edit before made of the experts' coefficients, which it left on what the FFN wrote.
-
-    No activation of the model holds them. A hook of the caller's own in between makes a tensor
-    without them: then they are those of the run, as for every hook that edits what an FFN wrote.
-    """
-    return vars(written).get(_EDITED)
 
 
 def check_same_run(host: Host, captured: Capture, resid_final: Float[Tensor, " d_model"]) -> None:
@@ -404,12 +169,12 @@ def capture_sources(
         )
     # on the CPU: layers may be on several devices, and each of them can be indexed from there
     rows = torch.tensor(places, dtype=torch.long)
-    kinds = (*_SOURCED, *_OF_EXPERTS, "v")
+    kinds = (*SOURCED, *OF_EXPERTS, "v")
     wanted = {key: name for key, name in _wanted(host).items() if _kind(key) in kinds}
     seen: dict[str, Tensor] = {}
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
-        edited = _edited_coefficients(activation) if _kind(key) == "mlp_out" else None
+        edited = edited_coefficients(activation) if _kind(key) == "mlp_out" else None
         if edited is not None:
             seen[key.replace("mlp_out", "mlp_post")] = edited[0].detach()[rows]
         row, upto = _in_rows(key, activation, 1)[0].detach(), prompt.read_pos + 1
@@ -422,7 +187,7 @@ def capture_sources(
 
     if cache is None:
         hooks = [(name, partial(keep, key=key)) for key, name in wanted.items()]
-        _forward(host, [prompt.tokens], hooks, [[prompt.read_pos]])
+        forward(host, [prompt.tokens], hooks, [[prompt.read_pos]])
     else:
         if _cache_size(host, cache) != (1, len(prompt.tokens)):
             raise _wrong_length(_cache_size(host, cache)[1], [prompt])
@@ -433,7 +198,7 @@ def capture_sources(
     found = _with_coefficients(host, {key: each.to(like) for key, each in seen.items()})
     tensors = {
         kind: torch.stack([found[f"{kind}.{layer}"] for layer in range(host.n_layers)])
-        for kind in (*_SOURCED, "v")
+        for kind in (*SOURCED, "v")
         if f"{kind}.0" in found
     }
     error = _relative(tensors.pop("v"), captured.v)
@@ -462,17 +227,17 @@ def residuals_at(
     def keep(activation: Tensor, hook: Any, *, name: str) -> None:
         # the read position's last: it tells whether this is the same run
         at = activation[0, [*places, prompt.read_pos]]
-        seen[name] = _scoring_copy(at, host.device).to(captured.v)
+        seen[name] = scoring_copy(at, host.device).to(captured.v)
 
     names = [hook_names(host, layer)["resid_pre"] for layer in range(host.n_layers)]
     names.append(final_resid_name(host))
-    _forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
+    forward(host, [prompt.tokens], [(name, partial(keep, name=name)) for name in names], [[]])
     resid = torch.stack([seen[name] for name in names])
     check_same_run(host, captured, resid[-1, -1])
     if not resid.isfinite().all():
         raise NonFiniteError(
-            f"the model's activations are not finite: in {_name(prompt)} the residual stream at an "
-            "earlier position holds NaN or infinity; check the weights"
+            f"the model's activations are not finite: in {prompt_name(prompt)} the residual stream "
+            "at an earlier position holds NaN or infinity; check the weights"
         )
     own = torch.cat([captured.resid_pre, captured.resid_final[None]])
     here = positions.to(own.device) == prompt.read_pos
@@ -491,13 +256,13 @@ def capture_pre_activations(
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
         at = activation[0, captured.prompt.read_pos]
-        seen.setdefault(key, []).append(_scoring_copy(at, host.device))
+        seen.setdefault(key, []).append(scoring_copy(at, host.device))
 
     def keep_products(activation: Tensor, hook: Any, *, layer: int) -> None:
         read = activation[captured.prompt.read_pos]  # of one row
         for key, (subkeys, _) in host.ffn_inputs(layer).items():
             products = torch.cat([rows @ read for _, rows in blocks_of(subkeys, len(subkeys))])
-            seen.setdefault(key, []).append(_scoring_copy(products, host.device))
+            seen.setdefault(key, []).append(scoring_copy(products, host.device))
 
     layers = range(host.n_layers)
     hooks: list[Hook] = (
@@ -509,7 +274,7 @@ def capture_pre_activations(
             for key, name in pre_activation_names(host, layer).items()
         ]
     )
-    _forward(host, [captured.prompt.tokens], hooks, [[captured.prompt.read_pos]])
+    forward(host, [captured.prompt.tokens], hooks, [[captured.prompt.read_pos]])
     return {key: torch.stack(layers).to(captured.v) for key, layers in seen.items()}
 
 
@@ -543,12 +308,8 @@ class _Place:
 
 
 def _place(row: int, prompt: TokenizedPrompt, length: int, padding_side: PaddingSide) -> _Place:
-    start = _start(prompt.tokens, length, padding_side)
+    start = start_of(prompt.tokens, length, padding_side)
     return _Place(row, start, start + prompt.read_pos)
-
-
-def _start(tokens: tuple[int, ...], length: int, padding_side: PaddingSide) -> int:
-    return length - len(tokens) if padding_side == "left" else 0
 
 
 def _run(
@@ -573,7 +334,7 @@ def _pass(
 
     def keep(activation: Tensor, hook: Any, *, key: str) -> None:
         seen[key] = _copies(key, _in_rows(key, activation, len(rows)), places, host.device)
-        edited = _edited_coefficients(activation) if _kind(key) == "mlp_out" else None
+        edited = edited_coefficients(activation) if _kind(key) == "mlp_out" else None
         if edited is not None:
             post = key.replace("mlp_out", "mlp_post")
             seen[post] = _copies(post, edited, places, host.device)
@@ -584,7 +345,7 @@ def _pass(
     reads = [
         sorted({place.read for place in places if place.row == row}) for row in range(len(rows))
     ]
-    logits = _forward(host, rows, [*hooks, *keeping], reads, padding_side)
+    logits = forward(host, rows, [*hooks, *keeping], reads, padding_side)
     silent = [name for key, name in _wanted(host).items() if key not in seen]
     if silent:
         raise InputError(
@@ -594,80 +355,6 @@ def _pass(
     at = [_Place(place.row, 0, reads[place.row].index(place.read)) for place in places]
     seen["logits"] = _copies("logits", logits, at, host.device)
     return _captures(host, prompts, places, seen)
-
-
-def _last_ffn_hooks(host: Host, prompts: Sequence[TokenizedPrompt]) -> list[Hook]:
-    """A hook that spares the last FFN at positions nobody looks at."""
-    name = last_ffn_input_name(host)
-    if name is None or has_hooks(host.model):  # the caller's may look at it
-        return []
-    rows = torch.arange(len(prompts))
-    reads = torch.tensor([prompt.read_pos for prompt in prompts])
-
-    def at_read_positions(activation: Tensor, hook: Any) -> Tensor:
-        return activation[rows, reads][:, None]
-
-    return [(name, at_read_positions)]
-
-
-def _forward(
-    host: Host,
-    rows: Sequence[tuple[int, ...]],
-    hooks: Sequence[Hook],
-    reads: Sequence[Sequence[int]],
-    padding_side: PaddingSide = "right",
-    *,
-    differentiable: bool = False,
-) -> Float[Tensor, "row read d_vocab"]:
-    """The logits at each row's positions ``reads`` from one forward pass, ``hooks`` in force.
-
-    The rows of tokens are padded to one length, with which positions are counted. Nothing else is
-    unembedded, unless the caller has hooks on the model.
-    """
-    length = max(map(len, rows))
-    padded = any(len(row) < length for row in rows)
-    if padded and padding_side == "left":
-        check_left_padding(host)
-    tokens, attention_mask = (t.to(host.input_device) for t in _padded(rows, length, padding_side))
-    # Both classes derive positions from the mask. HookedTransformer gets one even where nothing
-    # is padded: if its tokenizer pads on the left, it takes pad tokens in the prompt for padding.
-    masked = padded or host.class_name == "HookedTransformer"
-    width = max(map(len, reads))
-    kept = torch.tensor(
-        [[*row, *[row[0]] * (width - len(row))] if row else [] for row in reads], dtype=torch.long
-    )
-    each_row = torch.arange(len(rows))[:, None]
-
-    def narrow(activation: Tensor, hook: Any) -> Tensor:
-        return activation[each_row, kept]
-
-    narrowed = not has_hooks(host.model)  # the caller's may look at all of them
-    if narrowed:
-        hooks = [*hooks, (unembedding_input_name(host), narrow)]
-    with torch.set_grad_enabled(differentiable):
-        logits = host.model.run_with_hooks(
-            tokens,
-            return_type="logits",
-            fwd_hooks=list(hooks),
-            attention_mask=attention_mask if masked else None,
-        )
-        return logits if narrowed else logits[each_row, kept]
-
-
-def _padded(
-    rows: Sequence[tuple[int, ...]], length: int, padding_side: PaddingSide
-) -> tuple[Int[Tensor, "row pos"], Int[Tensor, "row pos"]]:
-    """Token ids of equal length, and an attention mask: 1 for tokens, 0 for padding."""
-    ids = torch.zeros(len(rows), length, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for number, tokens in enumerate(rows):
-        start = _start(tokens, length, padding_side)
-        # Any id would do, but this one surely embeds to something finite, if the prompt does:
-        # attention gives padding a weight of 0, and 0 times NaN is NaN.
-        ids[number] = tokens[-1]
-        ids[number, start : start + len(tokens)] = torch.tensor(tokens)
-        mask[number, start : start + len(tokens)] = 1
-    return ids, mask
 
 
 def _read_cache(
@@ -727,14 +414,14 @@ def _cached(host: Host, cache: Any) -> dict[str, str]:
 
 def _in_rows(key: str, activation: Tensor, n_rows: int) -> Tensor:
     """An activation by row and position: a router sees the positions of all rows in one axis."""
-    if _kind(key) not in _OF_EXPERTS or activation.ndim == 3:
+    if _kind(key) not in OF_EXPERTS or activation.ndim == 3:
         return activation
     flat = activation[None] if activation.ndim == 1 else activation  # one position, axis dropped
     return flat.unflatten(0, (n_rows, -1))
 
 
 def _with_batch_axis(key: str, activation: Tensor) -> Tensor:
-    if _kind(key) in _OF_EXPERTS:
+    if _kind(key) in OF_EXPERTS:
         return activation  # see _in_rows
     full_rank = 4 if _kind(key) in ("pattern", "v", "z") else 3
     return activation[None] if activation.ndim == full_rank - 1 else activation
@@ -779,7 +466,7 @@ def _check_tokens(
             f"pass padding_side={other_side!r}"
         )
     raise InputError(
-        f"the cache is of other tokens than {_name(other)}; pass the tokens that were run"
+        f"the cache is of other tokens than {prompt_name(other)}; pass the tokens that were run"
     )
 
 
@@ -790,7 +477,7 @@ def _logits(
     with torch.no_grad():
         resid = torch.stack([*resid_final]).to(host.device, host.dtype)[None]
         logits = final_logits(host, host.model.unembed(host.model.ln_final(resid))[0])
-        return [_scoring_copy(row, host.device) for row in logits]
+        return [scoring_copy(row, host.device) for row in logits]
 
 
 def _wanted(host: Host) -> dict[str, str]:
@@ -834,12 +521,6 @@ def _trimmed(key: str, place: _Place, row: Tensor) -> Tensor:
     return row[place.start : place.read + 1]
 
 
-def _scoring_copy(activation: Tensor, device: torch.device) -> Tensor:
-    """A copy (the original may be overwritten) in at least float32, on ``device``."""
-    dtype = torch.promote_types(activation.dtype, torch.float32)
-    return activation.detach().to(device, dtype, copy=True)
-
-
 def _captures(
     host: Host,
     prompts: Sequence[TokenizedPrompt],
@@ -847,21 +528,21 @@ def _captures(
     seen: dict[str, list[Tensor]],
 ) -> list[Capture]:
     """What was kept of each prompt, layers stacked."""
-    stacked = {key: torch.stack(kept) for key, kept in seen.items() if _kind(key) in _OF_EXPERTS}
+    stacked = {key: torch.stack(kept) for key, kept in seen.items() if _kind(key) in OF_EXPERTS}
     made = _with_coefficients(host, stacked)
     seen = {**{key: list(of_each) for key, of_each in made.items()}, **seen}
     captures = []
     for number, (prompt, place) in enumerate(zip(prompts, places, strict=True)):
         tensors: dict[str, Any] = {
             name: torch.stack([seen[f"{name}.{layer}"][number] for layer in range(host.n_layers)])
-            for name in _LAYERED
+            for name in LAYERED
             if f"{name}.0" in seen
         }
         on_padding = tensors["pattern"][:, :, : place.start]
         if (on_padding > 0).any():
             raise InputError(
-                f"{_name(prompt)} attends to the padding before it, which changes its activations; "
-                "run the batch with an attention_mask, or padded on the right"
+                f"{prompt_name(prompt)} attends to the padding before it, which changes its "
+                "activations; run the batch with an attention_mask, or padded on the right"
             )
         if place.start:
             tensors["pattern"] = tensors["pattern"][:, :, place.start :].clone()
@@ -877,11 +558,11 @@ def _captures(
 
 def _with_coefficients(host: Host, seen: dict[str, Tensor]) -> dict[str, Tensor]:
     """What was seen, with experts' coefficients in place of what they are made of."""
-    found = {key: kept for key, kept in seen.items() if _kind(key) not in _OF_EXPERTS}
+    found = {key: kept for key, kept in seen.items() if _kind(key) not in OF_EXPERTS}
     for layer in range(host.n_layers):
         mixture = host.mixture(layer)
         if mixture is not None and f"mlp_post.{layer}" not in found:
-            read, routing = (seen[f"{kind}.{layer}"] for kind in _OF_EXPERTS)
+            read, routing = (seen[f"{kind}.{layer}"] for kind in OF_EXPERTS)
             found[f"mlp_post.{layer}"] = expert_coefficients(mixture, read, routing)
     return found
 
@@ -893,126 +574,7 @@ def _relative(ours: Tensor, theirs: Tensor) -> float:
 
 def _other_run(prompt: TokenizedPrompt, what: str, error: float) -> InputError:
     return InputError(
-        f"{_name(prompt)} no longer gives the activations captured from it ({what} differ by "
+        f"{prompt_name(prompt)} no longer gives the activations captured from it ({what} differ by "
         f"{error:.2g} of the largest): the model's weights or hooks have changed; attribute the "
         "prompt again"
-    )
-
-
-def _name(prompt: TokenizedPrompt) -> str:
-    text = "".join(prompt.token_texts) if prompt.text is None else prompt.text
-    shown = text if len(text) <= 60 else f"{text[:30]}…{text[-29:]}"
-    return f"prompt {prompt.prompt_id} ({shown!r})"
-
-
-def _refuse_non_finite(captures: Iterable[Capture]) -> None:
-    for captured in captures:
-        where = _non_finite(captured)
-        if where is not None:
-            raise NonFiniteError(
-                f"the model's activations are not finite: in {_name(captured.prompt)} {where} "
-                "holds NaN or infinity; check the weights, or run in float32"
-            )
-
-
-def _non_finite(captured: Capture) -> str | None:
-    """Which activation is NaN or infinite first, on the way through the model."""
-    tensors = {name: getattr(captured, name) for name in _TENSORS}
-    bad = [name for name, t in tensors.items() if t is not None and not t.isfinite().all()]
-    if not bad:
-        return None
-    first_layers = {
-        name: int((~tensors[name].isfinite()).flatten(1).any(dim=1).nonzero()[0])
-        for name in bad
-        if name in _LAYERED
-    }
-    if first_layers:
-        name = min(first_layers, key=lambda name: (first_layers[name], _LAYERED.index(name)))
-        return f"{name} of layer {first_layers[name]}"
-    return f"{bad[0]}, after the last layer ({captured.resid_pre.shape[0] - 1}),"
-
-
-# --- to disk and back -------------------------------------------------------------------------
-
-
-def save_capture(captured: Capture, directory: str | Path) -> None:
-    """Write ``capture.safetensors`` and ``capture.json`` into ``directory``.
-
-    Raises:
-        InputError: If the directory cannot be written to.
-        OutputError: If writing fails on the way; nothing has changed then.
-    """
-    tensors = {
-        name: getattr(captured, name).contiguous()
-        for name in _TENSORS
-        if getattr(captured, name) is not None
-    }
-    asked = captured.prompt.target
-    target = None if asked is None else asked.facts()
-    if asked is not None and asked.distribution is not None:
-        if asked.distribution.probs is not None:
-            tensors[_WANTED] = asked.distribution.probs.contiguous()
-    data = safetensors.torch.save(tensors)
-    facts = {
-        "format": 1 if asked is None or not (asked.also or asked.distribution) else CAPTURE_FORMAT,
-        "model_name": captured.model_name,
-        "prompt": {**asdict(replace(captured.prompt, target=None)), "target": target},
-        "tensors_sha256": hashlib.sha256(data).hexdigest(),
-    }
-    text = json.dumps(facts, indent=2, ensure_ascii=False)
-    write_files(
-        check_writable(directory),
-        {
-            "capture.safetensors": lambda path: path.write_bytes(data),
-            "capture.json": lambda path: path.write_text(text, encoding="utf-8"),
-        },
-    )
-
-
-def load_capture(directory: str | Path) -> Capture:
-    """Read back what ``save_capture`` wrote.
-
-    Raises:
-        InputError: If a file is missing, damaged, of another format, or not of the other's run.
-    """
-    folder = Path(directory)
-    try:
-        facts = json.loads((folder / "capture.json").read_text(encoding="utf-8"))
-        data = (folder / "capture.safetensors").read_bytes()
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"cannot read a capture from {str(folder)!r}: {error}") from error
-    if not isinstance(facts, dict) or facts.get("format") not in (1, CAPTURE_FORMAT):
-        raise InputError(
-            f"{str(folder / 'capture.json')!r} is not a capture of format {CAPTURE_FORMAT} or an "
-            "earlier one; capture the prompt again"
-        )
-    if hashlib.sha256(data).hexdigest() != facts.get("tensors_sha256"):
-        raise InputError(
-            f"{str(folder / 'capture.safetensors')!r} is damaged, or belongs to another "
-            "capture.json; capture the prompt again"
-        )
-    try:
-        tensors = safetensors.torch.load(data)
-        prompt = _prompt_from_json(facts["prompt"], tensors.get(_WANTED))
-        model_name = str(facts["model_name"])
-        values = {name: tensors[name] for name in _TENSORS if name in tensors}
-        return Capture(prompt=prompt, model_name=model_name, **{"resid_mid": None, **values})
-    except (KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"cannot read a capture from {str(folder)!r}: {error!r}; capture the prompt again"
-        ) from error
-
-
-def _prompt_from_json(facts: dict[str, Any], wanted: Tensor | None) -> TokenizedPrompt:
-    target = None if facts["target"] is None else Target.of_facts(facts["target"])
-    if target is not None and target.distribution is not None:
-        name = target.distribution.name
-        target = replace(target, distribution=Distribution(wanted, name))
-    return TokenizedPrompt(
-        prompt_id=facts["prompt_id"],
-        text=facts["text"],
-        tokens=tuple(facts["tokens"]),
-        token_texts=tuple(facts["token_texts"]),
-        read_pos=facts["read_pos"],
-        target=target,
     )

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, check_exists

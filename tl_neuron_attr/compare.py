@@ -21,7 +21,8 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution, progress_bar
-from tl_neuron_attr.capture import Capture, capture_all, check_fits, check_same_run
+from tl_neuron_attr.capture import capture_all, check_fits, check_same_run
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.differences import RankedDifferences, Side, top_differences
 from tl_neuron_attr.display import box, brief, escaped, facts, grid, next_calls, number

@@ -19,7 +19,7 @@ from einops import rearrange
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture, Sources
+from tl_neuron_attr.captured import Capture, Sources
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.experts import experts_on

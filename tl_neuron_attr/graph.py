@@ -27,7 +27,8 @@ import pandas as pd
 import torch
 
 from tl_neuron_attr.attribution import Attribution, ValueNeurons, named_neurons
-from tl_neuron_attr.capture import Sources, capture_sources
+from tl_neuron_attr.capture import capture_sources
+from tl_neuron_attr.captured import Sources
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.display import Grid, box, brief, grid, line, next_calls, signed
 from tl_neuron_attr.errors import InputError

@@ -12,7 +12,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture, capture_pre_activations
+from tl_neuron_attr.capture import capture_pre_activations
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import IdentityError
 from tl_neuron_attr.host import Host, Norm, has_hooks, weights_state

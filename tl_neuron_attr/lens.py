@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture, residuals_at
+from tl_neuron_attr.capture import residuals_at
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.prompts import Target
 from tl_neuron_attr.readout import ReadOut

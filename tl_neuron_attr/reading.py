@@ -13,7 +13,7 @@ from einops import rearrange
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture, Sources
+from tl_neuron_attr.captured import Capture, Sources
 from tl_neuron_attr.decompose import rows_at
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.baselines import Baseline
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, head_vectors_of_runs
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import NonFiniteError

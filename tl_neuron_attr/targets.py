@@ -324,10 +324,12 @@ def _behind(host: Host, text: str) -> list[int]:
     SentencePiece puts a space of its own in front of what it reads; behind another text it does
     not.
     """
-    ids, before, whole = (_encode(host, each) for each in (text, "\n", f"\n{text}"))
+    ids = _encode(host, text)
+    if not ids or host.token_text(ids[0]).strip(" "):
+        return ids
+    before, whole = _encode(host, "\n"), _encode(host, f"\n{text}")
     rest = whole[len(before) :] if whole[: len(before)] == before else []
-    added = bool(ids) and not host.token_text(ids[0]).strip(" ") and ids[1:] == rest
-    return rest if added and rest else ids
+    return rest if rest and ids[1:] == rest else ids
 
 
 def _encode(host: Host, text: str) -> list[int]:

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture, capture_sources
+from tl_neuron_attr.capture import capture_sources
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.cards.card import (
     END_COLUMNS,
     INPUT_COLUMNS,

@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.cards.card import CARRIED_COLUMNS, DOWNSTREAM_COLUMNS
 from tl_neuron_attr.cards.looked_at import LookedAt, plain, read_by, stream
 from tl_neuron_attr.decompose import outlet, slopes

@@ -11,7 +11,8 @@ import torch
 
 from tl_neuron_attr.attribute import attribute
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.capture import Capture, capture
+from tl_neuron_attr.capture import capture
+from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, make_exact, open_host

@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from tl_neuron_attr.capture import Hook, coefficient_hooks
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
+from tl_neuron_attr.forward import Hook, coefficient_hooks
 from tl_neuron_attr.host import (
     Host,
     attn_outputs_edited,

@@ -8,8 +8,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import coefficient_hooks, run_rows
 from tl_neuron_attr.errors import InputError, NonFiniteError
+from tl_neuron_attr.forward import coefficient_hooks, run_rows
 from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.interventions.rows import batches
 from tl_neuron_attr.interventions.values import MeanCoefficients

@@ -14,15 +14,9 @@ from einops import einsum
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import (
-    Capture,
-    Hook,
-    capture_blocks,
-    capture_rows,
-    check_same_run,
-    coefficient_hooks,
-    final_residuals,
-)
+from tl_neuron_attr.capture import capture_rows, check_same_run
+from tl_neuron_attr.captured import Capture
+from tl_neuron_attr.forward import Hook, capture_blocks, coefficient_hooks, final_residuals
 from tl_neuron_attr.host import Host, batch_regime, hook_names, residual_of
 from tl_neuron_attr.interventions.values import (
     Zeroed,

@@ -24,7 +24,8 @@ from einops import einsum, rearrange
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import Sources, capture_sources
+from tl_neuron_attr.capture import capture_sources
+from tl_neuron_attr.captured import Sources
 from tl_neuron_attr.decompose import slopes
 from tl_neuron_attr.host import Host, Norm
 from tl_neuron_attr.methods.case import Case, neuron_shape

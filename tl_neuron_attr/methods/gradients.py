@@ -13,14 +13,14 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import (
+from tl_neuron_attr.capture import check_same_run
+from tl_neuron_attr.errors import InputError
+from tl_neuron_attr.forward import (
     capture_blocks,
-    check_same_run,
     coefficient_hooks,
     coefficients_everywhere,
     final_residuals,
 )
-from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
 from tl_neuron_attr.precision import full_precision

@@ -14,7 +14,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from tl_neuron_attr.capture import Capture, Hook, capture_rows
+from tl_neuron_attr.capture import capture_rows
+from tl_neuron_attr.captured import Capture
+from tl_neuron_attr.forward import Hook
 from tl_neuron_attr.host import Host, coefficient_name
 from tl_neuron_attr.pieces import times
 from tl_neuron_attr.precision import full_precision
