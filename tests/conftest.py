@@ -143,7 +143,7 @@ _QWEN2_MOE = dict(
     num_experts=4,
     num_experts_per_tok=2,
     moe_intermediate_size=16,
-    shared_expert_intermediate_size=24,
+    shared_expert_intermediate_size=20,
     **_GROUPED,
 )
 MIXTURES = {
@@ -180,6 +180,13 @@ REFUSED = {
         "Qwen2MoeForCausalLM",
         lambda: transformers.Qwen2MoeConfig(**_QWEN2_MOE, mlp_only_layers=[1]),
         "equally many",
+    ),
+    "olmoe-clipped": (
+        "OlmoeForCausalLM",
+        lambda: transformers.OlmoeConfig(
+            **_GROUPED, num_experts=8, num_experts_per_tok=2, clip_qkv=0.1
+        ),
+        "clips its value vectors",
     ),
     "opt-post": (
         "OPTForCausalLM",

@@ -34,6 +34,7 @@ NAMES = {
     "granite": "Granite",
     "mixtral": "Mixtral",
     "olmoe": "OLMoE",
+    "olmoe-clipped": "OLMoE and others that clip_qkv",
     "qwen2moe": "Qwen2-MoE",
     "qwen2moe-mixed": "Qwen2-MoE, some layers without experts",
     "qwen3moe": "Qwen3-MoE",

@@ -9,6 +9,7 @@ import torch
 from conftest import (
     MIXTURES,
     TOKENS,
+    bridge_from,
     bridge_of,
     hugging_face_model,
     leaving_the_random_state,
@@ -50,7 +51,8 @@ from tl_neuron_attr.capture import capture_all, capture_sources
 from tl_neuron_attr.decompose import ffn_decomposition, slopes
 from tl_neuron_attr.errors import IdentityError
 from tl_neuron_attr.evaluate.rankings import on_first, random_beside
-from tl_neuron_attr.host import coefficient_name, weights_hash
+from tl_neuron_attr.hook_points import coefficient_name
+from tl_neuron_attr.host import weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.pieces import Pieces, times
 from tl_neuron_attr.plan import shapes_of
@@ -310,7 +312,7 @@ def test_narrow_weights_are_scored_in_float32(one, dtype):
     wide = one
     assert found.ffn_neurons.score.dtype == torch.float32
     table = found.neurons("ffn").merge(wide.neurons("ffn"), on=["layer", "index"])
-    assert len(table) == 3 * (4 * 16 + 24)
+    assert len(table) == 3 * (4 * 16 + 20)
     assert table["score_x"].corr(table["score_y"]) > 0.98
 
 
@@ -589,6 +591,16 @@ def test_a_router_that_nobody_knows_is_refused_by_name():
         open_host(model)
 
 
+def test_experts_whose_shared_one_transformer_lens_mistakes_are_refused_once_folded():
+    class_name, config = MIXTURES["qwen2moe"]
+    as_wide = config()
+    as_wide.shared_expert_intermediate_size = as_wide.hidden_size
+    assert open_host(bridge_from(class_name, as_wide)).n_experts
+    folded = bridge_from(class_name, as_wide, processed=True)
+    with pytest.raises(UnsupportedModelError, match="as wide as the residual stream.*load it raw"):
+        open_host(folded)
+
+
 def test_an_ffn_of_experts_has_no_matrix_of_subkeys():
     host = open_host(bridge_of("mixtral"))
     for weight in (host.W_in, host.W_gate):
@@ -630,7 +642,7 @@ def test_ids_name_a_neuron_with_its_expert_and_back(one):
 def test_ids_that_name_no_neuron_of_an_expert_are_refused():
     layout = layout_of(open_host(bridge_of("qwen2moe")))
     for text, reason in (
-        ("L0.E5.N0", "4 experts of 16 neurons, and a shared one of 24"),
+        ("L0.E5.N0", "4 experts of 16 neurons, and a shared one of 20"),
         ("L0.E1.N16", "there is no L0.E1.N16"),
         ("L3.E1.N1", "no layer 3"),
         ("blocks.0.mlp.hook_post[3]", "not its neurons"),

@@ -7,6 +7,7 @@ import torch
 from conftest import (
     FAMILIES,
     HOOKED,
+    MIXTURES,
     REFUSED,
     TOKENS,
     bridge_of,
@@ -70,13 +71,14 @@ def test_every_identity_holds_on_every_supported_family(any_model):
         assert identity.holds
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox", "neo", "gemma"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox", "neo", "gemma", *MIXTURES])
 def test_a_processed_bridge_gives_the_raw_ones_numbers(family):
     raw, processed = bridge_of(family), bridge_of(family, processed=True)
     assert open_host(raw).processing == "raw"
     found, wanted = attribute_quietly(processed), attribute_quietly(raw)
     assert "norms" in found.host.processing
-    folded = family not in ("llama", "gemma")  # which have no value biases to fold
+    # the others have no value biases to fold
+    folded = family in ("gpt2", "qwen2", "neox", "neo", "qwen2moe")
     assert found.host.value_biases_folded == folded
     assert_same_numbers(found, wanted, attention_neurons=not folded)
 

@@ -36,7 +36,7 @@ from tl_neuron_attr import (
     tokenize,
     zero,
 )
-from tl_neuron_attr.host import hook_names, pattern_is_late
+from tl_neuron_attr.hook_points import hook_names, pattern_is_late
 
 PARTS = "L0.N3,L1.N7,L1.H2,L2.H0.D4,L0.H1.D5"
 LATE = ("gptj", "neo", "opt")

@@ -33,7 +33,7 @@ from tl_neuron_attr import (
 )
 from tl_neuron_attr.capture import capture_all
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
-from tl_neuron_attr.host import hook_names, last_ffn_input_name
+from tl_neuron_attr.hook_points import hook_names, last_ffn_input_name
 from tl_neuron_attr.interventions import as_zeroed, batches
 from tl_neuron_attr.readout import read_out
 

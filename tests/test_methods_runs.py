@@ -24,7 +24,7 @@ from tl_neuron_attr import (
     open_host,
     tokenize,
 )
-from tl_neuron_attr.host import hook_names
+from tl_neuron_attr.hook_points import hook_names
 from tl_neuron_attr.methods import METHODS, Case, gradients, method_name, method_of, neuron_shape
 from tl_neuron_attr.methods.ablation import ablation
 from tl_neuron_attr.methods.gradients import integrated_gradients

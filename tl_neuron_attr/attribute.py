@@ -26,7 +26,8 @@ from tl_neuron_attr.capture import capture_all, check_fits
 from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decompositions, ffn_decompositions
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, open_host
+from tl_neuron_attr.hook_points import has_hooks
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.index import ProjectionIndex, check_index
 from tl_neuron_attr.precision import full_precision

@@ -11,11 +11,9 @@ from torch import Tensor
 from tl_neuron_attr.captured import prompt_name
 from tl_neuron_attr.errors import NonFiniteError
 from tl_neuron_attr.experts import coefficients as expert_coefficients
-from tl_neuron_attr.host import (
+from tl_neuron_attr.hook_points import (
     ROUTER_HOOKS,
-    Host,
     block_outputs,
-    check_left_padding,
     coefficient_name,
     final_resid_name,
     has_hooks,
@@ -24,6 +22,7 @@ from tl_neuron_attr.host import (
     starting_at,
     unembedding_input_name,
 )
+from tl_neuron_attr.host import Host, check_left_padding
 from tl_neuron_attr.pieces import times
 from tl_neuron_attr.prompts import PaddingSide, TokenizedPrompt
 

@@ -16,7 +16,8 @@ from tl_neuron_attr.capture import capture_pre_activations
 from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.decompose import attn_decomposition, ffn_decomposition
 from tl_neuron_attr.errors import IdentityError
-from tl_neuron_attr.host import Host, Norm, has_hooks, weights_state
+from tl_neuron_attr.hook_points import has_hooks
+from tl_neuron_attr.host import Host, Norm, weights_state
 from tl_neuron_attr.pieces import Matrix, blocks_of
 from tl_neuron_attr.readout import read_out
 

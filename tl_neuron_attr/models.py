@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
+from tl_neuron_attr.architecture import make_exact
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import make_exact
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 _MISSING = re.compile(r"^(\S+)\s*\|\s*MISSING", re.MULTILINE)

@@ -25,7 +25,8 @@ from tl_neuron_attr.doctor.subject import (
     ranked,
 )
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks
+from tl_neuron_attr.hook_points import has_hooks
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.identities import Identity, identities, subkey_identities
 from tl_neuron_attr.interventions import Zeroed, capture_zeroed
 from tl_neuron_attr.neurons import AttnNeuron

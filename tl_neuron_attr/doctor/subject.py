@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
+from tl_neuron_attr.architecture import make_exact
 from tl_neuron_attr.attribute import attribute
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import capture
 from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.display import brief
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, make_exact, open_host
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.prompts import Prompt, TokenizedPrompt
 from tl_neuron_attr.targets import tokenize

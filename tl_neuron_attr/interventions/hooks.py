@@ -11,15 +11,13 @@ from torch import Tensor
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.forward import Hook, coefficient_hooks
-from tl_neuron_attr.host import (
-    Host,
+from tl_neuron_attr.hook_points import (
     attn_outputs_edited,
     hook_names,
     hooks_in_force,
-    open_host,
     pattern_is_late,
-    sliding_window,
 )
+from tl_neuron_attr.host import Host, open_host, sliding_window
 from tl_neuron_attr.interventions.values import (
     Clamped,
     Intervention,

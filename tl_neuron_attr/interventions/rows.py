@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_neuron_attr.capture import capture_rows, check_same_run
 from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.forward import Hook, capture_blocks, coefficient_hooks, final_residuals
-from tl_neuron_attr.host import Host, batch_regime, hook_names, residual_of
+from tl_neuron_attr.hook_points import hook_names, residual_of
+from tl_neuron_attr.host import Host, batch_regime
 from tl_neuron_attr.interventions.values import (
     Zeroed,
     check_zeroed,

@@ -27,7 +27,8 @@ from tqdm import tqdm
 from tl_neuron_attr.capture import capture
 from tl_neuron_attr.display import box, grid, next_calls, warned
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, has_hooks, open_host
+from tl_neuron_attr.hook_points import has_hooks
+from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.identities import verify
 from tl_neuron_attr.interventions import Zeroed, zeroed_residuals
 from tl_neuron_attr.knowledge.facts import (

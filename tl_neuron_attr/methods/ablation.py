@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import check_same_run
 from tl_neuron_attr.forward import capture_blocks, coefficient_hooks, final_residuals
-from tl_neuron_attr.host import residual_of
+from tl_neuron_attr.hook_points import residual_of
 from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.readout import read_out

@@ -17,7 +17,8 @@ from torch import Tensor
 from tl_neuron_attr.capture import capture_rows
 from tl_neuron_attr.captured import Capture
 from tl_neuron_attr.forward import Hook
-from tl_neuron_attr.host import Host, coefficient_name
+from tl_neuron_attr.hook_points import coefficient_name
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.pieces import times
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.readout import ReadOut, read_out
