@@ -1,9 +1,10 @@
 """Whose model: one adapter over both TransformerLens classes.
 
-It knows the layout of weights, as ``architecture.py`` knows kinds of models and ``hook_points.py``
-names of hooks; nothing else does. All are duck-typed: it imports nothing from TransformerLens, and asks a model only for ``cfg``, ``blocks``, ``ln_final``,
-``W_U``, ``b_U``, its tokenizer and ``run_with_hooks``. What it believes about a model is checked
-against the model's own activations in ``identities.py``.
+It knows the layout of weights, as ``architecture.py`` knows kinds of models, and ``hook_points.py``
+the names of hooks; no other module does. All three are duck-typed: they import nothing from
+TransformerLens, and ask a model only for ``cfg``, ``blocks``, ``ln_final``, ``W_U``, ``b_U``, its
+tokenizer and ``run_with_hooks``. What is believed about a model is checked against the model's own
+activations in ``identities.py``.
 """
 
 import hashlib
