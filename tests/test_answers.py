@@ -184,7 +184,7 @@ def test_it_shows_its_tokens_everywhere(found):
         (TOKENS, [], "the answer is empty"),
         (TOKENS, [3, 61], "answer id 61 is outside the model's vocabulary of 61"),
         (TOKENS, " Paris", "no tokenizer to read the answer with"),
-        (TOKENS, [3] * 28, "33 tokens, longer than the model's context of 32"),
+        (TOKENS, [3] * 28, "are 6 and 27 tokens, together longer than the model's context of 32"),
         (Prompt(tokens=TOKENS, target=3), [3], "takes the target's place"),
         (Prompt(tokens=TOKENS, position=2), [3], "leave target, against and position out"),
     ],

@@ -1,5 +1,6 @@
 """Mask and keep curves: each point is the run with exactly those neurons zeroed."""
 
+import pandas as pd
 import pytest
 import torch
 from conftest import FAMILIES, TOKENS, bridge_of, count_forward_passes, own_bridge_of
@@ -138,6 +139,14 @@ def test_a_contrast_is_followed_as_a_difference(tiny_gpt2):
     log_probs = log_probs_without(result, result.ffn_neurons.neurons())
     assert row["log_prob"] == pytest.approx(float(log_probs[9] - log_probs[4]), abs=1e-5)
     assert row["prob"] == pytest.approx(float(log_probs[9].exp()), abs=1e-6)
+
+
+def test_contrasts_and_tokens_run_together_as_each_alone(tiny_gpt2):
+    results = attribute_all(tiny_gpt2, [TOKENS] * 3, target=[9, 5, 9], against=[None, 4, 4], top=20)
+    together = mask_curve(results, "ffn", (0, 20))
+    alone = pd.concat([mask_curve(result, "ffn", (0, 20)) for result in results])
+    for name in ("log_prob", "prob"):
+        assert together[name].to_numpy() == pytest.approx(alone[name].to_numpy(), abs=1e-6)
 
 
 def test_what_cannot_be_drawn_is_refused(tiny_gpt2, monkeypatch):

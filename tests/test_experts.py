@@ -27,7 +27,9 @@ from tl_neuron_attr import (
     UnsupportedModelError,
     attribute,
     attribute_all,
+    attribute_answer,
     capture_zeroed,
+    compare,
     edit_weights,
     expert_id,
     experts,
@@ -37,6 +39,7 @@ from tl_neuron_attr import (
     layout_of,
     mean_coefficients,
     module_id,
+    neurons_of,
     open_host,
     parse_id,
     plan,
@@ -637,6 +640,26 @@ def test_ids_name_a_neuron_with_its_expert_and_back(one):
         assert expert == row["expert"] and expert_id(neuron, layout) == label
         assert parse_id(label, layout).neuron == neuron
     assert whole.neurons("attn")["expert"].isna().all()
+
+
+def test_every_table_of_neurons_says_which_expert_each_is_in():
+    model = bridge_of("qwen2moe")
+    result = attribute(model, TOKENS, target=TARGET, top=60)
+    answer = attribute_answer(model, TOKENS, [7, 9], top=60)
+    compared = compare(result, [FFNNeuron(0, 3)], top=60)
+    tables = (result.neurons(), answer.neurons(), answer.neurons(by_token=True), compared.neurons())
+    layout = layout_of(result.host)
+    for table in tables:
+        of_ffn = table[table["kind"] == "ffn"]
+        ids = [expert_id(neuron, layout) for neuron in neurons_of(of_ffn)]
+        assert len(ids) >= 60
+        assert of_ffn["expert"].tolist() == [int(each.split(".")[1][1:]) for each in ids]
+        assert table.loc[table["kind"] == "attn", "expert"].isna().all()
+
+
+def test_the_id_of_an_experts_neuron_is_no_label_and_says_what_to_give():
+    with pytest.raises(InputError, match=r"give parse_id\('L0.E1.N3', layout_of\(open_host"):
+        zero("L0.E1.N3")
 
 
 def test_ids_that_name_no_neuron_of_an_expert_are_refused():

@@ -37,6 +37,7 @@ from tl_neuron_attr.tables import (
     layer_table,
     neuron_table,
     token_columns,
+    with_experts,
     write_run,
 )
 from tl_neuron_attr.targets import answer_tokens, answer_warnings, end_warnings, tokenize
@@ -283,7 +284,7 @@ class AnswerAttribution:
     def _table(self, found: RankedSums, top: int, by_token: bool, tokens: int) -> pd.DataFrame:
         prompt_id = self.parts[0].captured.prompt.prompt_id
         neurons = found.neurons.first(top)
-        table = neuron_table(neurons, prompt_id)
+        table = with_experts(neuron_table(neurons, prompt_id), self.parts[0].host)
         table.insert(len(NEURON_COLUMNS), "most_at", found.most_in[:top].tolist())
         if tokens > 0:
             table = table.join(self._token_columns(found, top, tokens))
@@ -361,6 +362,12 @@ def attribute_answer(
     before = tokenize(host, asked)
     ids = answer_tokens(host, answer)
     tokens = (*before.tokens, *ids[:-1])
+    if len(tokens) > host.n_ctx:
+        raise InputError(
+            f"the prompt and all but the last of the answer are {len(before.tokens)} and "
+            f"{len(ids) - 1} tokens, together longer than the model's context of {host.n_ctx}; "
+            "shorten either"
+        )
     prompts = [
         Prompt(
             tokens=tokens,

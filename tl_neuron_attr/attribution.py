@@ -58,6 +58,7 @@ from tl_neuron_attr.tables import (
     records,
     share_table,
     token_columns,
+    with_experts,
     write_run,
 )
 from tl_neuron_attr.topk import Kind, RankedNeurons, no_intervals, subvalues_of, top_neurons
@@ -677,25 +678,17 @@ class Attribution:
     def _table(
         self, neurons: RankedNeurons, blocks: Sequence[Decomposition], tokens: int
     ) -> pd.DataFrame:
-        table = self._with_experts(neuron_table(neurons, self.captured.prompt.prompt_id))
+        table = with_experts(neuron_table(neurons, self.captured.prompt.prompt_id), self.host)
         return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
 
     def _query_table(self, found: QueryNeurons, *, by_position: bool, tokens: int) -> pd.DataFrame:
         prompt_id = self.captured.prompt.prompt_id
         table = query_neuron_table(found, prompt_id, position=by_position or tokens > 0)
-        table = self._with_experts(table)
+        table = with_experts(table, self.host)
         if tokens > 0:
             blocks = self._blocks(found.neurons.kind)
             table = table.join(self._token_columns(found.neurons, blocks, tokens))
         return table
-
-    def _with_experts(self, table: pd.DataFrame) -> pd.DataFrame:
-        """Of a mixture of experts with the column ``expert``, empty for attention neurons."""
-        host = self.host
-        if not host.n_experts:
-            return table
-        expert = (table["index"] // host.d_expert).clip(upper=host.n_experts)
-        return table.assign(expert=expert.where(table["kind"] == "ffn").astype("Int64"))
 
     def _no_query_neurons(self, tokens: int) -> pd.DataFrame:
         nothing = QueryNeurons(

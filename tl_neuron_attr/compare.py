@@ -46,6 +46,7 @@ from tl_neuron_attr.tables import (
     compared_layer_table,
     compared_neuron_table,
     token_columns,
+    with_experts,
     write_run,
 )
 from tl_neuron_attr.targets import tokenize
@@ -165,7 +166,8 @@ class Comparison:
                         f"top={top})"
                     )
                 found = found.first(top)
-            table = compared_neuron_table(found, self.original.captured.prompt.prompt_id)
+            prompt_id = self.original.captured.prompt.prompt_id
+            table = with_experts(compared_neuron_table(found, prompt_id), self.original.host)
             tables.append(table.join(self._tokens(name, found, tokens)) if tokens > 0 else table)
         return pd.concat(tables, ignore_index=True)
 

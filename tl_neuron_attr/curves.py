@@ -93,8 +93,11 @@ def mask_curve(
         out = read_out(host, resid[0], "recomputed", budget=several[0].out.budget)
         targets = [several[number].target for number, _ in cells]
         answers = out.answers(resid, targets)
-        contrast = any(target.against is not None for target in targets)
-        log_probs = out.log_prob_of_each(resid, targets) if contrast else answers.log_prob
+        log_probs = answers.log_prob.clone()
+        contrasts = [row for row, target in enumerate(targets) if target.against is not None]
+        if contrasts:
+            asked = [targets[row] for row in contrasts]
+            log_probs[contrasts] = out.log_prob_of_each(resid[contrasts], asked)
     log_probs, ranks = log_probs.tolist(), answers.rank.tolist()
     probs = answers.log_prob.exp().tolist()
     rows = [

@@ -277,6 +277,16 @@ class Host:
 
     def token_text(self, token: int) -> str:
         """How one token reads in a sentence, with its leading space; ``<id>`` without tokenizer."""
+        if token not in self._token_texts:
+            self._token_texts[token] = self._decoded(token)
+        return self._token_texts[token]
+
+    @cached_property
+    def _token_texts(self) -> dict[int, str]:
+        """Those asked for so far: prompts have many tokens in common, and decoding is slow."""
+        return {}
+
+    def _decoded(self, token: int) -> str:
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
             return f"<{token}>"

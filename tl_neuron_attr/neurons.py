@@ -109,6 +109,11 @@ def parse_part(label: str) -> Head | FFNNeuron | AttnNeuron:
             return kind.parse(label)
         except ValueError:
             continue
+    if re.fullmatch(r"L\d+\.E\d+\.N\d+", label):
+        raise ValueError(
+            f"{label!r} is the id of an expert's neuron, which is numbered through its layer here: "
+            f"give parse_id({label!r}, layout_of(open_host(model))).neuron"
+        )
     raise ValueError(
         "a head or neuron label must look like 'L9.H3', 'L9.N1234', 'L9.H3.D17' or 'L9.H3.D17@5', "
         f"got {label!r}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.projection import TokenEnds
 from tl_neuron_attr.query import QueryScores
@@ -203,6 +204,18 @@ def neuron_table(neurons: RankedNeurons, prompt_id: str, role: str = "value") ->
         },
         columns=list(NEURON_COLUMNS),
     )
+
+
+def with_experts(table: pd.DataFrame, host: Host) -> pd.DataFrame:
+    """Of a mixture of experts with the column ``expert``, empty for attention neurons.
+
+    FFN neurons are numbered through a layer, expert after expert; a shared one is the one after the
+    last. Of other models the table as it is.
+    """
+    if not host.n_experts:
+        return table
+    expert = (table["index"] // host.d_expert).clip(upper=host.n_experts)
+    return table.assign(expert=expert.where(table["kind"] == "ffn").astype("Int64"))
 
 
 def neurons_of(table: pd.DataFrame) -> list[FFNNeuron | AttnNeuron]:

@@ -25,7 +25,12 @@ from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.projection import project
 from tl_neuron_attr.query import query_scores, top_query_neurons
 from tl_neuron_attr.reading import subkeys, through_norm
-from tl_neuron_attr.tables import query_layer_table, query_neuron_table, token_columns
+from tl_neuron_attr.tables import (
+    query_layer_table,
+    query_neuron_table,
+    token_columns,
+    with_experts,
+)
 from tl_neuron_attr.topk import Kind, RankedNeurons, exact_scores, subvalues_of
 
 
@@ -210,7 +215,7 @@ def set_off_by(
     layers = query_layer_table(scores).rename(columns={"score": "share"})
     found = [top_query_neurons(host, captured, scores, top, kind) for kind in ("ffn", "attn")]
     neurons = [
-        query_neuron_table(each, captured.prompt.prompt_id, position=True)
+        with_experts(query_neuron_table(each, captured.prompt.prompt_id, position=True), host)
         .rename(columns={"score": "share"})
         .join(_says(result, captured, each.neurons, tokens))
         for each in found

@@ -29,7 +29,10 @@ from tl_neuron_attr.report.listed import (
 )
 from tl_neuron_attr.report.page import Section, page
 from tl_neuron_attr.tables import Saved
-from tl_neuron_attr.views import head_heatmap, layer_bars
+from tl_neuron_attr.views import layer_bars
+from tl_neuron_attr.views.heads import head_grid
+
+RISE = "rise in log p(answer), nats"
 
 HOW = (
     "The probability of an answer is the product of its tokens', each given the prompt and the "
@@ -79,7 +82,9 @@ def answer_page(saved: Saved) -> str:
             Section(
                 title="Layers",
                 items=[
-                    layer_bars(layers, title="Rise in log p(answer) from each layer, nats"),
+                    layer_bars(layers, title="What each layer adds to log p(answer)").update_yaxes(
+                        title_text=RISE
+                    ),
                     Shown(
                         caption="Each layer: for the answer, and for each of its tokens, nats",
                         table=layers.assign(kind=called(layers["kind"], KINDS)),
@@ -90,7 +95,7 @@ def answer_page(saved: Saved) -> str:
             Section(
                 title="Heads",
                 items=[
-                    head_heatmap(heads, title="Rise in log p(answer) from each head, nats"),
+                    head_grid(heads, "score", RISE, None, "What each head adds to log p(answer)"),
                     head_list(
                         "Every head, the largest sum first; nats",
                         heads.sort_values("score", ascending=False, kind="stable"),
