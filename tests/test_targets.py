@@ -533,6 +533,8 @@ def test_a_run_says_which_prompts_its_tables_cannot_hold(facts_model, tmp_path):
         "a run's tables hold one token as target, not ·Rome or ·Paris; leave the others out, or "
         "attribute the prompt by itself"
     ]
+    kept = load_run(tmp_path / "run").prompts()
+    assert kept["target"].isna().tolist() == kept["target_text"].isna().tolist() == [True, False]
 
 
 # --- what a distribution is called, and texts behind others -----------------------------------
