@@ -65,6 +65,7 @@ ORDER = (
     "compare",
     "curves",
     "methods",
+    "shapes",
     "plan",
     "doctor",
     "knowledge",

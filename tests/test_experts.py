@@ -58,10 +58,10 @@ from tl_neuron_attr.hook_points import coefficient_name
 from tl_neuron_attr.host import weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
 from tl_neuron_attr.pieces import Pieces, times
-from tl_neuron_attr.plan import shapes_of
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import baseline_of_runs
 from tl_neuron_attr.scores import neuron_scores
+from tl_neuron_attr.shapes import shapes_of
 from tl_neuron_attr.topk import tangent_bounds
 
 TARGET = 7

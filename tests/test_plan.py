@@ -37,7 +37,8 @@ from tl_neuron_attr import (
     tokenize,
 )
 from tl_neuron_attr.index import projection_index
-from tl_neuron_attr.plan import Cost, in_bytes, in_time, shapes_of
+from tl_neuron_attr.plan import Cost, in_bytes, in_time
+from tl_neuron_attr.shapes import shapes_of
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 N_TOKENS = 24
