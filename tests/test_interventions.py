@@ -25,6 +25,7 @@ from tl_neuron_attr import (
     attribute,
     capture,
     capture_zeroed,
+    forward,
     head_scan,
     open_host,
     tokenize,
@@ -298,11 +299,9 @@ def test_the_head_scan_runs_each_layer_once_and_skips_those_before(tiny_gpt2, mo
 
 
 def test_many_heads_of_a_long_prompt_are_run_in_parts(tiny_gpt2, monkeypatch):
-    from tl_neuron_attr.interventions import rows
-
     result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
     whole = head_scan(result.host, result.captured, result.target)
-    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 2 * len(TOKENS))
+    monkeypatch.setattr(forward, "_TOKENS_AT_A_TIME", 2 * len(TOKENS))
     passes = count_forward_passes(tiny_gpt2, monkeypatch)
     torch.testing.assert_close(head_scan(result.host, result.captured, result.target), whole)
     assert len(passes) == 1 + 2 * result.host.n_layers
@@ -329,9 +328,9 @@ def test_the_callers_hooks_stay_in_force_and_see_whole_activations(tiny_model):
 
 
 def test_a_block_that_fails_leaves_the_model_as_it_was(tiny_gpt2, monkeypatch):
+    result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
     from tl_neuron_attr.interventions import rows
 
-    result = attribute(tiny_gpt2, TOKENS, target=9, top=1)
     real = rows._zero
 
     def failing(activation, hook, *, mask):
@@ -426,12 +425,18 @@ def test_parts_out_of_range_are_refused_before_the_forward_pass(
 
 
 def test_prompts_share_a_pass_by_length_and_number(tiny_gpt2, monkeypatch):
-    from tl_neuron_attr.interventions import rows
-
     host = open_host(tiny_gpt2)
     prompts = [asked(host, range(1, n + 1)) for n in (5, 2, 5, 3, 2)]
     assert [*batches(host, prompts)] == [[1, 4, 3, 0, 2]]
-    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 10)
+    monkeypatch.setattr(forward, "_TOKENS_AT_A_TIME", 10)
     assert [*batches(host, prompts)] == [[1, 4, 3], [0, 2]]
-    monkeypatch.setattr(rows, "_TOKENS_AT_A_TIME", 1)
+    monkeypatch.setattr(forward, "_TOKENS_AT_A_TIME", 1)
     assert [*batches(host, prompts)] == [[1], [4], [3], [0], [2]]
+
+
+def test_a_mixture_of_experts_goes_through_in_as_many_parts_more_as_it_has_experts_beside():
+    host = open_host(bridge_of("mixtral"))
+    assert (host.experts_per_position, host.n_experts) == (2, 4)
+    assert 2 * forward.tokens_at_a_time(host) == forward.tokens_at_a_time(
+        open_host(bridge_of("llama"))
+    )

@@ -1,6 +1,5 @@
 """Methods that run the model: against plain autograd, captum, and a loop of single forwards."""
 
-import importlib
 import warnings
 from functools import partial
 
@@ -21,11 +20,12 @@ from tl_neuron_attr import (
     NonFiniteError,
     Prompt,
     attribute,
+    forward,
     open_host,
     tokenize,
 )
 from tl_neuron_attr.hook_points import hook_names
-from tl_neuron_attr.methods import METHODS, Case, gradients, method_name, method_of, neuron_shape
+from tl_neuron_attr.methods import METHODS, Case, method_name, method_of, neuron_shape
 from tl_neuron_attr.methods.ablation import ablation
 from tl_neuron_attr.methods.gradients import integrated_gradients
 from tl_neuron_attr.methods.together import query, value_and_query
@@ -121,7 +121,7 @@ def test_both_classes_give_the_same_scores(family):
 
 
 def test_ablation_is_a_loop_of_single_forwards(tiny_model, monkeypatch):
-    monkeypatch.setattr(importlib.import_module(ablation.__module__), "TOKENS_AT_A_TIME", 100)
+    monkeypatch.setattr(forward, "_TOKENS_AT_A_TIME", 100)
     case = case_of(tiny_model)
     host = case.result.host
     for kind in KINDS:
@@ -306,7 +306,7 @@ def test_steps_in_several_passes_give_the_same(tiny_gpt2, monkeypatch):
     for kind in KINDS:
         at_once = METHODS["integrated_gradients"](case, kind, None)
         with monkeypatch.context() as patch:
-            patch.setattr(gradients, "TOKENS_AT_A_TIME", 7 * len(TOKENS))
+            patch.setattr(forward, "_TOKENS_AT_A_TIME", 7 * len(TOKENS))
             apart = METHODS["integrated_gradients"](case, kind, None)
         torch.testing.assert_close(at_once, apart, rtol=1e-4, atol=1e-7)
 

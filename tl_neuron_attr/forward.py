@@ -32,6 +32,8 @@ Hook = tuple[str, Callable[..., Any]]
 OF_EXPERTS = tuple(ROUTER_HOOKS)
 """What ``mlp_post`` of a mixture of experts is made of."""
 
+_TOKENS_AT_A_TIME = 4096  # enough for matrix products to run at full speed
+
 _EDITED = "tl_neuron_attr.edited_coefficients"
 
 
@@ -77,6 +79,17 @@ def forward(
             attention_mask=attention_mask if masked else None,
         )
         return logits if narrowed else logits[each_row, kept]
+
+
+def tokens_at_a_time(host: Host) -> int:
+    """Rows times positions of one forward pass in which neurons of many positions are edited.
+
+    Fewer in a mixture of experts: an edit holds the coefficients of all experts' neurons, of which
+    the model itself makes those of the chosen ones.
+    """
+    if not host.n_experts:
+        return _TOKENS_AT_A_TIME
+    return max(1, _TOKENS_AT_A_TIME * host.experts_per_position // host.n_experts)
 
 
 def run_rows(host: Host, prompts: Sequence[TokenizedPrompt], hooks: Sequence[Hook]) -> None:

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from tl_neuron_attr.capture import capture_rows, check_same_run
 from tl_neuron_attr.captured import Capture
-from tl_neuron_attr.forward import Hook, capture_blocks, coefficient_hooks, final_residuals
+from tl_neuron_attr.forward import (
+    Hook,
+    capture_blocks,
+    coefficient_hooks,
+    final_residuals,
+    tokens_at_a_time,
+)
 from tl_neuron_attr.hook_points import hook_names, residual_of
 from tl_neuron_attr.host import Host, batch_regime
 from tl_neuron_attr.interventions.values import (
@@ -29,9 +35,6 @@ from tl_neuron_attr.neurons import Head
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, TokenizedPrompt
 from tl_neuron_attr.readout import read_out
-
-# Rows times positions in one forward pass: enough for matrix products to run at full speed.
-_TOKENS_AT_A_TIME = 4096
 
 
 def capture_zeroed(
@@ -92,7 +95,7 @@ def head_scan(host: Host, captured: Capture, target: Target) -> Float[Tensor, "l
         NonFiniteError: If an activation is NaN or infinite.
     """
     prompt = captured.prompt
-    at_a_time = max(1, _TOKENS_AT_A_TIME // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
     with torch.no_grad():
         outputs = capture_blocks(host, prompt)
         final = residual_of(outputs[-1])[0, prompt.read_pos]
@@ -172,7 +175,7 @@ def batches(host: Host, prompts: Sequence[TokenizedPrompt]) -> Iterator[list[int
         batch: list[int] = []
         for row in rows:
             # in order of length: the next is the longest of them
-            if batch and (len(batch) + 1) * len(prompts[row].tokens) > _TOKENS_AT_A_TIME:
+            if batch and (len(batch) + 1) * len(prompts[row].tokens) > tokens_at_a_time(host):
                 yield batch
                 batch = []
             batch.append(row)

@@ -8,9 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.capture import check_same_run
-from tl_neuron_attr.forward import capture_blocks, coefficient_hooks, final_residuals
+from tl_neuron_attr.forward import (
+    capture_blocks,
+    coefficient_hooks,
+    final_residuals,
+    tokens_at_a_time,
+)
 from tl_neuron_attr.hook_points import residual_of
-from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
+from tl_neuron_attr.methods.case import Case, in_layers, neuron_shape
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.readout import read_out
 from tl_neuron_attr.topk import Kind
@@ -42,7 +47,7 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
     # With its norm recomputed, the read-out is what the model itself does. In float64: what most
     # neurons do to a confident answer is less than the rounding of a float32 log-probability.
     out = read_out(host, final, "recomputed", budget=result.out.budget, dtype=torch.float64)
-    at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
     left = [out.log_prob(final[None], result.target)]
     for layer in range(n_layers):
         for some in torch.arange(per_layer, device=host.device).split(at_a_time):

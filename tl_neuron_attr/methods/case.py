@@ -149,7 +149,3 @@ def layer_of_each(case: Case, kind: Kind) -> Int[Tensor, " neuron"]:
     n_layers, *rest = neuron_shape(case.result.host, kind)
     layers = torch.arange(n_layers, device=case.result.captured.mlp_post.device)
     return layers.repeat_interleave(math.prod(rest))
-
-
-TOKENS_AT_A_TIME = 4096
-"""Rows times positions in one forward pass: enough for matrix products to run at full speed."""

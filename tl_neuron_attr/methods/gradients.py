@@ -20,9 +20,10 @@ from tl_neuron_attr.forward import (
     coefficient_hooks,
     coefficients_everywhere,
     final_residuals,
+    tokens_at_a_time,
 )
 from tl_neuron_attr.host import Host
-from tl_neuron_attr.methods.case import TOKENS_AT_A_TIME, Case, in_layers, neuron_shape
+from tl_neuron_attr.methods.case import Case, in_layers, neuron_shape
 from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Target, at_least_one
 from tl_neuron_attr.readout import read_out
@@ -144,7 +145,7 @@ def integrated_gradients(
     check_differentiable(host)
     prompt = captured.prompt
     scaled = slice(None) if positions == "all" else slice(prompt.read_pos, prompt.read_pos + 1)
-    at_a_time = max(1, TOKENS_AT_A_TIME // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
     grown: list[Tensor] = []
     clean: list[Tensor] = []
 

@@ -292,11 +292,11 @@ def _no_remarks_on_the_dead() -> Iterator[None]:
 
     # as Ray's own debugger does it; a version that has another name for it is only talkative
     before = getattr(worker, "_worker_logs_enabled", True)
-    setattr(worker, "_worker_logs_enabled", False)  # noqa: B010
+    worker.__dict__["_worker_logs_enabled"] = False
     try:
         yield
     finally:
-        setattr(worker, "_worker_logs_enabled", before)  # noqa: B010
+        worker.__dict__["_worker_logs_enabled"] = before
 
 
 @contextmanager
