@@ -5,11 +5,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOKENS, bridge_of
+from conftest import bridge_of
 from test_topk import random_read_out
 
-from tl_neuron_attr import InputError, Target, attribute, open_host, read_out
+from tl_neuron_attr import InputError, Target, open_host, read_out
 from tl_neuron_attr.baselines import Deviations
+from tl_neuron_attr.projection import project
+from tl_neuron_attr.prompts import Distribution
 from tl_neuron_attr.readout import ReadOut, baseline_of_runs, check_read_out
 
 D_MODEL, D_VOCAB = 6, 31
@@ -129,6 +131,45 @@ def test_answers_have_the_probability_of_all_and_the_rank_of_the_likeliest(whole
         each = log_probs[row, ids]
         assert float(found.log_prob[row]) == pytest.approx(float(each.logsumexp(0)), abs=1e-12)
         assert int(found.rank[row]) == 1 + int((log_probs[row] > each.max()).sum())
+
+
+def test_targets_of_several_forms_share_nothing_and_a_distribution_is_no_answer():
+    out, resid = some_read_out()
+    forms = [Target(4), Target(4, against=Target(5)), Target(4, also=(Target(5),))]
+    for other in forms[1:]:
+        with pytest.raises(InputError, match="cannot share a baseline"):
+            out.log_prob_of_each(resid[:2], [forms[0], other])
+    flat = Distribution(torch.full((D_VOCAB,), 1 / D_VOCAB, dtype=torch.float64))
+    whole = Target(4, distribution=flat)
+    with pytest.raises(InputError, match="a whole distribution has no rank"):
+        out.answers(resid[:2], [Target(4), whole])
+    # -KL(q || p)
+    log_p = logits_by_definition(out, resid, out.norm_scale).log_softmax(-1)
+    wanted = log_p.mean(-1) + math.log(D_VOCAB)
+    torch.testing.assert_close(out.log_prob(resid, whole), wanted)
+    assert out.log_prob(resid[None], whole).shape == (1, 3)
+
+
+@pytest.mark.parametrize("convention", ["exact", "recomputed"])
+def test_both_ends_of_a_projection_are_its_largest_and_smallest_logits(convention, monkeypatch):
+    monkeypatch.setattr(ReadOut, "whole_rows", property(lambda out: 4))
+    out, vectors = some_read_out()
+    if convention == "recomputed":
+        out = replace(out, norm_scale=None)
+    vectors = torch.stack([vectors, -2 * vectors])
+    raised = vectors @ directions_by_definition(out, out.norm_scale or 1.0).T
+    for k in (3, 100):
+        found = project(out, vectors, k)
+        order = raised.sort(-1, descending=True)
+        torch.testing.assert_close(found.top_logits, order.values[..., :k])
+        assert torch.equal(found.top_ids, order.indices[..., :k])
+        torch.testing.assert_close(found.bottom_logits, order.values.flip(-1)[..., :k])
+        assert torch.equal(found.bottom_ids, order.indices.flip(-1)[..., :k])
+        torch.testing.assert_close(found.mean, raised.mean(-1))
+        torch.testing.assert_close(found.spread, raised.std(-1, correction=0))
+        away = torch.maximum(raised.amax(-1) - found.mean, found.mean - raised.amin(-1))
+        torch.testing.assert_close(found.readability, away / found.spread)
+    assert project(out, vectors).top_ids.shape == (2, 3, 10)
 
 
 # --- positions and rivals ---
@@ -297,8 +338,3 @@ def test_what_cannot_be_read_out_is_said_before_the_model_runs():
     assert (published.eps, published.b_U, published.bias) == (1e-6, None, None)
     gpt2 = open_host(bridge_of("gpt2"))
     assert read_out(gpt2, resid, "published").eps == gpt2.eps
-
-
-def test_scores_are_in_the_dtype_asked_for():
-    result = attribute(bridge_of("gpt2"), TOKENS, target=3, top=2, dtype=torch.float64)
-    assert result.out.dtype == torch.float64 and result.ffn_neurons.score.dtype == torch.float64

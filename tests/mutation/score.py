@@ -56,7 +56,7 @@ FILES = """
     test_scores test_topk test_norms test_soft_cap test_lens test_experts test_query
     test_intervals test_targets test_attribute test_methods test_golden test_host test_cohere
     test_index test_closest test_graph test_capture test_devices test_properties
-    test_answers test_compare test_in_context test_float64
+    test_answers test_compare test_in_context test_float64 test_readout test_state
 """.split()
 
 # Their results hold nothing that the package computed.
@@ -487,14 +487,14 @@ def main() -> int:
         "--measure", action="store_true", help="which test reaches what, anew: else of new ones"
     )
     parser.add_argument("--table", action="store_true", help="print what is known, run nothing")
-    options = parser.parse_args()
+    options, to_pytest = parser.parse_known_args()  # -k, --deselect
     if options.table:
         print_table(options.results)
         return 0
     options.results.mkdir(parents=True, exist_ok=True)
     files = [str(TESTS / f"{name}.py") for name in FILES]
     quiet = ["-q", "-s", "-n", "0", "--tb=no", "-p", "no:cacheprovider"]
-    return int(pytest.main([*quiet, *files], plugins=[Mutation(options)]))
+    return int(pytest.main([*quiet, *to_pytest, *files], plugins=[Mutation(options)]))
 
 
 if __name__ == "__main__":
