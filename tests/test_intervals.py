@@ -28,6 +28,7 @@ from tl_neuron_attr.index import ProjectionIndex, Projections, _projected, _Surv
 from tl_neuron_attr.intervals import score_intervals, suppressing_neurons
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import ReadOut
+from tl_neuron_attr.topk import tangent_bounds
 
 # --- the definition, in more digits than either dtype -----------------------------------------
 
@@ -446,12 +447,17 @@ STAGE_2 = [
 ]
 
 
+@pytest.mark.parametrize("off", [0.0, 3e-3])
 @pytest.mark.parametrize("look", STAGE_2)
-def test_likely_tokens_are_summed_and_the_others_bounded_by_what_the_index_knows(look):
-    found, spread, Y = look.found, look.spread, look.Y
+def test_likely_tokens_are_summed_and_the_others_bounded_by_what_the_index_knows(look, off):
+    """``off``: by how much the expected change may be off, in units of the largest change."""
+    spread, Y, likely = look.spread, look.Y, look.likely
     assert np.allclose(wide(spread.below), -Y.min(1), rtol=1e-4)
     assert np.allclose(wide(spread.above), Y.max(1), rtol=1e-4)
     size = np.maximum(wide(spread.below), wide(spread.above))
+    if off:
+        spread = replace(spread, slack=off * torch.tensor(size.astype(float)))
+    found = intervals_module._likely(spread, look.out, look.before, look.subvalue, likely)
     assert np.allclose(wide(found.size), size, rtol=1e-12)
     Y, p, some = Y / size[:, None], look.p, look.chosen
     for power, ours in ((2, found.second), (3, found.third), (4, found.fourth)):
@@ -462,15 +468,19 @@ def test_likely_tokens_are_summed_and_the_others_bounded_by_what_the_index_knows
     # Cauchy-Schwarz about the mean of all tokens, and that a variance is below that of the ends
     mean = look.delta.mean(1) / size
     shift = mean - look.delta @ p / size
-    apart = (Y - shift[:, None])[:, ~some]
-    energy = np.minimum(
-        rest.max() * (apart**2).sum(1),
-        np.sqrt((rest**2).sum()) * np.sqrt((apart**4).sum(1)),
-    )
+    apart = Y - shift[:, None]
+
+    def energy(power):
+        norm = (apart[:, some] ** power).sum(1) ** (1 / power) - likely ** (1 / power) * off
+        return (apart**power).sum(1) - np.maximum(norm, 0) ** power
+
+    each = np.minimum(rest.max() * energy(2), np.sqrt((rest**2).sum()) * np.sqrt(energy(4)))
     rest_first = Y[:, ~some] @ rest
-    moved = energy + 2 * shift * rest_first - shift**2 * rest.sum()
+    moved = each + 2 * shift * rest_first - shift**2 * rest.sum()
+    moved += 2 * off * (2 * np.abs(shift) + np.abs(rest_first) + 2 * off)
     below, above = wide(spread.below) / size, wide(spread.above) / size
     inside = rest.sum() * below * above + (above - below) * rest_first
+    inside += np.abs(above - below) * off
     assert np.allclose(wide(found.rest_second), np.minimum(moved, inside), rtol=2e-4, atol=1e-9)
     assert (wide(found.rest_second) >= Y[:, ~some] ** 2 @ rest).all()
 
@@ -551,6 +561,87 @@ def test_a_slack_is_what_the_page_says_may_round():
     assert found.tolist() == pytest.approx(wanted, rel=1e-14)
 
 
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_exact_scores_are_off_by_no_more_than_their_gap_allows(sign):
+    look = STAGE_2[0]
+    spread = replace(look.spread, slack=torch.full_like(look.spread.slack, 0.01), constant=0.04)
+    coefficients = sign * look.blocks[1].coefficients.abs().clamp(min=0.1)
+    spread = replace(spread, block=replace(look.blocks[1], coefficients=coefficients))
+    score = coefficients * spread.slope - torch.linspace(-0.5, 0.5, len(coefficients)).double()
+    found = intervals_module._rounding_of(spread, look.subvalue, score)
+    gap = coefficients * spread.slope - score + 0.01 * coefficients.abs() + 0.04
+    wanted = intervals_module._slack(spread, coefficients, look.subvalue, gap.clamp(min=0))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
+    look = STAGE_2[2]
+    coefficients = 3 * look.blocks[1].coefficients
+    spread = replace(look.spread, block=replace(look.blocks[1], coefficients=coefficients))
+    numbers = torch.arange(len(coefficients))[coefficients != 0]
+    coefficient, size = coefficients[numbers], coefficients[numbers].abs()
+    up = coefficient > 0
+    below = size * torch.where(up, spread.below[numbers], spread.above[numbers])
+    above = size * torch.where(up, spread.above[numbers], spread.below[numbers])
+    least, most = intervals_module._likely_gaps(
+        look.found, numbers, coefficient, below, above, size * spread.slack[numbers]
+    )
+    most = torch.minimum(most, intervals_module._range_gap(below, above))
+    slack = intervals_module._slack(spread, coefficient, numbers, most)
+    tangent = coefficient * spread.slope[numbers]
+    ends = intervals_module._second_stage(spread, look.out, look.before, numbers, look.likely)
+    torch.testing.assert_close(ends.lower, tangent - most - slack, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ends.upper, tangent - least + slack, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ends.slack, slack, rtol=1e-12, atol=0)
+    assert (least > 0).any() and (slack < 1e-3 * (most - least).amax()).all()
+    # what the likely tokens' mean may be off by takes from the least that the others add
+    loose, _ = intervals_module._likely_gaps(
+        look.found, numbers, coefficient, below, above, torch.full_like(size, 1e9)
+    )
+    assert (loose <= least).all() and (loose < least).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_are_widened_by_what_may_round_in_the_index_and_in_the_slope(dtype):
+    out, blocks, target = build({**PLAIN, "base": 1.0, "norm_scale": 0.7}, dtype)
+    before = out.baseline(torch.stack([block.base for block in blocks]), target)
+    index = index_of(blocks, out)
+    spreads = intervals_module._spreads(blocks, out, before, index)
+    for layer, spread in enumerate(spreads):
+        rounding = wide(index.ffn.rounding[layer]) / np.longdouble(out.norm_scale.item())
+        low, high = (
+            wide(getattr(index.ffn, name)[layer]) / np.longdouble(out.norm_scale.item())
+            for name in ("low", "high")
+        )
+        allowed = rounding + wide(spread.slack)
+        below = wide(spread.below) - (wide(spread.expected) - low)
+        above = wide(spread.above) - (high - wide(spread.expected))
+        for found in (below, above):
+            assert np.allclose(found, allowed, rtol=0.2)
+        coarser = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        assert np.allclose(wide(spread.rounding), rounding / coarser, rtol=1e-6)
+        scale = np.longdouble(out.norm_scale.item())
+        for name in ("spread", "spread4"):
+            known = wide(getattr(index.ffn, name)[layer]) / scale
+            room = wide(getattr(spread, name)) - known
+            wanted = 64 * torch.finfo(torch.float32).eps * known + rounding
+            assert np.allclose(room, wanted, rtol=0.1)
+        # a logit of the base is a product and a bias
+        unit = (math.sqrt(20) + 8) * torch.finfo(dtype).eps
+        size = float(out.normalize(blocks[layer].base).norm())
+        bias = float(out.b_U.abs().max())
+        wanted = unit * (size * index.widest + bias)
+        assert spread.base_rounding == pytest.approx(wanted, rel=1e-5)
+        assert spread.constant == 32 * torch.finfo(dtype).eps
+    tangent = tangent_bounds(
+        [blocks],
+        out,
+        out.baseline(blocks[0].base[None].expand(2, -1), Target(3, also=(Target(5),))),
+    )[0][0]
+    assert tangent.answers is not None
+    assert intervals_module._constant(tangent, 0.5) == tangent.constant + 1.0
+
+
 def test_how_many_tokens_are_looked_at():
     out, _, _ = build({**PLAIN, "d_vocab": 300, "d_model": 20}, torch.float64)
     how_many = intervals_module._how_many
@@ -590,6 +681,12 @@ def test_a_share_is_close_where_intervals_are_narrow():
     found = score_intervals(blocks, out, target, index_of(blocks, out))
     lower, upper = found.share(10)
     assert 0.2 < lower < upper < lower + 0.02
+    ends = []
+    for scores, others in ((found.lower, found.upper), (found.upper, found.lower)):
+        best = scores.flatten().clamp(min=0).sort(descending=True).values[:10].sum()
+        rest = others.flatten().clamp(min=0).sort(descending=True).values[10:].sum()
+        ends.append(float(best / (best + rest)))
+    assert (lower, upper) == pytest.approx(ends, rel=1e-9)
     assert found.share(10_000) == (1.0, 1.0)
     nothing = replace(found, lower=found.lower - 100, upper=found.upper - 100)
     assert nothing.share(3) == (0.0, 0.0) and nothing.positive_total() == (0.0, 0.0)
@@ -643,6 +740,21 @@ def test_few_are_scored_beyond_the_suppressing_neurons_asked_for():
     dense = torch.cat([neuron_scores(block, out, target) for block in blocks])
     order = dense.sort(stable=True).indices[:100]
     assert torch.equal(scored[100].layer * 500 + scored[100].number, order)
+
+
+@pytest.mark.parametrize("likely", [0, None])
+def test_more_suppressing_neurons_can_be_asked_for_than_a_layer_has(likely):
+    generator = torch.Generator().manual_seed(0)
+    out, _, target = build({**PLAIN, "d_model": 16}, torch.float64)
+    blocks = random_ffns(generator, 4, 16, 30, tail=1.0, dtype=torch.float64)
+    told = []
+    found = suppressing_neurons(
+        blocks, out, target, index_of(blocks, out), 45, likely=likely, progress=told.append
+    )
+    dense = torch.cat([neuron_scores(block, out, target) for block in blocks])
+    order = dense.sort(stable=True).indices[:45]
+    assert torch.equal(found.layer * 30 + found.number, order)
+    assert sum(told) == found.certificate.evaluated
 
 
 def test_a_broken_lower_end_loses_suppressing_neurons(monkeypatch):

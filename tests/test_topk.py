@@ -537,6 +537,11 @@ def test_a_search_tells_its_progress_and_counts_what_it_scored():
         active = sum(int((block.coefficients != 0).sum()) for block in blocks)
         assert found.certificate.total == 2000 and found.certificate.linear == bool(options)
         assert found.certificate.evaluated == (active if options else sum(told))
+        if options:
+            assert (found.certificate.slack, found.certificate.next_bound) == (0.0, None)
+            dense = dense_scores(blocks, out, Target(3, **options))
+            assert found.score.tolist() == pytest.approx(dense.topk(20).values.tolist(), rel=1e-5)
+            assert found.certificate.kth_score == float(found.score[-1])
     told = []
     recomputed = replace(out, norm_scale=None)
     found = top_neurons(blocks, recomputed, Target(3), 20, progress=told.append)

@@ -56,7 +56,8 @@ FILES = """
     test_scores test_topk test_norms test_soft_cap test_lens test_experts test_query
     test_intervals test_targets test_attribute test_methods test_golden test_host test_cohere
     test_index test_closest test_graph test_capture test_devices test_properties
-    test_answers test_compare test_in_context test_float64 test_readout test_state
+    test_answers test_compare test_in_context test_float64 test_readout test_state test_decompose
+    test_families
 """.split()
 
 # Their results hold nothing that the package computed.
