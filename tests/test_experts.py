@@ -2,6 +2,7 @@
 
 import warnings
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -54,6 +55,7 @@ from tl_neuron_attr.capture import capture_all, capture_sources
 from tl_neuron_attr.decompose import ffn_decomposition, slopes
 from tl_neuron_attr.errors import IdentityError
 from tl_neuron_attr.evaluate.rankings import on_first, random_beside
+from tl_neuron_attr.experts import coefficients, experts_on, routed
 from tl_neuron_attr.hook_points import coefficient_name
 from tl_neuron_attr.host import weights_hash
 from tl_neuron_attr.identities import identities, subkey_identities
@@ -727,3 +729,42 @@ def test_rows_are_written_to_where_they_lie():
     assert pieces.stacks[1][0, 1].eq(1).all() and pieces.stacks[0][0, 1].eq(1).all()
     others = torch.tensor([0, 2, 3, 4, 5, 6, 8, 9])
     assert torch.equal(pieces[(others,)], whole[others])
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_weights_of_experts_are_rounded_as_hugging_face_rounds_them(family):
+    model = bridge_of(family, dtype=torch.bfloat16)
+    mixture = open_host(model).mixture(0)
+    wanted = torch.float32 if family == "mixtral" else torch.bfloat16
+    logits = torch.randn(5, mixture.n_experts, generator=torch.Generator().manual_seed(0))
+    weights, chosen = routed(mixture, logits)
+    assert weights.dtype == mixture.weights_dtype == wanted
+    p, order = logits.double().softmax(-1).sort(descending=True)
+    k = mixture.per_position
+    assert torch.equal(chosen, order[:, :k])
+    p = p[:, :k] / p[:, :k].sum(-1, keepdim=True) if mixture.sums_to_one else p[:, :k]
+    torch.testing.assert_close(weights.double(), p, rtol=4e-3, atol=0)
+    assert mixture.sums_to_one is (family in ("mixtral", "qwen3moe"))
+
+
+def test_a_shared_expert_without_a_router_is_added_as_it_is():
+    mixture = open_host(bridge_of("qwen2moe")).mixture(0)
+    mixture = replace(
+        mixture,
+        shared_router=None,
+        d_shared=7,
+        **{
+            name: Pieces(
+                (getattr(mixture, name).stacks[0], getattr(mixture, name).stacks[1][:, :7])
+            )
+            for name in ("down", "gate", "up")
+        },
+    )
+    generator = torch.Generator().manual_seed(0)
+    read = torch.randn(3, 24, generator=generator)
+    found = coefficients(mixture, read, torch.randn(3, 4, generator=generator))
+    gate, up = mixture.gate.stacks[1][0], mixture.up.stacks[1][0]
+    torch.testing.assert_close(found[:, -7:], mixture.act(read @ gate.T) * (read @ up.T))
+    assert found.shape == (3, 4 * 16 + 7)
+    on = experts_on(mixture, found)
+    assert on == frozenset([*on & frozenset(range(4)), 4])

@@ -1,7 +1,7 @@
 """An interval contains the exact score, whatever the stage; what is lowest is what dense lists."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -28,6 +28,7 @@ from tl_neuron_attr.index import ProjectionIndex, Projections, _projected, _Surv
 from tl_neuron_attr.intervals import score_intervals, suppressing_neurons
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import ReadOut
+from tl_neuron_attr.topk import tangent_bounds
 
 # --- the definition, in more digits than either dtype -----------------------------------------
 
@@ -360,6 +361,299 @@ def test_no_more_is_scored_than_is_wide():
     assert torch.equal(unasked.lower[settled], found.lower[settled])
 
 
+# --- the pieces, by their definitions ---------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.float64, 1e-12)])
+def test_the_curve_is_what_is_left_of_the_exponential_behind_its_tangent(dtype, tolerance):
+    y = torch.cat([torch.linspace(-30, 30, 601), torch.linspace(-0.3, 0.3, 601)]).to(dtype)
+    y = y[y.abs() > 1e-3]
+    exact = (np.expm1(wide(y)) - wide(y)) / wide(y) ** 2
+    assert np.allclose(wide(intervals_module._curve(y)), exact, rtol=tolerance, atol=0)
+    assert intervals_module._curve(torch.zeros(1, dtype=dtype)).item() == 0.5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+def test_the_gap_of_a_range_is_that_of_two_values_at_its_ends(dtype, tolerance):
+    ends = torch.tensor([0.01, 0.3, 2.0, 29.9, 30.0, 30.1, 80.0, 900.0], dtype=dtype)
+    below, above = torch.cartesian_prod(ends, ends).unbind(1)
+    a, b = wide(below), wide(above)
+    exact = np.log((b * np.exp(-a) + a * np.exp(b)) / (a + b))
+    found = wide(intervals_module._range_gap(below, above))
+    steep = b >= 30
+    assert np.allclose(found[~steep], exact[~steep], rtol=tolerance, atol=0)
+    # what cancels there is allowed for
+    allowed = torch.finfo(dtype).eps * (a + b)[steep]
+    assert (found[steep] - exact[steep] >= 2 * allowed).all()
+    assert (found[steep] - exact[steep] <= 14 * allowed).all()
+    nothing = torch.zeros(3, dtype=dtype), torch.tensor([0.0, 1.0, 50.0], dtype=dtype)
+    assert intervals_module._range_gap(*nothing)[:2].tolist() == [0.0, 0.0]
+
+
+def test_powers_about_another_mean_come_from_those_about_the_first():
+    generator = torch.Generator().manual_seed(0)
+    Y = torch.randn(7, 5, generator=generator, dtype=torch.float64)
+    shift = torch.randn(7, generator=generator, dtype=torch.float64)
+    sums = torch.stack([Y.pow(power).sum(1) for power in (1, 2, 3, 4)])
+    for power in (2, 4):
+        apart = Y - shift[:, None]
+        total, cancelled = intervals_module._powers(sums, shift, 5, power)
+        assert torch.allclose(total, apart.pow(power).sum(1), rtol=1e-12)
+        size = Y.norm(p=power, dim=1) + shift.abs() * 5 ** (1 / power)
+        assert torch.allclose(cancelled, size.pow(power), rtol=1e-12)
+        off = torch.full_like(shift, 0.01)
+        # the norm falls by no more than that of the errors, and by what rounds
+        wanted = (apart.norm(p=power, dim=1) - 5 ** (1 / power) * off).pow(power)
+        least = intervals_module._at_least((total, cancelled), 5, power, off, 0.0)
+        assert torch.allclose(least, wanted, rtol=1e-12)
+        least = intervals_module._at_least((total, cancelled), 5, power, off, 1e-6)
+        norm = (total - 64e-6 * cancelled).pow(1 / power)
+        assert torch.allclose(least, (norm - 5 ** (1 / power) * off).pow(power), rtol=1e-12)
+        gone = intervals_module._at_least((total, cancelled), 5, power, 100 * off + 10, 1e-6)
+        assert (gone == 0).all()
+
+
+@dataclass
+class Stage2:
+    """A look at the likeliest tokens, and what it should have seen: in 80-bit arithmetic."""
+
+    case: dict
+    likely: int
+
+    def __post_init__(self):
+        self.out, self.blocks, target = build(self.case, torch.float64)
+        self.before = self.out.baseline(torch.stack([b.base for b in self.blocks]), target)
+        index = index_of(self.blocks, self.out)
+        self.spread = intervals_module._spreads(self.blocks, self.out, self.before, index)[1]
+        self.subvalue = torch.arange(len(self.spread.slope))
+        self.found = intervals_module._likely(
+            self.spread, self.out, self.before, self.subvalue, self.likely
+        )
+        self.p = wide(self.before.log_probs[1].exp())
+        linear = self.out.linear(self.spread.block.rows())
+        self.delta = wide(linear) @ wide(self.out.W_U)
+        self.Y = self.delta - (self.delta @ self.p)[:, None]
+        chosen = np.argsort(-self.p, kind="stable")[: self.likely]
+        self.chosen = np.isin(np.arange(len(self.p)), chosen)
+
+
+STAGE_2 = [
+    Stage2({**PLAIN, "base": base, "kind": kind, "norm_scale": scale}, likely)
+    for base, kind, scale, likely in [
+        (0.0, "ffn", 1.0, 30),
+        (1.0, "attn", 0.7, 60),
+        (1.0, "ffn", 2.0, 120),
+    ]
+]
+
+
+@pytest.mark.parametrize("off", [0.0, 3e-3])
+@pytest.mark.parametrize("look", STAGE_2)
+def test_likely_tokens_are_summed_and_the_others_bounded_by_what_the_index_knows(look, off):
+    """``off``: by how much the expected change may be off, in units of the largest change."""
+    spread, Y, likely = look.spread, look.Y, look.likely
+    assert np.allclose(wide(spread.below), -Y.min(1), rtol=1e-4)
+    assert np.allclose(wide(spread.above), Y.max(1), rtol=1e-4)
+    size = np.maximum(wide(spread.below), wide(spread.above))
+    if off:
+        spread = replace(spread, slack=off * torch.tensor(size.astype(float)))
+    found = intervals_module._likely(spread, look.out, look.before, look.subvalue, likely)
+    assert np.allclose(wide(found.size), size, rtol=1e-12)
+    Y, p, some = Y / size[:, None], look.p, look.chosen
+    for power, ours in ((2, found.second), (3, found.third), (4, found.fourth)):
+        assert np.allclose(wide(ours), Y[:, some] ** power @ p[some], rtol=1e-9, atol=1e-12)
+    rest = p[~some]
+    assert np.allclose(wide(found.rest_first), Y[:, ~some] @ rest, rtol=1e-6, atol=1e-10)
+    assert float(found.rest_mass) == pytest.approx(float(rest.sum()), rel=1e-12)
+    # Cauchy-Schwarz about the mean of all tokens, and that a variance is below that of the ends
+    mean = look.delta.mean(1) / size
+    shift = mean - look.delta @ p / size
+    apart = Y - shift[:, None]
+
+    def energy(power):
+        norm = (apart[:, some] ** power).sum(1) ** (1 / power) - likely ** (1 / power) * off
+        return (apart**power).sum(1) - np.maximum(norm, 0) ** power
+
+    each = np.minimum(rest.max() * energy(2), np.sqrt((rest**2).sum()) * np.sqrt(energy(4)))
+    rest_first = Y[:, ~some] @ rest
+    moved = each + 2 * shift * rest_first - shift**2 * rest.sum()
+    moved += 2 * off * (2 * np.abs(shift) + np.abs(rest_first) + 2 * off)
+    below, above = wide(spread.below) / size, wide(spread.above) / size
+    inside = rest.sum() * below * above + (above - below) * rest_first
+    inside += np.abs(above - below) * off
+    assert np.allclose(wide(found.rest_second), np.minimum(moved, inside), rtol=2e-4, atol=1e-9)
+    assert (wide(found.rest_second) >= Y[:, ~some] ** 2 @ rest).all()
+
+
+@pytest.mark.parametrize("look", STAGE_2)
+@pytest.mark.parametrize("times", [0.1, -0.1, 1.0, -1.0, 6.0])
+def test_the_gap_lies_between_its_ends_and_these_close_in_on_it(look, times):
+    """The ends are the docstring's formulas, up to what is allowed for rounding."""
+    found, size = look.found, wide(look.found.size)
+    coefficient = (times / look.found.size).clone()
+    y = wide(coefficient)[:, None] * look.Y
+    gap = np.log(np.exp(y) @ look.p)
+    below, above = -y.min(1), y.max(1)
+    slack = torch.zeros_like(coefficient)
+    ends = intervals_module._likely_gaps(
+        found,
+        look.subvalue,
+        coefficient,
+        torch.tensor(below.astype(float)),
+        torch.tensor(above.astype(float)),
+        slack,
+    )
+    least, most = map(wide, ends)
+    assert (least <= gap).all() and (gap <= most).all()
+    series = sum(
+        wide(moment) * times**power / math.factorial(power)
+        for power, moment in ((2, found.second), (3, found.third), (4, found.fourth))
+    )
+    rest_mass, first = wide(found.rest_mass), times * wide(found.rest_first)
+    mean = np.clip(first / rest_mass, -below, above)
+
+    def curve(y):
+        return (np.expm1(y) - y) / y**2
+
+    fourth = times**4 * wide(found.fourth)
+    lower = np.maximum(series - np.minimum(below, 5) * fourth / 120, 0)
+    lower = np.log1p(lower + rest_mass * mean**2 * curve(mean))
+    upper = series + above * np.exp(above) * fourth / 120
+    upper = np.log1p(upper + times**2 * wide(found.rest_second) * curve(above))
+    assert np.allclose(least, lower, rtol=1e-9)
+    assert np.allclose(most, upper, rtol=1e-9)
+    assert size.min() > 0
+
+
+def test_neurons_too_steep_for_the_series_are_left_to_the_next_stage():
+    look = STAGE_2[0]
+    coefficient = torch.full_like(look.found.size, 30.0) / look.found.size * 1.0001
+    least, most = intervals_module._likely_gaps(
+        look.found,
+        look.subvalue,
+        coefficient,
+        coefficient * look.spread.below,
+        coefficient * look.spread.above,
+        torch.zeros_like(coefficient),
+    )
+    assert (least == 0).all() and most.isposinf().all()
+
+
+def test_a_slack_is_what_the_page_says_may_round():
+    look = STAGE_2[0]
+    eps = torch.finfo(torch.float64).eps
+    spread = replace(
+        look.spread,
+        slack=torch.full_like(look.spread.slack, 0.01),
+        rounding=torch.full_like(look.spread.slack, 0.02),
+        base_rounding=0.03,
+        constant=0.04,
+    )
+    coefficient = torch.tensor([-2.0, 2.0, 0.5], dtype=torch.float64)
+    gap = torch.tensor([0.08, 100.0, 0.0], dtype=torch.float64)
+    found = intervals_module._slack(spread, coefficient, torch.tensor([0, 1, 2]), gap)
+    wanted = []
+    for size, each in zip((2.0, 2.0, 0.5), gap.tolist(), strict=True):
+        e, h = 0.02 * size, 0.03
+        moved = min(1, math.sqrt(each / 2)) * math.expm1(2 * (e + h)) + e**2 / 2
+        moved = min(moved, 2 * (e + h))
+        wanted.append(0.01 * size + 0.04 + e + moved + 64 * eps * each)
+    assert found.tolist() == pytest.approx(wanted, rel=1e-14)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_exact_scores_are_off_by_no_more_than_their_gap_allows(sign):
+    look = STAGE_2[0]
+    spread = replace(look.spread, slack=torch.full_like(look.spread.slack, 0.01), constant=0.04)
+    coefficients = sign * look.blocks[1].coefficients.abs().clamp(min=0.1)
+    spread = replace(spread, block=replace(look.blocks[1], coefficients=coefficients))
+    score = coefficients * spread.slope - torch.linspace(-0.5, 0.5, len(coefficients)).double()
+    found = intervals_module._rounding_of(spread, look.subvalue, score)
+    gap = coefficients * spread.slope - score + 0.01 * coefficients.abs() + 0.04
+    wanted = intervals_module._slack(spread, coefficients, look.subvalue, gap.clamp(min=0))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=0)
+
+
+def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
+    look = STAGE_2[2]
+    coefficients = 3 * look.blocks[1].coefficients
+    spread = replace(look.spread, block=replace(look.blocks[1], coefficients=coefficients))
+    numbers = torch.arange(len(coefficients))[coefficients != 0]
+    coefficient, size = coefficients[numbers], coefficients[numbers].abs()
+    up = coefficient > 0
+    below = size * torch.where(up, spread.below[numbers], spread.above[numbers])
+    above = size * torch.where(up, spread.above[numbers], spread.below[numbers])
+    least, most = intervals_module._likely_gaps(
+        look.found, numbers, coefficient, below, above, size * spread.slack[numbers]
+    )
+    most = torch.minimum(most, intervals_module._range_gap(below, above))
+    slack = intervals_module._slack(spread, coefficient, numbers, most)
+    tangent = coefficient * spread.slope[numbers]
+    ends = intervals_module._second_stage(spread, look.out, look.before, numbers, look.likely)
+    torch.testing.assert_close(ends.lower, tangent - most - slack, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ends.upper, tangent - least + slack, rtol=1e-12, atol=1e-13)
+    torch.testing.assert_close(ends.slack, slack, rtol=1e-12, atol=0)
+    assert (least > 0).any() and (slack < 1e-3 * (most - least).amax()).all()
+    # what the likely tokens' mean may be off by takes from the least that the others add
+    loose, _ = intervals_module._likely_gaps(
+        look.found, numbers, coefficient, below, above, torch.full_like(size, 1e9)
+    )
+    assert (loose <= least).all() and (loose < least).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_ranges_are_widened_by_what_may_round_in_the_index_and_in_the_slope(dtype):
+    out, blocks, target = build({**PLAIN, "base": 1.0, "norm_scale": 0.7}, dtype)
+    before = out.baseline(torch.stack([block.base for block in blocks]), target)
+    index = index_of(blocks, out)
+    spreads = intervals_module._spreads(blocks, out, before, index)
+    for layer, spread in enumerate(spreads):
+        rounding = wide(index.ffn.rounding[layer]) / np.longdouble(out.norm_scale.item())
+        low, high = (
+            wide(getattr(index.ffn, name)[layer]) / np.longdouble(out.norm_scale.item())
+            for name in ("low", "high")
+        )
+        allowed = rounding + wide(spread.slack)
+        below = wide(spread.below) - (wide(spread.expected) - low)
+        above = wide(spread.above) - (high - wide(spread.expected))
+        for found in (below, above):
+            assert np.allclose(found, allowed, rtol=0.2)
+        coarser = torch.finfo(torch.float32).eps / torch.finfo(dtype).eps
+        assert np.allclose(wide(spread.rounding), rounding / coarser, rtol=1e-6)
+        scale = np.longdouble(out.norm_scale.item())
+        for name in ("spread", "spread4"):
+            known = wide(getattr(index.ffn, name)[layer]) / scale
+            room = wide(getattr(spread, name)) - known
+            wanted = 64 * torch.finfo(torch.float32).eps * known + rounding
+            assert np.allclose(room, wanted, rtol=0.1)
+        # a logit of the base is a product and a bias
+        unit = (math.sqrt(20) + 8) * torch.finfo(dtype).eps
+        size = float(out.normalize(blocks[layer].base).norm())
+        bias = float(out.b_U.abs().max())
+        wanted = unit * (size * index.widest + bias)
+        assert spread.base_rounding == pytest.approx(wanted, rel=1e-5)
+        assert spread.constant == 32 * torch.finfo(dtype).eps
+    tangent = tangent_bounds(
+        [blocks],
+        out,
+        out.baseline(blocks[0].base[None].expand(2, -1), Target(3, also=(Target(5),))),
+    )[0][0]
+    assert tangent.answers is not None
+    assert intervals_module._constant(tangent, 0.5) == tangent.constant + 1.0
+
+
+def test_how_many_tokens_are_looked_at():
+    out, _, _ = build({**PLAIN, "d_vocab": 300, "d_model": 20}, torch.float64)
+    how_many = intervals_module._how_many
+    assert how_many(out, None) == 256
+    assert how_many(out, 7) == 7
+    assert how_many(out, 301) == 300
+    assert how_many(replace(out, budget=8 * 48 * 5 + 1), None) == 5
+    assert how_many(replace(out, budget=1), None) == 1
+    wide_out, _, _ = build({**PLAIN, "d_vocab": 24_000, "d_model": 2}, torch.float64)
+    assert how_many(wide_out, None) == 1000
+
+
 # --- sums -------------------------------------------------------------------------------------
 
 
@@ -387,6 +681,12 @@ def test_a_share_is_close_where_intervals_are_narrow():
     found = score_intervals(blocks, out, target, index_of(blocks, out))
     lower, upper = found.share(10)
     assert 0.2 < lower < upper < lower + 0.02
+    ends = []
+    for scores, others in ((found.lower, found.upper), (found.upper, found.lower)):
+        best = scores.flatten().clamp(min=0).sort(descending=True).values[:10].sum()
+        rest = others.flatten().clamp(min=0).sort(descending=True).values[10:].sum()
+        ends.append(float(best / (best + rest)))
+    assert (lower, upper) == pytest.approx(ends, rel=1e-9)
     assert found.share(10_000) == (1.0, 1.0)
     nothing = replace(found, lower=found.lower - 100, upper=found.upper - 100)
     assert nothing.share(3) == (0.0, 0.0) and nothing.positive_total() == (0.0, 0.0)
@@ -440,6 +740,21 @@ def test_few_are_scored_beyond_the_suppressing_neurons_asked_for():
     dense = torch.cat([neuron_scores(block, out, target) for block in blocks])
     order = dense.sort(stable=True).indices[:100]
     assert torch.equal(scored[100].layer * 500 + scored[100].number, order)
+
+
+@pytest.mark.parametrize("likely", [0, None])
+def test_more_suppressing_neurons_can_be_asked_for_than_a_layer_has(likely):
+    generator = torch.Generator().manual_seed(0)
+    out, _, target = build({**PLAIN, "d_model": 16}, torch.float64)
+    blocks = random_ffns(generator, 4, 16, 30, tail=1.0, dtype=torch.float64)
+    told = []
+    found = suppressing_neurons(
+        blocks, out, target, index_of(blocks, out), 45, likely=likely, progress=told.append
+    )
+    dense = torch.cat([neuron_scores(block, out, target) for block in blocks])
+    order = dense.sort(stable=True).indices[:45]
+    assert torch.equal(found.layer * 30 + found.number, order)
+    assert sum(told) == found.certificate.evaluated
 
 
 def test_a_broken_lower_end_loses_suppressing_neurons(monkeypatch):

@@ -88,6 +88,31 @@ def test_weights_edited_in_place_are_measured_anew(edited, behind_its_back):
 
 
 @pytest.mark.changes("the weights", "the bytes of the weights")
+@pytest.mark.parametrize("edited", ["W_U", "W_out", "W_O"])
+def test_an_edit_of_the_last_half_of_a_weight_is_seen_behind_its_back_too(edited):
+    model = own_bridge_of("gpt2")
+    host = open_host(model)
+    assert all(assert_right(host))
+    weight = {"W_U": host.W_U, "W_out": host.W_out(1), "W_O": host.W_O(2).flatten(0, 1)}[edited]
+    rows, columns = weight.shape
+    weight.data[rows // 2 :, columns // 2 :] *= 3.0
+    assert_right(host)
+
+
+@pytest.mark.parametrize("n_rows", [1, 1024, 2500])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_norms_of_many_rows_and_columns_are_taken_block_by_block(n_rows, dtype):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(n_rows, 6, generator=generator, dtype=torch.float64).to(dtype)
+    gain = torch.randn(6, generator=generator, dtype=torch.float64).to(dtype)
+    wide = torch.float32 if dtype == torch.bfloat16 else torch.float64
+    for each in (None, gain):
+        wanted = (rows.double() * (1 if each is None else each.double())).norm(dim=1).to(wide)
+        torch.testing.assert_close(norms_module.row_norms(rows, each), wanted)
+        torch.testing.assert_close(norms_module.column_norms(rows.T, each), wanted)
+
+
+@pytest.mark.changes("the weights", "the bytes of the weights")
 def test_a_weight_replaced_by_another_is_measured_anew():
     model = own_bridge_of("gpt2")
     assert_right(open_host(model))

@@ -14,6 +14,13 @@ from test_topk import random_read_out
 
 from tl_neuron_attr import InputError, Target, attribute, neuron_scores, readout
 from tl_neuron_attr.readout import ReadOut, baseline_of_runs
+from tl_neuron_attr.scores import (
+    baselines,
+    baselines_of_runs,
+    head_scores,
+    layer_scores,
+    position_scores,
+)
 
 TARGET = 7
 ASKED = Target(TARGET)
@@ -301,3 +308,65 @@ def test_rows_are_unembedded_once_however_many_neurons_share_them(monkeypatch):
     unembedded.clear()
     out.increase(before, which, rows[row_of])
     assert sum(unembedded) == 60
+
+
+def test_scores_of_some_heads_at_each_position_are_those_of_all_heads(tiny_model):
+    result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
+    whole = position_scores(result.attns, result.out, ASKED)
+    n_heads, n_pos, _ = result.attns[0].shape
+    assert whole.shape == (3, n_heads, len(TOKENS)) and n_pos == len(TOKENS)
+    # so small that each head has a read-out of its own; as it is, all of them share one
+    small = replace(result.out, budget=4 * (3 * 61 + 4 * 24) * (n_pos + 1))
+    assert small.rows_per_block == n_pos + 1
+    for out in (result.out, small):
+        for heads in (slice(0, 1), slice(1, 3), slice(-1, None)):
+            told = []
+            some = position_scores(result.attns, out, ASKED, heads=heads, progress=told.append)
+            torch.testing.assert_close(some, whole[:, heads], atol=2e-6, rtol=0)
+            assert sum(told) == some.numel()
+            assert len(told) == (3 if out is result.out else some[..., 0].numel())
+
+
+def test_dense_scores_tell_their_progress_as_they_go(tiny_gpt2):
+    result = attribute(tiny_gpt2, TOKENS, target=TARGET, top=1)
+    out = replace(result.out, budget=4 * (3 * 61 + 4 * 24) * 10)
+    told = []
+    neuron_scores(result.ffns[0], out, ASKED, progress=told.append)
+    assert told == [10] * 9 + [6] and result.ffns[0].n_neurons == 96
+
+
+def test_scores_have_the_dtype_of_the_read_out_whatever_was_captured(tiny_model):
+    result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
+    out = replace(result.out, dtype=torch.float64, norms=None)
+    before = baselines(result.captured, out, ASKED)
+    wide = attribute(tiny_model, TOKENS, target=TARGET, top=1, dtype=torch.float64)
+    (heads,) = head_scores([result.attns], out, before.attn)
+    (layers,) = layer_scores([result.captured], out, before)
+    found = [
+        *(heads, layers.attn, layers.ffn),
+        neuron_scores(result.ffns[1], out, ASKED),
+        position_scores(result.attns, out, ASKED),
+    ]
+    wanted = [
+        *(wide.head_scores, wide.layer_scores.attn, wide.layer_scores.ffn),
+        neuron_scores(wide.ffns[1], wide.out, ASKED),
+        position_scores(wide.attns, wide.out, ASKED),
+    ]
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=0)
+        assert ours.dtype == torch.float64
+
+
+@pytest.mark.parametrize("rows", [1, 3, 7, 24])
+def test_heads_of_several_runs_score_as_each_run_by_itself(tiny_model, rows, monkeypatch):
+    """However many runs and layers one read-out takes."""
+    prompts = [TOKENS, TOKENS[:3], TOKENS[1:]]
+    results = [attribute(tiny_model, each, target=TARGET, top=1) for each in prompts]
+    out = results[0].out
+    before = baselines_of_runs(
+        [each.captured for each in results], [each.out for each in results], [ASKED] * 3
+    )
+    monkeypatch.setattr(ReadOut, "rows_per_block", property(lambda out: rows))
+    found = head_scores([each.attns for each in results], out, before.attn)
+    for ours, result in zip(found, results, strict=True):
+        torch.testing.assert_close(ours, result.head_scores, atol=2e-6, rtol=0)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_topk import build, cases
 
-from tl_neuron_attr import Target, neuron_scores
+from tl_neuron_attr import InputError, Target, neuron_scores, score_intervals
 from tl_neuron_attr.baselines import Tangent
 from tl_neuron_attr.decompose import Outlet
 from tl_neuron_attr.topk import score_bounds, top_neurons
@@ -132,3 +132,11 @@ def test_logits_themselves_are_capped():
     plain = replace(out, soft_cap=None).logits(blocks[0].base)
     torch.testing.assert_close(out.logits(blocks[0].base), 2 * torch.tanh(plain / 2))
     assert not out.affine and out.bounded
+
+
+def test_a_cap_has_no_intervals_and_says_that_the_norm_is_not_why():
+    out, blocks, target = capped(plain_case(), 2.0, False, torch.float64)
+    with pytest.raises(InputError, match="no intervals where logits pass through a soft cap"):
+        score_intervals(blocks, out, target, None)
+    with pytest.raises(InputError, match="a recomputed norm has no intervals"):
+        score_intervals(blocks, replace(out, norm_scale=None), target, None)

@@ -13,14 +13,15 @@ from tl_neuron_attr import (
     AttnNeuron,
     FFNNeuron,
     Head,
+    InputError,
     NonFiniteError,
     Target,
     attribute,
     neuron_scores,
     parse_neuron,
 )
-from tl_neuron_attr.decompose import AttnDecomposition, FFNDecomposition
-from tl_neuron_attr.readout import ReadOut
+from tl_neuron_attr.decompose import AttnDecomposition, FFNDecomposition, Outlet
+from tl_neuron_attr.readout import ReadOut, baseline_of_runs
 from tl_neuron_attr.topk import Certificate, score_bounds, top_neurons
 
 TARGET = 7
@@ -406,3 +407,192 @@ def test_neurons_that_are_off_cost_no_memory_that_stays():
     assert len(off) == 20 and off.untyped_storage().nbytes() == 20 * 8
     dense = dense_scores(blocks, out, Target(3)).topk(20).values
     assert found.score.tolist() == pytest.approx(dense.tolist(), abs=1e-6)
+
+
+# --- the pieces, by their definitions ---------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(-3, 3), max_size=40),
+    st.integers(1, 45),
+)
+def test_the_largest_are_those_a_stable_sort_lists_first(values, k):
+    values = torch.tensor(values, dtype=torch.float32)
+    wanted = values.sort(descending=True, stable=True).indices[:k]
+    assert topk.largest(values, k).tolist() == wanted.tolist()
+
+
+def several_runs(kind, seed=0):
+    """Two runs of one model: other bases and coefficients, an outlet of their own, one target."""
+    runs, outs = [], []
+    for run in range(2):
+        case = dict(seed=seed, kind=kind, d_model=8, d_vocab=30, tail=2.0, scale=0.5)
+        out, blocks, _ = build({**case, "centered": True}, torch.float64)
+        generator = torch.Generator().manual_seed(100 + run)
+        gain = 1 + 0.3 * torch.randn(8, generator=torch.Generator().manual_seed(5)).double()
+        changed = []
+        for block in blocks:
+            divisor = 0.5 + torch.rand(1, generator=generator, dtype=torch.float64)
+            base = torch.randn(8, generator=generator, dtype=torch.float64)
+            block = replace(block, base=base, outlet=Outlet(gain=gain, divisor=divisor))
+            if kind == "ffn" and run == 1:
+                block = replace(block, coefficients=block.coefficients.flip(0))
+            if kind == "attn" and run == 1:
+                block = replace(block, pattern=block.pattern.flip(1))
+            changed.append(block)
+        runs.append(changed)
+        outs.append(replace(out, norm_scale=out.norm_scale * (1 + run)))
+    return runs, outs
+
+
+def bases_of(runs, outs, target):
+    resids = [torch.stack([block.base for block in blocks]) for blocks in runs]
+    return baseline_of_runs(outs, resids, range(len(runs)), [target] * len(runs))
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attn"])
+@pytest.mark.parametrize("also", [(), (Target(9), Target(11))])
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_a_tangents_slope_and_allowances_are_their_definitions(kind, also, soft_cap):
+    runs, outs = several_runs(kind)
+    outs = [replace(out, soft_cap=soft_cap) for out in outs]
+    before = bases_of(runs, outs, Target(3, also=also))
+    found = topk.tangent_bounds(runs, outs[0], before)
+    eps = torch.finfo(torch.float64).eps
+    answers = before.tangent.answers if also else (before.tangent,)
+    for run, blocks in enumerate(runs):
+        for layer, block in enumerate(blocks):
+            base, bound = 3 * run + layer, found[run][layer]
+            assert bound.block is block
+            rows = block.outlet(block.rows())
+            norms = rows.norm(dim=1)
+            slopes = torch.stack([rows @ each.gradient[base] for each in answers])
+            gradient = before.tangent.gradient[base]
+            torch.testing.assert_close(bound.slope, rows @ gradient, rtol=1e-9, atol=1e-12)
+            reach = max(float(each.reach[base]) for each in answers)
+            slack = 8 * 8**0.5 * eps * reach * norms
+            torch.testing.assert_close(bound.slack, slack, rtol=1e-9, atol=0)
+            assert bound.constant == (2 if also else 1) * 32 * eps
+            if soft_cap is None:
+                assert bound.bend is None
+            else:
+                bend = max(float(each.bend[base]) for each in answers) * norms.square()
+                torch.testing.assert_close(bound.bend, bend, rtol=1e-9, atol=0)
+            coefficients = block.all_coefficients()
+            rises = coefficients * block.of_each(slopes)
+            rise = rises[0]
+            if also:
+                rise = (rises + before.log_share[base][:, None]).logsumexp(0)
+            torch.testing.assert_close(bound.rise(coefficients), rise, rtol=1e-9, atol=1e-12)
+            above, largest_slack = bound.above()
+            allowed = block.of_each(slack) * coefficients.abs() + bound.constant
+            wanted = rise + allowed
+            if soft_cap is not None:
+                wanted = wanted + block.of_each(bend) * coefficients.square()
+            on = coefficients != 0
+            torch.testing.assert_close(above[on], wanted[on], rtol=1e-9, atol=1e-14)
+            assert above[~on].isneginf().all()
+            assert float(largest_slack) == pytest.approx(float(allowed.max()), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", ["ffn", "attn"])
+@pytest.mark.parametrize("worth", [0, 10**6])
+@pytest.mark.parametrize("rows", [1, 5, 512])
+def test_neurons_scored_together_score_as_dense(kind, worth, rows, monkeypatch):
+    """By passes over all layers or a pass a layer, of several runs, in any order."""
+    runs, outs = several_runs(kind)
+    before = bases_of(runs, outs, Target(3))
+    wanted = [dense_scores(blocks, out, Target(3)) for blocks, out in zip(runs, outs, strict=True)]
+    generator = torch.Generator().manual_seed(0)
+    flats = [torch.randperm(len(each), generator=generator)[:50] for each in wanted]
+    monkeypatch.setattr(topk, "_WORTH_A_PASS", worth)
+    monkeypatch.setattr(ReadOut, "rows_per_block", property(lambda out: rows))
+    found = topk._exact(runs, flats, outs[0], before).split(list(map(len, flats)))
+    for ours, theirs, flat in zip(found, wanted, flats, strict=True):
+        torch.testing.assert_close(ours, theirs[flat], rtol=1e-9, atol=1e-12)
+    for run, each in enumerate(topk.top_neurons_of_runs(runs, outs[0], before, 7)):
+        order = wanted[run].sort(descending=True, stable=True).indices[:7]
+        n_neurons = runs[run][0].n_neurons
+        assert torch.equal(each.layer * n_neurons + each.number, order)
+        torch.testing.assert_close(each.score, wanted[run][order], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(
+            each.coefficient, topk.coefficients_at(runs[run], order), rtol=0, atol=0
+        )
+        rows_of = torch.stack(
+            [
+                runs[run][layer].subvalues(number[None])[0]
+                for layer, number in zip(each.layer.tolist(), each.number, strict=True)
+            ]
+        )
+        assert torch.equal(topk.subvalues_of(runs[run], each), rows_of)
+
+
+def test_a_search_tells_its_progress_and_counts_what_it_scored():
+    generator = torch.Generator().manual_seed(0)
+    out = random_read_out(generator, 16, 50, scale=0.3, centered=True)
+    blocks = random_ffns(generator, 4, 16, 500, tail=3.0)
+    for options in ({}, {"against": Target(4)}):
+        told = []
+        found = top_neurons(blocks, out, Target(3, **options), 20, progress=told.append)
+        active = sum(int((block.coefficients != 0).sum()) for block in blocks)
+        assert found.certificate.total == 2000 and found.certificate.linear == bool(options)
+        assert found.certificate.evaluated == (active if options else sum(told))
+        if options:
+            assert (found.certificate.slack, found.certificate.next_bound) == (0.0, None)
+            dense = dense_scores(blocks, out, Target(3, **options))
+            assert found.score.tolist() == pytest.approx(dense.topk(20).values.tolist(), rel=1e-5)
+            assert found.certificate.kth_score == float(found.score[-1])
+    told = []
+    recomputed = replace(out, norm_scale=None)
+    found = top_neurons(blocks, recomputed, Target(3), 20, progress=told.append)
+    assert sum(told) == 2000 and found.certificate.evaluated == active
+    dense = dense_scores(blocks, recomputed, Target(3))
+    assert found.certificate.kth_score == float(dense.topk(20).values[-1])
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_bounds_that_say_nothing_leave_nothing_out(shuffled):
+    """All are scored then, round after round, and the best are the best."""
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(2, 300, generator=generator)
+    blocks = random_ffns(generator, 2, 4, 300, tail=1.0)
+    asked = []
+
+    def bounds_of(place):
+        loose = torch.full((300,), 9.0)
+        if shuffled:  # right, but far: the order of bounds is none of scores
+            loose = 9.0 + torch.rand(300, generator=torch.Generator().manual_seed(place))
+        return topk.bounds_of_one_run(lambda: (loose.clone(), torch.tensor(0.5)))
+
+    def scores_of(flats):
+        asked.extend(flats[0].tolist())
+        return scores.flatten()[flats[0]]
+
+    (found,) = topk.best_by_bound_of([blocks], [bounds_of(0), bounds_of(1)], scores_of, 3)
+    assert sorted(asked) == list(range(600)) and found.certificate.evaluated == 600
+    best = scores.flatten().topk(3)
+    assert torch.equal(found.layer * 300 + found.number, best.indices)
+    assert torch.equal(found.score, best.values)
+    assert found.certificate.next_bound is None and found.certificate.slack == 0.5
+
+
+def test_some_of_a_list_are_a_list_of_their_own(tiny_gpt2):
+    result = attribute(tiny_gpt2, TOKENS, target=TARGET, top=6)
+    for ranked in (result.ffn_neurons, result.attn_neurons):
+        assert ranked.first(2).neurons() == ranked.neurons()[:2]
+        assert len(ranked.first(100)) == 6
+        some = ranked.at(torch.tensor([4, 1]))
+        assert some.neurons() == [ranked.neurons()[4], ranked.neurons()[1]]
+        assert torch.equal(some.score, ranked.score[[4, 1]])
+    attn = result.attn_neurons
+    summed = replace(attn, source_pos=None).neurons()
+    assert [each.source_pos for each in summed] == [None] * 6
+    assert [each.head for each in summed] == attn.head.tolist()
+    with pytest.raises(InputError, match="at least 1"):
+        top_neurons(result.ffns, result.out, Target(TARGET), 0)
+    with pytest.raises(InputError, match="no decompositions"):
+        top_neurons([], result.out, Target(TARGET), 3)
+    recomputed = replace(result.out, norm_scale=None)
+    before = recomputed.baseline(result.captured.resid_mid, Target(TARGET))
+    with pytest.raises(InputError, match="no bounds"):
+        score_bounds(result.ffns, recomputed, before)
