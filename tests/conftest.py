@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from weakref import WeakKeyDictionary, WeakSet
 
+import jaxtyping
 import pytest
 import shape_checks  # before the package
 import torch
@@ -463,6 +464,14 @@ def all_is_left_alone(request):
             model = getattr(getattr(value, "host", None), "model", value)
             if isinstance(model, torch.nn.Module) and model in WATCHED.looks:
                 WATCHED.given.add(model)
+
+
+@pytest.fixture
+def unchecked():
+    """Types go unchecked in the test, as they do for users: what is a wrong one answered with?"""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def count_forward_passes(model, monkeypatch):

@@ -23,6 +23,10 @@ from tl_neuron_attr import (
     tokenize,
     top_neurons,
 )
+from tl_neuron_attr.capture import capture_all
+from tl_neuron_attr.decompose import ffn_decomposition
+from tl_neuron_attr.ids import from_pair, layout_of
+from tl_neuron_attr.interventions.means import mean_coefficients
 from tl_neuron_attr.readout import ReadOut
 
 PROMPTS = [TOKENS, TOKENS[:3], [5], TOKENS[1:] + TOKENS[:4], TOKENS[::-1][:3]]
@@ -386,6 +390,7 @@ def test_saving_without_an_index_leaves_no_table_of_an_earlier_run(tiny_gpt2, tm
         ([TOKENS], {"target": [1, 2], "against": [3]}, "1 tokens to compare with for 2 questions"),
         ({"input_ids": [TOKENS]}, {}, r"give \['input_ids'\]"),
         (b"ab", {}, "got a bytes"),
+        (torch.zeros(2, 3), {}, "token ids must be integers, got torch.float32"),
         ([TOKENS], {"against": 1}, "give target beside against"),
         ([TOKENS], {"target": 1, "against": 1}, "the same token"),
         ([TOKENS], {"attention_mask": torch.ones(1, 3)}, "belongs beside token ids of shape"),
@@ -424,8 +429,45 @@ def test_what_cannot_be_asked_of_a_result_or_an_index_is_said(tiny_gpt2, tmp_pat
         (lambda: found.suppressing("ffn", top=3), "only the best 2"),
         (lambda: top_neurons(found.ffns, found.out, found.target, 0), "top must be at least 1"),
         (lambda: top_neurons([], found.out, found.target, 1), "no decompositions"),
+        (lambda: attribute(tiny_gpt2, found.captured, position=0), "a Capture carries its own tok"),
+        (
+            lambda: attribute_all(tiny_gpt2, [found.captured, TOKENS], cache={}),
+            "a Capture carries its own tokens: leave the cache out",
+        ),
+        (lambda: attribute(tiny_gpt2, found.captured, against=3), "a contrast needs both tokens"),
+        (
+            lambda: attribute(tiny_gpt2, found.captured, target={3, 4}, against=5),
+            "a contrast is of one token against another",
+        ),
+        (lambda: found.positions(head=1), "give the head's layer too"),
+        (lambda: found.positions(3), "layer 3 is out of range: the model has 3 layers"),
+        (lambda: found.positions(0, 3), "head 3 is out of range: the model has 3 heads"),
+        (lambda: found.query_layers(["L1"]), "of must be 'attn', 'ffn', 'both' or neurons: .*L1"),
+        (lambda: ffn_decomposition(found.host, found.captured, 3), "layer 3 is out of range"),
         (lambda: index.tokens("ffn", one + 99, one), "a layer is out of range"),
         (lambda: index.tokens("attn", one, one + 999), "a row is out of range"),
+    ):
+        with pytest.raises(InputError, match=message):
+            ask()
+
+
+def test_a_choice_that_there_is_not_is_answered_with_those_there_are(
+    tiny_gpt2, tmp_path, unchecked
+):
+    """By whatever takes one: without types checked it might else take it for some other."""
+    index = projection_index(tiny_gpt2, tmp_path)
+    found = attribute(tiny_gpt2, TOKENS, target=7, top=2, index=index)
+    host, prompt, one = found.host, found.captured.prompt, torch.tensor([0])
+    for ask, message in (
+        (lambda: attribute(tiny_gpt2, TOKENS, convention="own"), "convention must be one of exact"),
+        (lambda: attribute(tiny_gpt2, TOKENS, index=tmp_path), "index must be a ProjectionIndex, "),
+        (lambda: capture_all(host, [prompt], padding_side="top"), "must be 'right' or 'left'; got"),
+        (lambda: found.neurons("mlp"), "kind must be 'ffn', 'attn' or None for both, got 'mlp'"),
+        (lambda: found.intervals("mlp"), "kind must be 'ffn' or 'attn', got 'mlp'"),
+        (lambda: found.query_layers(3), "of must be 'attn', 'ffn', 'both' or neurons; got 3"),
+        (lambda: index.tokens("mlp", one, one), "kind must be 'ffn' or 'attn', got 'mlp'"),
+        (lambda: from_pair("Elsewhere", 1, 2, layout_of(host)), "tool must be one of .*Elsewhere"),
+        (lambda: mean_coefficients(host, [TOKENS], positions="own"), "positions must be 'all' or"),
     ):
         with pytest.raises(InputError, match=message):
             ask()

@@ -24,13 +24,15 @@ from tl_neuron_attr import (
     NonFiniteError,
     attribute,
     capture,
+    capture_sources,
     load_capture,
     open_host,
     save_capture,
     tokenize,
 )
-from tl_neuron_attr.capture import capture_all
+from tl_neuron_attr.capture import capture_all, residuals_at
 from tl_neuron_attr.captured import TENSORS
+from tl_neuron_attr.forward import final_residuals
 from tl_neuron_attr.prompts import Prompt
 
 # Lengths, read positions, repeated tokens and a first token of 0, as no two rows should agree.
@@ -200,6 +202,29 @@ def test_an_unfit_cache_is_refused_with_the_reason(tiny_model):
         attribute(tiny_model, TOKENS, cache=batch)
     with pytest.raises(InputError, match="cache is of other tokens"):
         attribute(tiny_model, (*TOKENS[:2], 9, *TOKENS[3:]), cache=cache)
+
+
+def test_what_happened_at_earlier_positions_can_be_read_from_a_cache(tiny_model, monkeypatch):
+    host = open_host(tiny_model)
+    captured = capture(host, tokenize(host, Prompt(tokens=TOKENS)))
+    with torch.no_grad():
+        _, cache = tiny_model.run_with_cache(torch.tensor([TOKENS]))
+        _, longer = tiny_model.run_with_cache(torch.tensor([TOKENS + TOKENS]))
+        _, other = tiny_model.run_with_cache(torch.tensor([TOKENS[::-1]]))
+    wanted = vars(capture_sources(host, captured, [4, 1]))
+    shapes = forward_passes(tiny_model, monkeypatch)
+    found = vars(capture_sources(host, captured, [4, 1], cache))
+    assert not shapes and found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert tensor is found[name] is None or torch.equal(found[name], tensor), name
+    with pytest.raises(InputError, match="cache is of 12 tokens, the prompt of 6"):
+        capture_sources(host, captured, [1], longer)
+    with pytest.raises(InputError, match="cache is of other tokens"):
+        capture_sources(host, captured, [1], other)
+    with pytest.raises(InputError, match="source position 6 is out of range: the read position"):
+        capture_sources(host, captured, [1, 6])
+    with pytest.raises(InputError, match="source position -1 is out of range"):
+        capture_sources(host, captured, [-1, 2])
 
 
 def test_an_earlier_read_position_sees_nothing_of_what_follows(tiny_model):
@@ -445,6 +470,38 @@ def test_left_padding_that_would_give_nan_is_refused_before_the_run(monkeypatch)
     with pytest.raises(InputError, match="float64 gives NaN for prompts padded on the left"):
         capture_all(host, prompts, padding_side="left")
     assert not shapes
+
+
+def test_an_edited_run_and_other_positions_that_are_not_finite_are_said_to_be():
+    model = own_bridge_of("gpt2")
+    host = open_host(model)
+    prompts = [
+        dataclasses.replace(each, prompt_id=str(place))
+        for place, each in enumerate(asked_of(host, [(TOKENS, -1), ((9, 5), -1), (TOKENS, 0)]))
+    ]
+
+    def spoil(activation, hook):
+        activation = activation.clone()
+        activation[1, 1:] = torch.nan  # of the first prompt no position, of the third none read
+        return activation
+
+    hook, last = [("blocks.2.hook_resid_post", spoil)], torch.tensor([5])
+    assert final_residuals(host, prompts[::2], hook).isfinite().all()
+    with pytest.raises(NonFiniteError, match=r"in prompt 1 \('<9><5>'\), edited, what comes out"):
+        final_residuals(host, prompts, hook)
+    captured = capture(host, prompts[2])
+    assert residuals_at(host, captured, torch.tensor([0])).isfinite().all()
+    late = ("blocks.2.hook_resid_post", lambda value, hook: value.index_fill(1, last, torch.nan))
+    with model.hooks(fwd_hooks=[late]), pytest.raises(NonFiniteError, match="at an earlier posit"):
+        residuals_at(host, captured, last)
+
+
+def test_what_is_not_finite_after_the_last_layer_is_said_to_be_there():
+    model = own_bridge_of("gpt2")
+    with torch.no_grad():
+        model.unembed.b_U[3] = torch.inf
+    with pytest.raises(NonFiniteError, match=r"logits, after the last layer \(2\), holds NaN"):
+        attribute(model, TOKENS)
 
 
 @pytest.mark.parametrize("side", SIDES)

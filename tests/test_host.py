@@ -25,8 +25,11 @@ from tl_neuron_attr import (
     open_host,
     tokenize,
 )
+from tl_neuron_attr.architecture import is_centred
+from tl_neuron_attr.hook_points import block_outputs, starting_at
 from tl_neuron_attr.host import weights_hash
 from tl_neuron_attr.identities import identities
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import Prompt
 
 TARGET = 7
@@ -219,6 +222,34 @@ def test_an_autocast_around_the_call_changes_nothing(tiny_model):
     assert found.equals(wanted)
 
 
+def test_products_are_of_full_precision_and_the_callers_choice_is_back_afterwards():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with full_precision():
+            assert torch.get_float32_matmul_precision() == "highest"
+        assert torch.get_float32_matmul_precision() == "medium"
+        with pytest.raises(KeyError), full_precision():
+            raise KeyError
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_run_from_a_later_layer_on_leaves_a_forward_that_others_put_there():
+    """As accelerate does, to bring a block's inputs to its device."""
+    model = own_bridge_of("gpt2")
+    real = model.blocks[0].forward
+    own = vars(model.blocks[0])["forward"] = lambda *given, **options: real(*given, **options)
+    host, tokens = open_host(model), torch.tensor([TOKENS])
+    with torch.no_grad(), block_outputs(host) as outputs:
+        wanted = model(tokens)
+    with torch.no_grad(), starting_at(host, 2, outputs, 3):
+        found = model(tokens)
+    assert found.shape[0] == 3 and torch.allclose(found, wanted.expand_as(found), atol=1e-6)
+    assert vars(model.blocks[0])["forward"] is own and "forward" not in vars(model.blocks[1])
+
+
 def test_inference_mode_and_frozen_weights_will_do():
     model = own_bridge_of("llama")
     wanted = attribute(model, TOKENS, top=5).neurons()
@@ -243,6 +274,48 @@ def test_what_is_no_decoder_with_a_final_norm_is_refused():
 
     with pytest.raises(UnsupportedModelError, match="T5ForConditionalGeneration.*'blocks'"):
         open_host(TransformerBridge().eval())
+    TransformerBridge.cfg = object()
+    with pytest.raises(UnsupportedModelError, match="unknown is not supported.*'blocks'"):
+        open_host(TransformerBridge().eval())
+
+
+def without(part):
+    return lambda block: block._modules.pop(part)
+
+
+def fewer_neurons(block):
+    weight = block.mlp.out.original_component.weight
+    block.mlp.out.original_component.weight = torch.nn.Parameter(weight[:-2].detach())
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "reason"),
+    [
+        ("gpt2", without("attn"), "layer 1 has no 'attn'"),
+        ("gpt2", without("mlp"), "layer 1 has no 'mlp'"),
+        ("gpt2", lambda block: block.mlp._modules.pop("out"), "layer 1 has no W_out: its neurons"),
+        ("gpt2", fewer_neurons, "layer 1 has a W_out of another shape than layer 0"),
+        ("gemma3", without("ln1_post"), "some of its layers norm what they write, and others do"),
+    ],
+)
+def test_a_layer_unlike_the_others_is_refused_by_what_it_lacks(family, change, reason):
+    model = own_bridge_of(family)
+    change(model.blocks[1])
+    with pytest.raises(UnsupportedModelError, match=reason):
+        open_host(model)
+
+
+def test_a_layer_norm_on_what_sub_layers_write_is_refused(monkeypatch):
+    model = own_bridge_of("gemma3")
+    monkeypatch.setattr(model.cfg, "normalization_type", "LN")
+    with pytest.raises(UnsupportedModelError, match="a LayerNorm is on the output of each sub-la"):
+        open_host(model)
+
+
+def test_a_weight_whose_rows_are_zeroed_does_not_look_centred():
+    assert is_centred(torch.tensor([[0.0, 0.0], [1.0, -1.0]]))
+    assert not is_centred(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+    assert not is_centred(torch.zeros(4, 2))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ids of other tools: the same neuron there and back, the very number they name, or a refusal."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -147,6 +148,8 @@ def test_a_module_s_entry_is_the_very_number(family):
         ("lm_head.output[7]", "a token's logit"),
         ("21_19_7", "without a source position"),
         ("1_2_3_4_5", "neither layer_index nor"),
+        ("blocks.3.mlp.hook_post[1,]", "its entry must be whole numbers, like [12]"),
+        ("model.layers.3.mlp.act_fn.output[7]", "no neuron is known to be an entry of the output"),
         ("L3.N", "must look like"),
         ("", "no id of a neuron"),
     ],
@@ -171,6 +174,15 @@ def test_what_cannot_be_written_is_refused_with_the_reason():
         to_pair("EasyEdit", Unit(AttnNeuron(1, 2, 3), "z"), LLAMA)
     with pytest.raises(InputError, match="not known what EasyEdit looks at in a plain FFN"):
         from_pair("EasyEdit", 1, 2, GPT2)
+    with pytest.raises(InputError, match="the basis of an attention neuron is 'z', got 'post'"):
+        hook_id(Unit(AttnNeuron(1, 2, 3), "post"), LLAMA)
+    with pytest.raises(InputError, match="the FFN of GPT2LMHeadModel is plain, and has no such"):
+        parse_id("blocks.1.mlp.hook_pre_linear[2]", GPT2)
+    phi3 = replace(LLAMA, architecture="Phi3ForCausalLM")
+    name = "model.layers.3.mlp.gate_up_proj.output"
+    assert [str(parse_id(f"{name}[{n}]", phi3).basis) for n in (39, 40, 79)] == ["gate", "up", "up"]
+    with pytest.raises(InputError, match="mlp.gate_up_proj has 80 outputs"):
+        parse_id(f"{name}[80]", phi3)
     with pytest.raises(InputError, match="has the bases post, pre; got 'gate'"):
         hook_id(Unit(FFNNeuron(1, 2), "gate"), GPT2)
     unknown = Layout(

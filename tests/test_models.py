@@ -9,7 +9,7 @@ import transformers
 from conftest import FAMILIES, hugging_face_model
 
 from tl_neuron_attr import InputError, attribute, load_model
-from tl_neuron_attr.models import count_tokens
+from tl_neuron_attr.models import count_tokens, load_config
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 PROMPT = "The capital of France is"
@@ -70,6 +70,12 @@ def test_a_model_without_tokenizer_takes_token_ids_and_refuses_text(family, tmp_
         attribute(model, PROMPT)
     with pytest.raises(InputError, match="has no tokenizer; give token ids"):
         count_tokens(str(directory), PROMPT)
+    (directory / "tokenizer.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read the tokenizer of .*; give token ids"):
+        count_tokens(str(directory), PROMPT)
+    (directory / "config.json").write_text("{")
+    with pytest.raises(InputError, match="cannot read the configuration of .*mine"):
+        load_config(str(directory))
 
 
 def test_a_tokenizer_that_transformers_makes_up_is_not_used(tmp_path):

@@ -1,6 +1,7 @@
 """Many prompts: what one call a prompt gives, whatever the batches; killed, the same bytes."""
 
 import ctypes
+import io
 import json
 import os
 import resource
@@ -8,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -17,7 +19,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import bundled_model
+from tqdm import tqdm
 
+import tl_neuron_attr.runs.progress as progress_module
 import tl_neuron_attr.runs.run as run_module
 import tl_neuron_attr.runs.shard as shard_module
 from tl_neuron_attr import (
@@ -40,6 +44,7 @@ from tl_neuron_attr.parts import as_text, fingerprint
 from tl_neuron_attr.runs import Progress, line_report
 from tl_neuron_attr.runs.schema import KEY, SCHEMAS
 from tl_neuron_attr.runs.shard import Worker
+from tl_neuron_attr.runs.stopping import finishing_first
 
 TOP = 6
 WHAT = ("neurons", "query_neurons", "layers", "heads")
@@ -258,12 +263,31 @@ def test_a_signal_lets_the_shard_in_hand_be_finished(model, prompts, plain, tmp_
 
 
 def test_a_second_signal_stops_at_once(model, prompts, tmp_path):
+    # a shell that starts the tests in the background has them ignore it
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt(progress):
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt) as raised:
         run(model, prompts, tmp_path / "run", progress=interrupt, batch_size=1)
+    signal.signal(signal.SIGINT, before)
     assert not isinstance(raised.value, Stopped) and not load_run(tmp_path / "run").shards
+
+
+def test_off_the_main_thread_signals_are_left_to_others():
+    """There Python has no handlers to set."""
+    before, seen = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)], []
+
+    def within():
+        with finishing_first(seen.append) as stop:
+            seen.append(bool(stop))
+            seen.extend(signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM))
+
+    thread = threading.Thread(target=within)
+    thread.start()
+    thread.join()
+    assert seen == [False, *before]
 
 
 def test_shares_done_apart_are_the_run_done_at_once(model, prompts, plain, tmp_path):
@@ -528,6 +552,26 @@ def test_progress_says_rate_time_left_and_failures():
     )
     nothing = Progress(prompts=5, done=0, failures=0, shards=1, shards_done=0, seconds=0.0)
     assert nothing.seconds_left is None and "left" not in str(nothing)
+
+
+def test_a_bar_is_as_far_as_the_run_says_its_failures_and_is_closed_whatever_happens(
+    model, prompts, tmp_path, monkeypatch
+):
+    bars = []
+
+    def bar_for(total, unit, show):
+        bars.append(tqdm(total=total, unit=unit, file=io.StringIO(), mininterval=0, leave=True))
+        return bars[-1]
+
+    monkeypatch.setattr(progress_module, "progress_bar", bar_for)
+    run(model, prompts, tmp_path / "run", progress=True)
+    (bar,) = bars
+    assert (bar.n, bar.total, bar.disable) == (len(prompts), len(prompts), True)
+    shown = bar.fp.getvalue()
+    assert f"{len(prompts)}/{len(prompts)}" in shown and "2 failed" in shown
+    with pytest.raises(TooManyFailuresError):
+        run(model, prompts, tmp_path / "few", progress=True, max_failures=0)
+    assert bars[-1].disable, "a closed bar draws no more"
 
 
 def test_lines_come_now_and_then_and_at_the_end(model, prompts, tmp_path):

@@ -2,8 +2,11 @@
 
 import io
 import json
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from collections import deque
 from dataclasses import asdict, replace
 
@@ -204,6 +207,23 @@ def test_a_worker_that_says_what_is_no_message_is_gone(monkeypatch, prints, word
     crew.start(0)
     assert crew.hear(30.0) == (0, {"gone": words})
     assert not crew.working and crew.hear(0.0) is None
+    crew.dismiss(0)  # it is gone already
+
+
+def test_a_process_that_has_died_can_be_written_to_and_closed():
+    """What it was still to be told is lost, as it is with whoever dies after it was told."""
+    ended = subprocess.Popen(["true"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ended.wait()
+    listener = threading.Thread(target=lambda: None)
+    listener.start()
+    said = tempfile.TemporaryFile()
+    said.write(b"why\n")
+    died = workers_module._Process(process=ended, said=said, listener=listener)
+    died.send({"shard": 1})
+    died.send({"shard": 2})
+    assert died.last_words() == "exit code 0: why"
+    died.close()
+    assert ended.stdout.closed and said.closed and not listener.is_alive()
 
 
 # --- what a worker checks, wherever it is -----------------------------------------------------
@@ -262,6 +282,8 @@ def test_a_worker_elsewhere_that_sees_something_else_says_so(loaded, whole, tmp_
         assert "\n" not in message["error"]["message"]
 
     refused(replace(there, directory=str(tmp_path)), "give a directory on a shared file system")
+    (message,) = answers(replace(there, directory=str(tmp_path), host=socket.gethostname()))
+    assert message["error"]["message"].startswith("there is no run in"), "nothing is shared here"
     refused(replace(there, plan="another"), "finds another run in")
     versions = {**whole.facts["versions"], "torch": "2.0.0"}
     monkeypatch.setattr(worker_module, "versions", lambda: versions)
@@ -280,6 +302,41 @@ def test_a_process_reads_its_errand_and_its_shards_as_lines(loaded, whole, monke
     assert list(worker_module._shards(lines)) == [2, 0]
     said = answers(asked, worker_module._shards(io.StringIO('{"shard": 2}\n')))
     assert said[-1] == {"whole": 2}
+
+
+def test_a_worker_tells_what_it_could_not_do_and_goes_on_only_where_memory_ran_out(
+    loaded, whole, monkeypatch
+):
+    asked = errand(directory=str(whole.directory), plan=whole.parts.plan)
+    raised = {0: DeviceMemoryError("too large"), 1: KeyError("x")}
+    real = worker_module.Worker.do
+
+    def do(worker, shard, did):
+        if shard in raised:
+            raise raised[shard]
+        real(worker, shard, did)
+
+    monkeypatch.setattr(worker_module.Worker, "do", do)
+    said = answers(asked, [0, 2])
+    assert said[1] == {"left": {"kind": "DeviceMemoryError", "message": "too large"}}
+    assert said[-1] == {"whole": 2}
+    told = []
+    with pytest.raises(KeyError, match="x"):  # for its standard error
+        worker_module.work(asked, [1, 2], lambda **message: told.append(message))
+    assert told == [{"ready": True}, {"error": {"kind": "KeyError", "message": "'x'"}}]
+
+
+def test_a_worker_whose_caller_is_gone_does_no_further_shard(loaded, whole):
+    asked = errand(directory=str(whole.directory), plan=whole.parts.plan)
+    left = iter([0, 1])
+
+    def to_nobody(**message):
+        if "whole" in message:
+            raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        worker_module.work(asked, left, to_nobody)
+    assert list(left) == [1]
 
 
 # --- memory -----------------------------------------------------------------------------------
@@ -335,6 +392,29 @@ def test_a_batch_that_does_not_fit_is_tried_once_more_and_then_said_with_numbers
         within_memory(never, [9], settings)
     with pytest.raises(ValueError, match="shapes"):
         within_memory(lambda: int("shapes"), [9], settings)
+
+
+def test_what_a_second_try_raises_for_another_reason_is_raised_as_that():
+    errors = iter([OUT, KeyError("other")])
+
+    def fails():
+        raise next(errors)
+
+    with pytest.raises(KeyError, match="other"):
+        within_memory(fails, [5], RunSettings(budget=1000))
+
+
+def test_between_the_tries_what_a_gpu_kept_for_itself_is_given_back(monkeypatch):
+    kept = [OUT]
+
+    def fits_into_what_is_free():
+        if kept:
+            raise kept[0]
+        return "found"
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", kept.clear)
+    assert within_memory(fits_into_what_is_free, [5], RunSettings(budget=1000)) == "found"
 
 
 def out_of_memory_for(victims, monkeypatch):
@@ -423,6 +503,15 @@ def test_each_rank_and_each_worker_has_a_gpu_of_its_own(monkeypatch):
     assert where(share=local[2], device="cuda").device_here == "cuda:2"
     by_hand = [where(share=Share.parse(f"{rank}/6")).device_here for rank in range(6)]
     assert by_hand == [*here, "cuda:0", "cuda:1"]
+
+
+def test_a_model_that_takes_all_gpus_leaves_none_to_a_second_worker(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(InputError, match="spreads one model over all GPUs, .*CUDA_VISIBLE_DEVICES"):
+        where(device="auto", workers=2)
+    assert where(device="auto", workers=1).device_here == "auto"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert where(device="auto", workers=2).workers == 2
 
 
 def test_workers_of_several_ranks_share_out_the_gpus(model, whole, monkeypatch):

@@ -1,6 +1,7 @@
 """Other methods in a run: what each gives of one prompt by itself, from the capture there is."""
 
 import math
+from dataclasses import replace
 from itertools import combinations
 
 import numpy as np
@@ -19,6 +20,7 @@ from tl_neuron_attr import (
     best_neurons,
     diff_runs,
     load_prompts,
+    open_host,
     run_prompts,
 )
 from tl_neuron_attr.host import Host
@@ -151,6 +153,19 @@ def test_a_method_the_model_does_not_admit_is_refused_before_it_is_run(tmp_path,
     with pytest.raises(InputError, match=r"made under torch.inference_mode"):
         run(model, [[1, 2]], tmp_path / "run", methods="curved_gradient")
     assert not passes and not (tmp_path / "run").exists()
+
+
+def test_without_layers_before_the_last_the_query_method_is_refused_before_it_is_run(
+    monkeypatch,
+):
+    model = own_bridge_of("gpt2")
+    passes = count_forward_passes(model, monkeypatch)
+    host = replace(open_host(model), n_layers=1)
+    settings = RunSettings(what=("methods",), methods=("query",))
+    with pytest.raises(InputError, match="needs layers before .* the model has one layer; leave"):
+        measured.check_measurable(host, settings)
+    measured.check_measurable(host, replace(settings, methods=("norm",)))
+    assert not passes
 
 
 def test_a_contrast_is_a_failed_prompt_where_a_method_has_no_score_of_it(model, tmp_path):

@@ -129,7 +129,9 @@ def test_prompts_in_any_form_can_be_mixed(host, prompts):
     known = known_prompts(host, prompts[:2], top=None, above_type=False).kept
     mixed = ["Hello", [3, 4], Prompt(text="Hi", prompt_id="named"), prompts[3], *known[:1]]
     mixed.append({"text": "The capital of France is", "answer": "Paris"})
+    mixed.append({"prompt": "The capital of France is", "answer": "Paris"})
     table = planned(host, mixed).prompts.to_pylist()
+    assert table[-1]["tokens"] == table[-2]["tokens"] and table[-1]["target_text"] == " Paris"
     assert [row["error"] for row in table] == [None] * len(mixed)
     assert [row["prompt_id"] for row in table][:3] == ["0", "1", "named"]
     assert table[3]["knowledge_type"] == "capital" and table[3]["target_text"] == prompts[3].answer
@@ -148,6 +150,8 @@ WRONG_FILES = {
     "unknown field": ("p.jsonl", b'{"txt": "a"}\n', "unknown field 'txt'; known are text"),
     "both": ("p.jsonl", b'{"text": "a", "tokens": [1]}\n', "both text and tokens"),
     "two answers": ("p.jsonl", b'{"text": "a", "answer": "b", "target": "c"}\n', "both answer and"),
+    "no text": ("p.jsonl", b'{"text": 3}\n', "line 1 of .*: text must be text, got 3"),
+    "too deep": ("p.jsonl", b"[" * 10**5, "line 1 of .* is nested too deeply"),
     "not UTF-8": ("p.jsonl", b'"a"\n"\xff"\n', "line 2 of .* is not UTF-8 .*0xff.* save the file"),
     "CSV not UTF-8": ("p.csv", b"text\n\xe9\n", "line 2 of .* is not UTF-8"),
     "empty": ("p.jsonl", b"\n", "there are no prompts in"),
@@ -168,6 +172,12 @@ def test_what_is_wrong_with_a_file_is_one_sentence(tmp_path, wrong):
     with pytest.raises(InputError, match=message) as raised:
         list(source_of(tmp_path / name)())
     assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_the_system_does_not_read_is_said_with_its_reason(tmp_path):
+    (tmp_path / "p.jsonl").symlink_to("/proc/self/mem")
+    with pytest.raises(InputError, match="cannot read prompts from .*p.jsonl': Input/output error"):
+        list(source_of(tmp_path / "p.jsonl")())
 
 
 def test_parquet_files_with_other_columns_are_refused(tmp_path):
@@ -192,8 +202,10 @@ def test_what_is_wrong_with_a_prompt_is_a_row(host):
         "word " * 300: "longer than the model's context",
     }
     asked = [*wrong, "fine", {"text": "x", "target": " not one token"}, [99999], {"answer": "b"}]
+    asked.append(Prompt(text="The capital of France is", target={" Paris", " Rome"}))
     table = planned(host, asked).prompts.to_pylist()
     reasons = [*wrong.values(), None, "tokens", "outside the model's vocabulary", "text or tokens"]
+    reasons.append("a run's tables hold one token as target")
     for row, reason in zip(table, reasons, strict=True):
         assert (row["error"] is None) == (reason is None)
         assert reason is None or reason in row["error"], row
@@ -204,9 +216,23 @@ def test_ids_must_be_unique_and_prompts_must_be_there(host):
     same = [Prompt(text="a", prompt_id="x"), Prompt(text="b", prompt_id="x")]
     with pytest.raises(InputError, match="prompt_id 'x' occurs twice"):
         planned(host, same, shard_size=1)
+    with pytest.raises(InputError, match="there are no prompts"):
+        plan_run(host, iter(()), settings_of())
     for nothing in ([], 3, b"text", {"text": "a"}):
         with pytest.raises(InputError, match="prompts"):
             source_of(nothing)
+
+
+def test_whether_texts_begin_with_a_bos_is_the_runs_unless_the_prompt_says(host):
+    own = host.model.tokenizer.bos_token_id
+    asked = ["The", Prompt(text="The", prepend_bos=True), Prompt(text="The", prepend_bos=False)]
+
+    def begins(prepend_bos):
+        table = planned(host, [*asked, [5, 6]], prepend_bos=prepend_bos).prompts.to_pylist()
+        assert table[3]["tokens"] == [5, 6], "token ids are used as they are"
+        return [row["tokens"][0] == own for row in table[:3]]
+
+    assert begins(True) == [True, True, False] and begins(False) == [False, True, False]
 
 
 def test_the_plans_hash_is_that_of_its_table(host, prompts):

@@ -4,14 +4,17 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import bundled_model
 
 import tl_neuron_attr.runs.ray_actors as ray_actors
 import tl_neuron_attr.runs.run as run_module
+import tl_neuron_attr.runs.worker as worker_module
 from tl_neuron_attr import (
     InputError,
     load_prompts,
@@ -19,6 +22,7 @@ from tl_neuron_attr import (
     run_prompts,
     share_of_environment,
 )
+from tl_neuron_attr.host import Host
 from tl_neuron_attr.runs.crew import Errand
 from tl_neuron_attr.runs.ray_actors import Wants, joined
 
@@ -195,7 +199,7 @@ def test_an_address_where_nothing_answers_is_refused_at_once():
         ray_actors._check_address("ray://127.0.0.1:1")
 
 
-def test_a_worker_takes_what_its_model_and_batch_take(model):
+def test_a_worker_takes_what_its_model_and_batch_take(model, monkeypatch):
     host = run_module.open_host(model)
     weights = sum(each.numel() * each.element_size() for each in host.parameters)
     wants = Wants.of(3, host, budget=1000)
@@ -206,24 +210,96 @@ def test_a_worker_takes_what_its_model_and_batch_take(model):
     on_gpu = Wants(cpus=1, gpus=1, memory=10)
     cpus = {"CPU": 64.0, "memory": 1000.0}
     assert on_gpu.room([{**cpus, "GPU": 8.0}, cpus]) == 8
+    monkeypatch.setattr(Host, "device", torch.device("cuda", 0))
+    there = Wants.of(3, host, budget=1000)
+    assert (there.cpus, there.gpus) == (3, 1) and there.memory == weights + 2**30
     assert str(on_gpu) == "1 CPU, a GPU and 10 B" and str(two) == "2 CPUs and 10 B"
+
+
+def errand(run, **given):
+    facts = {"directory": str(run.directory), "plan": run.parts.plan, "name": "tiny-facts"}
+    return Errand(**{**facts, "device": None, "dtype": "float32", "host": "another", **given})
 
 
 def test_an_actor_is_heard_while_it_works(here):
     """Without a cluster: its methods are what Ray calls."""
-    errand = Errand(
-        directory=str(here.directory / "no"),
-        plan=here.parts.plan,
-        name="tiny-facts",
-        device=None,
-        dtype="float32",
-        host="another",
-    )
-    actor = ray_actors._Actor(vars(errand))
+    actor = ray_actors._Actor(vars(errand(here, directory=str(here.directory / "no"))))
     assert actor.hear() == {"here": True}
     said = actor.hear()
     assert said["error"]["kind"] == "InputError"
     assert "give a directory on a shared file system" in said["error"]["message"]
+
+
+def test_an_actor_does_the_shards_it_is_handed(model, here, monkeypatch):
+    monkeypatch.setattr(worker_module, "load_model", lambda *given, **options: model)
+    actor = ray_actors._Actor(vars(errand(here)))
+    assert [actor.hear(), actor.hear()] == [{"here": True}, {"ready": True}]
+    before = bytes_of(here.directory)
+    actor.hand(2)
+    said = [actor.hear()]
+    while "did" in said[-1]:
+        said.append(actor.hear())
+    assert said[-1] == {"whole": 2} and said[-2]["did"][0] == 4
+    assert bytes_of(here.directory) == before
+
+
+def test_whoever_waits_long_for_a_first_worker_is_told_once_what_each_takes(here):
+    said = []
+    wants = Wants(cpus=2, gpus=1, memory=2**30)
+    crew = ray_actors.Actors(errand=errand(here), wants=wants, say=said.append)
+    crew._say_what_is_waited_for()
+    assert not said, "nobody was asked for"
+    crew.patient_until = time.monotonic() + 60
+    crew._say_what_is_waited_for()
+    assert not said
+    crew.patient_until = time.monotonic() - 1
+    crew._say_what_is_waited_for()
+    crew._say_what_is_waited_for()
+    (line,) = said
+    assert line.startswith("no worker has started yet: each takes 2 CPUs, a GPU and 1 GiB")
+    crew.dismiss(3)  # one that never came
+
+
+@pytest.mark.parametrize("statistics", [None, "1"])
+def test_joining_a_cluster_changes_nothing_of_the_process_whether_it_succeeds_or_not(
+    monkeypatch, statistics
+):
+    """Off the main thread too, where no handler of signals can be set."""
+    import ray
+
+    if statistics is None:
+        monkeypatch.delenv("RAY_USAGE_STATS_ENABLED", raising=False)
+    else:
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", statistics)
+    before, seen = signal.getsignal(signal.SIGTERM), []
+
+    def init(**given):
+        seen.append((given["address"], os.environ["RAY_USAGE_STATS_ENABLED"]))
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        if len(seen) == 2:
+            raise ConnectionError("Could not find any running Ray instance.\nStart one.")
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "shutdown", lambda: seen.append("left"))
+
+    def join():
+        with joined("auto", 1):
+            seen.append("in")
+
+    join()
+    assert seen == [("auto", "0"), "in", "left"]
+    del seen[1:]
+    with pytest.raises(InputError, match="cannot join a Ray cluster at 'auto': Could not find any"):
+        join()
+    assert signal.getsignal(signal.SIGTERM) is before
+    del seen[:]
+    thread = threading.Thread(target=join)
+    thread.start()
+    thread.join()
+    assert seen == [("auto", "0"), "in", "left"]
+    assert os.environ.get("RAY_USAGE_STATS_ENABLED") == statistics
 
 
 def test_why_an_actor_is_gone_is_one_line():

@@ -6,6 +6,7 @@ import shutil
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 from conftest import bundled_model
 from typer.testing import CliRunner
@@ -19,6 +20,7 @@ from tl_neuron_attr import (
     load_run,
     run_prompts,
 )
+from tl_neuron_attr.runs.schema import KEY
 
 TOP = 6
 WHAT = ("neurons", "query_neurons", "layers")
@@ -137,6 +139,56 @@ def test_a_part_of_a_run_can_be_read(whole, tmp_path):
     for read in (lambda: load_run(tmp_path / "run").table("neurons"), part.summary):
         with pytest.raises(InputError, match="is damaged .*makes the damaged part again"):
             read()
+
+
+def same_size(path, content):
+    """Written over a file whose size is all that is looked at when a run is opened."""
+    size = path.stat().st_size
+    assert len(content) <= size
+    path.write_bytes(content.ljust(size, b"\0"))
+
+
+def test_what_changes_in_a_runs_files_after_it_was_opened_is_noticed_when_it_is_read(
+    whole, tmp_path
+):
+    directory = tmp_path / "run"
+    shutil.copytree(whole.directory, directory)
+    found, path = load_run(directory), directory / "neurons" / "shard-00000.parquet"
+    content, rows = path.read_bytes(), pq.read_table(path)
+
+    def refused(message, *reads):
+        for read in reads:
+            with pytest.raises(InputError, match=message) as raised:
+                read()
+            assert "\n" not in str(raised.value)
+
+    pq.write_table(rows.replace_schema_metadata(None), path)
+    refused("is no file of a run: it does not say what it is of", lambda: found.table("neurons"))
+    pq.write_table(rows.drop_columns(["score"]), path)
+    refused("is of another run; remove it", lambda: found.table("neurons"))
+    refused("has no column 'score', as a file of a run has; remove it", found.summary)
+    facts = {KEY: rows.schema.metadata[KEY].replace(found.parts.plan.encode(), b"another")}
+    pq.write_table(rows.replace_schema_metadata(facts), path)
+    refused("is of another run; remove it", lambda: found.table("neurons"))
+    same_size(path, b"")
+    refused(
+        "is damaged .*makes the damaged part again",
+        lambda: load_run(directory).dataset("neurons"),
+        found.summary,
+    )
+    # its head and its foot are whole, and say where the rows are
+    path.write_bytes(content[:4] + bytes(len(content) // 2) + content[len(content) // 2 + 4 :])
+    refused("is damaged", lambda: found.table("neurons"), found.summary)
+    path.write_bytes(content)
+    assert found.table("neurons").equals(whole.table("neurons"))
+
+
+def test_a_file_of_other_prompts_is_noticed_when_all_is_read(whole, tmp_path):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    path = tmp_path / "run" / "prompts.parquet"
+    pq.write_table(pq.read_table(path).slice(1), path)
+    with pytest.raises(InputError, match="it no longer holds the prompts of this run"):
+        load_run(tmp_path / "run", verify=True)
 
 
 def test_what_is_no_run_is_said(tmp_path):

@@ -156,6 +156,19 @@ def test_what_is_damaged_is_left_out_of_the_copy_and_said(old, tmp_path):
     shown = call("upgrade", old, "--out", tmp_path / "new")
     assert shown.exit_code == 0 and "shard 0 is not as it was recorded" in shown.stderr
     assert "1 of 2 shards" in shown.stderr and load_run(tmp_path / "new").shards == (1,)
+    assert upgrade_run(old, tmp_path / "again").shards == (1,)
+
+
+def test_a_record_of_a_table_that_no_run_has_is_named(old, tmp_path):
+    """Sound in itself: whoever wrote it knew how."""
+    path = old / "records" / "shard-00000.json"
+    facts = json.loads(path.read_text())
+    facts["files"]["words"] = facts["files"].pop("layers")
+    shutil.copytree(old / "layers", old / "words")
+    signed = {name: value for name, value in facts.items() if name != "checksum"}
+    path.write_text(as_text({**signed, "checksum": fingerprint([signed])}))
+    with pytest.raises(InputError, match="record of shard-00000 .* a table 'words', which no run"):
+        upgrade_run(old, tmp_path / "new")
 
 
 def test_what_cannot_be_upgraded_is_refused(old, tmp_path):
