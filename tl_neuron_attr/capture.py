@@ -27,8 +27,13 @@ from tl_neuron_attr.forward import (
     scoring_copy,
     start_of,
 )
-from tl_neuron_attr.hook_points import final_resid_name, hook_names, pre_activation_names
-from tl_neuron_attr.host import Host, batch_regime, cache_is_of, final_logits
+from tl_neuron_attr.hook_points import (
+    cache_is_of,
+    final_resid_name,
+    hook_names,
+    pre_activation_names,
+)
+from tl_neuron_attr.host import Host, batch_regime, final_logits
 from tl_neuron_attr.pieces import blocks_of
 from tl_neuron_attr.prompts import PaddingSide, TokenizedPrompt
 

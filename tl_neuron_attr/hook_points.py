@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -188,3 +189,27 @@ def starting_at(host: Host, layer: int, outputs: Sequence[Any], n_rows: int) -> 
             attributes.pop("forward", None)
             if forward is not None:  # others may have put one there
                 attributes["forward"] = forward
+
+
+def cache_is_of(
+    host: Host, cache: Any, tokens: tuple[int, ...], *, row: int = 0, start: int = 0
+) -> bool:
+    """Whether row ``row`` of an ``ActivationCache`` was made from ``tokens``, as far as it tells.
+
+    They are looked for from position ``start``; what is before and after them does not matter.
+    """
+    available = set(cache.keys())
+    ids = torch.tensor(tokens)
+    here = slice(start, start + len(tokens))
+    if "embed.hook_in" in available:  # the bridge caches what goes into the embedding
+        went_in = cache["embed.hook_in"]
+        went_in = went_in[None] if went_in.ndim == 1 else went_in
+        return torch.equal(went_in[row, here].cpu(), ids)
+    if "hook_embed" in available:
+        embedded = cache["hook_embed"]
+        embedded = embedded[None] if embedded.ndim == 2 else embedded
+        with torch.no_grad():
+            # not W_E: the embedding of Bloom ends in a norm
+            wanted = host.model.embed(ids[None].to(host.input_device))[0]
+        return torch.allclose(embedded[row, here], wanted.to(embedded.device))
+    return True

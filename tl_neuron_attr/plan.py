@@ -401,7 +401,7 @@ def _costs(work: _Work, rates: "_Rates") -> dict[str, Cost]:
     }
 
 
-# --- shapes -----------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------
 
 
 def _weight_bytes(shapes: Shapes, dtype: torch.dtype, loaded: Any) -> int:
