@@ -454,7 +454,7 @@ def all_is_left_alone(request):
     Of each model that the package was given: weights, hooks, flags, training mode, gradients. A
     test that changes one itself says what: ``@pytest.mark.changes("the weights")``.
     """
-    shape_checks.begin_test()
+    shape_checks.begin_test(request.node.nodeid.partition("::")[0])
     own = [what for mark in request.node.iter_markers("changes") for what in mark.args]
     with watched(except_for=own):
         yield

@@ -1,4 +1,4 @@
-"""Shapes and types are checked in the first calls of every function in every test.
+"""Shapes and types are checked in the first calls of every function in every file of tests.
 
 Checking a call takes longer than most calls take (an attribution: 42 ms in place of 11), and what
 the hundredth of them would show the first one has. With ``CHECK_EVERY_CALL=1`` all are checked, as
@@ -13,8 +13,8 @@ from types import CodeType
 
 import jaxtyping
 
-CALLS = float("inf") if os.environ.get("CHECK_EVERY_CALL") else 4
-"""How many calls of a function are checked in one test."""
+CALLS = float("inf") if os.environ.get("CHECK_EVERY_CALL") else 8
+"""How many calls of a function are checked in one file of tests."""
 
 INNER_CALLS = 16 * CALLS
 """How many in all tests, of one that another function defines anew each time it runs: to make it
@@ -23,11 +23,14 @@ ready takes a hundred times as long as to call it."""
 _checking = jaxtyping.jaxtyped
 _calls: dict[CodeType, int] = {}
 _inner_calls: dict[CodeType, int] = {}
+_file: list[str] = [""]
 
 
-def begin_test() -> None:
-    """From now on each function's calls are counted anew."""
-    _calls.clear()
+def begin_test(file: str) -> None:
+    """In the first test of a file each function's calls are counted anew."""
+    if _file != [file]:
+        _file[:] = [file]
+        _calls.clear()
 
 
 def jaxtyped(function=None, *, typechecker=None):
