@@ -192,6 +192,7 @@ def on_a_terminal(program, columns):
     return shown.decode(), running.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_that_have_them_and_readers_who_want_them():
     shown, code = on_a_terminal(THREE_TIMES, columns=80)
     assert code == 0, shown
@@ -203,6 +204,7 @@ def test_colours_are_for_terminals_that_have_them_and_readers_who_want_them():
     assert not [code for code in SEQUENCE.findall(plain) if re.search(r"\[(3|4|9)\d", code)]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_leaves_no_traceback_and_pipes_get_no_colours():
     command = shlex.join([sys.executable, "-m", "tl_neuron_attr.cli", *HEADS])
     piped = subprocess.run(

@@ -154,8 +154,18 @@ def reader(tmp_path, monkeypatch):
     torch.set_num_threads(threads)
 
 
+# Pages whose examples take longest.
+LONG = {"compare", "evaluate", "models", "recipes", "report", "runs", "views"}
+
 PAGES_TO_RUN = [
-    pytest.param(page, marks=[pytest.mark.changes(*CHANGES.get(page.stem, ()))], id=page.stem)
+    pytest.param(
+        page,
+        marks=[
+            pytest.mark.changes(*CHANGES.get(page.stem, ())),
+            *([pytest.mark.slow] if page.stem in LONG else []),
+        ],
+        id=page.stem,
+    )
     for page in (README, *PAGES)
 ]
 

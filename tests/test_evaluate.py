@@ -500,6 +500,7 @@ evaluate(
 """
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path, monkeypatch):
     other = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "two")])
     monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "one")])

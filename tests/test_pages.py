@@ -322,6 +322,7 @@ def chromium():
     return found[0]
 
 
+@pytest.mark.slow
 def test_every_page_opens_in_a_browser_without_a_network(written):
     place = chromium()
     from playwright.sync_api import sync_playwright

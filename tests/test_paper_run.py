@@ -76,6 +76,7 @@ def test_how_long_it_will_take_is_said_from_the_first_batch(whole):
     assert re.search(r"the first 2 prompts took [\d.]+ s, .*: about .* for the other \d", lines[1])
 
 
+@pytest.mark.slow
 def test_a_run_stopped_in_the_middle_goes_on_and_ends_with_the_same_bytes(
     model, prompts, whole, tmp_path, monkeypatch
 ):

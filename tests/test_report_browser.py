@@ -283,6 +283,7 @@ def large(saved, neurons, tokens):
     return replace(saved, tables=tables, facts=facts)
 
 
+@pytest.mark.slow
 def test_two_thousand_neurons_and_three_hundred_tokens_are_ready_soon(
     directory, open_page, keep, tmp_path
 ):

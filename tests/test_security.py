@@ -195,6 +195,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 def test_the_commands_ask_nobody_on_the_network_and_draw_no_random_number(tmp_path):
     lines = [json.dumps({"text": text, "answer": " Paris"}) for text in (FRANCE, ITALY)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))

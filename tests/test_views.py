@@ -330,6 +330,7 @@ def test_the_tables_of_an_attribution_can_be_drawn(tiny_model):
     assert [sum(count) for count in counts] == [20, 20]
 
 
+@pytest.mark.slow
 def test_importing_and_drawing_set_no_global_theme():
     code = (
         "import plotly.io as io; before = io.templates.default, io.renderers.default\n"
