@@ -74,6 +74,11 @@ class Mutant:
         """The same in every run, as long as the module is."""
         return f"{self.module}:{self.line}:{self.column} {self.text}"
 
+    @property
+    def name(self) -> str:
+        """The same wherever its function moves to."""
+        return f"{self.module}.{self.where}:{self.column}: {self.text}"
+
 
 def mutants_of(module: str, tree: ast.Module) -> list[Mutant]:
     """All of them, in order; each once."""
