@@ -564,7 +564,13 @@ def test_a_slack_is_what_the_page_says_may_round():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_exact_scores_are_off_by_no_more_than_their_gap_allows(sign):
     look = STAGE_2[0]
-    spread = replace(look.spread, slack=torch.full_like(look.spread.slack, 0.01), constant=0.04)
+    spread = replace(
+        look.spread,
+        slack=torch.full_like(look.spread.slack, 0.01),
+        rounding=torch.full_like(look.spread.slack, 0.02),
+        base_rounding=0.03,
+        constant=0.04,
+    )
     coefficients = sign * look.blocks[1].coefficients.abs().clamp(min=0.1)
     spread = replace(spread, block=replace(look.blocks[1], coefficients=coefficients))
     score = coefficients * spread.slope - torch.linspace(-0.5, 0.5, len(coefficients)).double()

@@ -10,6 +10,7 @@ from test_topk import random_read_out
 
 from tl_neuron_attr import InputError, Target, open_host, read_out
 from tl_neuron_attr.baselines import Deviations
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Distribution
 from tl_neuron_attr.readout import ReadOut, baseline_of_runs, check_read_out
@@ -338,3 +339,23 @@ def test_what_cannot_be_read_out_is_said_before_the_model_runs():
     assert (published.eps, published.b_U, published.bias) == (1e-6, None, None)
     gpt2 = open_host(bridge_of("gpt2"))
     assert read_out(gpt2, resid, "published").eps == gpt2.eps
+
+
+# --- whatever the caller chose ---
+
+
+@pytest.mark.parametrize("chosen", ["highest", "medium"])
+def test_products_are_of_full_precision_and_the_callers_choice_is_back_even_after_an_error(chosen):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(RuntimeError, match="on purpose"), full_precision():
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert not torch.is_autocast_enabled("cpu")
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+                raise RuntimeError("on purpose")
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)
