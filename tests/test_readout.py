@@ -173,6 +173,29 @@ def test_both_ends_of_a_projection_are_its_largest_and_smallest_logits(conventio
     assert project(out, vectors).top_ids.shape == (2, 3, 10)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_logits_and_log_probs_are_those_of_the_whole_vocabulary_block_by_block(
+    soft_cap, monkeypatch
+):
+    monkeypatch.setattr("tl_neuron_attr.readout._COLUMNS", 7)
+    monkeypatch.setattr(ReadOut, "rows_per_block", property(lambda out: 4))
+    out, resid = some_read_out(soft_cap=soft_cap)
+    resid = torch.stack([resid, 2 * resid])
+    for here in (out, replace(out, norm_scale=None)):
+        logits = logits_by_definition(out, resid, here.norm_scale)
+        torch.testing.assert_close(here.logits(resid), logits)
+        log_p = logits.log_softmax(-1)
+        asked = {
+            Target(5): log_p[..., 5],
+            Target(5, against=Target(9)): log_p[..., 5] - log_p[..., 9],
+            Target(5, also=(Target(9),)): log_p[..., [5, 9]].logsumexp(-1),
+        }
+        for target, wanted in asked.items():
+            torch.testing.assert_close(here.log_prob(resid, target), wanted)
+            rows = here.log_prob_of_each(resid.flatten(0, 1), [target] * 6)
+            torch.testing.assert_close(rows.view(2, 3), wanted)
+
+
 # --- positions and rivals ---
 
 

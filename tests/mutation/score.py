@@ -26,6 +26,7 @@ import gc
 import json
 import os
 import random
+import re
 import signal
 import sys
 import time
@@ -456,8 +457,9 @@ def reason_of(mutant: Mutant) -> str | None:
     """Why no test should notice it, if that is known."""
     before, _, after = mutant.text.partition(" -> ")
     for argument, reason in REASONS["arguments"].items():
-        if before.replace(argument, "", 1) == after:
-            return reason
+        for found in re.finditer(argument, before):
+            if before[: found.start()] + before[found.end() :] == after:
+                return reason
     return REASONS["mutants"].get(mutant.name)
 
 
