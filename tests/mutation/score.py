@@ -23,9 +23,9 @@ import ast
 import collections
 import contextlib
 import gc
+import hashlib
 import json
 import os
-import random
 import re
 import signal
 import sys
@@ -418,12 +418,15 @@ def all_mutants() -> dict[str, list[Mutant]]:
     for group, modules in GROUPS.items():
         shuffled = []
         for module in modules:
-            each = mutants_of(module, tree_of(module))
-            random.Random(module).shuffle(each)
+            each = sorted(mutants_of(module, tree_of(module)), key=_by_chance)
             # the n-th of k is taken when the share n / k of the group is: modules in proportion
             shuffled += [((n + 0.5) / len(each), mutant) for n, mutant in enumerate(each)]
         found[group] = [mutant for _, mutant in sorted(shuffled, key=lambda pair: pair[0])]
     return found
+
+
+def _by_chance(mutant: Mutant) -> str:
+    return hashlib.sha256(mutant.name.encode()).hexdigest()
 
 
 def known_results(directory: Path) -> dict[str, dict]:
