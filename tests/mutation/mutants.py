@@ -1,9 +1,9 @@
 """A module's mutants: small faults, each put into one place of its functions.
 
 What mutmut and cosmic-ray make, and what numerical code gets wrong besides (a lost ``abs``,
-``amax`` for ``amin``). Left as they are: docstrings, annotations, decorators, assertions (``strict``
-is one), and the texts of errors and of what notebooks show, which are no behaviour; that an error
-is raised is.
+``amax`` for ``amin``). Left as they are: docstrings, annotations, decorators, assertions
+(``strict`` is one), and the texts of errors and of what notebooks show, which are no behaviour;
+that an error is raised is.
 """
 
 import ast
