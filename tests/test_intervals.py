@@ -604,7 +604,11 @@ def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
     )
     for some in (numbers, numbers[:1], numbers[:0]):
         assert torch.equal(block.of(some).lower, ends.lower[: len(some)])
-    assert (block.all().lower[numbers] <= ends.lower).all()
+    first = block.all()
+    assert (first.lower[numbers] <= ends.lower).all()
+    assert torch.equal(replace(block, likely=0).of(numbers).lower, first.lower[numbers])
+    one = replace(block, likely=1).of(numbers)
+    assert (one.lower >= first.lower[numbers]).all() and (one.lower > first.lower[numbers]).any()
     assert (least > 0).any() and (slack < 1e-3 * (most - least).amax()).all()
     # what the likely tokens' mean may be off by takes from the least that the others add
     loose, _ = intervals_module._likely_gaps(
