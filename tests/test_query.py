@@ -10,6 +10,7 @@ from conftest import (
     FAMILIES,
     SHARED,
     TOKENS,
+    WRITTEN_THROUGH,
     bridge_of,
     count_forward_passes,
     hooked_of,
@@ -451,6 +452,26 @@ def test_gate_and_up_are_averaged_and_each_can_be_had():
     with pytest.raises(InputError, match="no FFN neuron has two inputs"):
         gpt2 = attributed(bridge_of("gpt2"))
         query_scores(gpt2.host, gpt2.captured, [gpt2.ffn_neurons], through="up")
+
+
+@pytest.mark.parametrize("family", WRITTEN_THROUGH)
+def test_layers_are_read_where_they_are_fed_from_and_nowhere_else(family):
+    """Of two positions a layer is read at one, another at the other; norms have their scales."""
+    model = bridge_of(family, dtype=torch.float64)
+    result = attribute(model, TOKENS, target=TARGET, top=10_000)
+    ffn, attn = result.ffn_neurons, result.attn_neurons
+    at_source = (attn.layer == 2) & (attn.source_pos == 1)
+    values = [
+        ffn.at((ffn.layer == 1).nonzero()[:3, 0]),
+        attn.at(at_source.nonzero()[:3, 0]),
+    ]
+    sources = capture_sources(result.host, result.captured, [1])
+    scores = query_scores(result.host, result.captured, values, sources)
+    assert (scores.ffn_depth, scores.attn_depth) == (2, 2) and not scores.left_out.all()
+    # there are no output biases
+    torch.testing.assert_close(scores.ffn_neurons.sum(-1), scores.ffn, rtol=0, atol=1e-7)
+    torch.testing.assert_close(scores.heads.sum(-1), scores.attn, rtol=0, atol=1e-7)
+    assert scores.ffn[1].abs() > 1e-3 and (scores.ffn_by_position[1, 1] == 0).all()
 
 
 def replace_rows(ranked, place):
