@@ -304,6 +304,16 @@ def test_bases_that_need_no_tangent_get_none_and_the_same_prediction():
         assert same is kept
 
 
+def test_no_contributions_raise_nothing_in_the_read_outs_dtype():
+    out, resid = some_read_out()
+    before = out.baseline(resid, Target(5))
+    none = torch.zeros(0, dtype=torch.long)
+    found = out.increase(before, none, resid[:0].float())
+    assert (found.shape, found.dtype) == ((0,), torch.float64)
+    found = out.increase_of_multiples(before, none, resid[:0, 0], resid, none)
+    assert (found.shape, found.dtype) == ((0,), torch.float64)
+
+
 # --- what fits ---
 
 
