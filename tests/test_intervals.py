@@ -25,7 +25,7 @@ from tl_neuron_attr import (
     tokenize,
 )
 from tl_neuron_attr.index import ProjectionIndex, Projections, _projected, _Survey
-from tl_neuron_attr.intervals import score_intervals, suppressing_neurons
+from tl_neuron_attr.intervals import Intervals, score_intervals, suppressing_neurons
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.readout import ReadOut
 from tl_neuron_attr.topk import tangent_bounds
@@ -564,7 +564,13 @@ def test_a_slack_is_what_the_page_says_may_round():
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_exact_scores_are_off_by_no_more_than_their_gap_allows(sign):
     look = STAGE_2[0]
-    spread = replace(look.spread, slack=torch.full_like(look.spread.slack, 0.01), constant=0.04)
+    spread = replace(
+        look.spread,
+        slack=torch.full_like(look.spread.slack, 0.01),
+        rounding=torch.full_like(look.spread.slack, 0.02),
+        base_rounding=0.03,
+        constant=0.04,
+    )
     coefficients = sign * look.blocks[1].coefficients.abs().clamp(min=0.1)
     spread = replace(spread, block=replace(look.blocks[1], coefficients=coefficients))
     score = coefficients * spread.slope - torch.linspace(-0.5, 0.5, len(coefficients)).double()
@@ -593,6 +599,16 @@ def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
     torch.testing.assert_close(ends.lower, tangent - most - slack, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ends.upper, tangent - least + slack, rtol=1e-12, atol=1e-13)
     torch.testing.assert_close(ends.slack, slack, rtol=1e-12, atol=0)
+    block = intervals_module.BlockEnds(
+        spread=spread, out=look.out, before=look.before, likely=look.likely
+    )
+    for some in (numbers, numbers[:1], numbers[:0]):
+        assert torch.equal(block.of(some).lower, ends.lower[: len(some)])
+    first = block.all()
+    assert (first.lower[numbers] <= ends.lower).all()
+    assert torch.equal(replace(block, likely=0).of(numbers).lower, first.lower[numbers])
+    one = replace(block, likely=1).of(numbers)
+    assert (one.lower >= first.lower[numbers]).all() and (one.lower > first.lower[numbers]).any()
     assert (least > 0).any() and (slack < 1e-3 * (most - least).amax()).all()
     # what the likely tokens' mean may be off by takes from the least that the others add
     loose, _ = intervals_module._likely_gaps(
@@ -694,6 +710,25 @@ def test_a_share_is_close_where_intervals_are_narrow():
         found.share(0)
 
 
+def test_sums_of_narrow_ends_are_taken_in_float64():
+    ends = torch.tensor([[2.0**24, 1.0, 1.0], [1.0, -5.0, 1.0]])
+    found = Intervals(
+        kind="ffn",
+        layers=(0, 1),
+        lower=ends,
+        upper=ends + torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]),
+        exact=torch.ones(2, 3, dtype=torch.bool),
+        tolerance=1.0,
+        refined=0,
+        evaluated=6,
+    )
+    assert found.total() == (2.0**24 - 1, 2.0**24 + 1)
+    assert found.positive_total() == (2.0**24 + 4, 2.0**24 + 6)
+    assert found.share(2) == ((2.0**24 + 1) / (2.0**24 + 4), (2.0**24 + 3) / (2.0**24 + 6))
+    assert found.share(6) == (1.0, 1.0)
+    assert found.width.tolist() == [[2.0, 0.0, 0.0], [0.0, 0.0, 0.0]]
+
+
 # --- suppressing neurons ----------------------------------------------------------------------
 
 
@@ -755,6 +790,7 @@ def test_more_suppressing_neurons_can_be_asked_for_than_a_layer_has(likely):
     order = dense.sort(stable=True).indices[:45]
     assert torch.equal(found.layer * 30 + found.number, order)
     assert sum(told) == found.certificate.evaluated
+    assert 0 < found.certificate.slack < 1e-6
 
 
 def test_a_broken_lower_end_loses_suppressing_neurons(monkeypatch):

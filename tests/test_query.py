@@ -10,6 +10,7 @@ from conftest import (
     FAMILIES,
     SHARED,
     TOKENS,
+    WRITTEN_THROUGH,
     bridge_of,
     count_forward_passes,
     hooked_of,
@@ -37,6 +38,7 @@ from tl_neuron_attr import (
     value_neurons,
 )
 from tl_neuron_attr.identities import subkey_identities
+from tl_neuron_attr.inputs import query_inputs
 from tl_neuron_attr.prompts import Prompt
 
 GOLDEN = sorted((SHARED / "golden").glob("*-*.json"))
@@ -433,7 +435,7 @@ def test_gate_and_up_are_averaged_and_each_can_be_had():
     both = query_scores(host, captured, values)
     gate, up = (query_scores(host, captured, values, through=name) for name in ("gate", "up"))
     assert set(both.inputs.input) == {"gate", "up"}
-    assert set(gate.inputs.input) == {"gate"}
+    assert (set(gate.inputs.input), set(up.inputs.input)) == ({"gate"}, {"up"})
     shares = (both.inputs.shares.sum(1) + both.inputs.bias / both.inputs.total).tolist()
     assert shares == pytest.approx([1.0] * 40, abs=1e-3)
     if not both.left_out.any():
@@ -451,6 +453,54 @@ def test_gate_and_up_are_averaged_and_each_can_be_had():
     with pytest.raises(InputError, match="no FFN neuron has two inputs"):
         gpt2 = attributed(bridge_of("gpt2"))
         query_scores(gpt2.host, gpt2.captured, [gpt2.ffn_neurons], through="up")
+
+
+@pytest.mark.parametrize("family", WRITTEN_THROUGH)
+def test_layers_are_read_where_they_are_fed_from_and_nowhere_else(family):
+    """Of two positions a layer is read at one, another at the other; norms have their scales."""
+    model = bridge_of(family, dtype=torch.float64)
+    result = attribute(model, TOKENS, target=TARGET, top=10_000)
+    ffn, attn = result.ffn_neurons, result.attn_neurons
+    at_source = (attn.layer == 2) & (attn.source_pos == 1)
+    values = [
+        ffn.at((ffn.layer == 1).nonzero()[:3, 0]),
+        attn.at(at_source.nonzero()[:3, 0]),
+    ]
+    sources = capture_sources(result.host, result.captured, [1])
+    scores = query_scores(result.host, result.captured, values, sources)
+    assert (scores.ffn_depth, scores.attn_depth) == (2, 2) and not scores.left_out.all()
+    # there are no output biases
+    torch.testing.assert_close(scores.ffn_neurons.sum(-1), scores.ffn, rtol=0, atol=1e-7)
+    torch.testing.assert_close(scores.heads.sum(-1), scores.attn, rtol=0, atol=1e-7)
+    assert scores.ffn[1].abs() > 1e-3 and (scores.ffn_by_position[1, 1] == 0).all()
+
+
+def test_a_key_with_entries_of_zero_is_read_like_any_other():
+    model = own_bridge_of("llama", dtype=torch.float64)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.mlp.W_gate[0] = block.mlp.W_in[0] = 0.0
+            block.attn.W_V[:, 0] = 0.0
+    result = attributed(model, top=30)
+    scores = result.query_scores("both", top_values=30)
+    torch.testing.assert_close(scores.heads.sum(-1), scores.attn, rtol=0, atol=1e-9)
+    torch.testing.assert_close(scores.ffn_neurons.sum(-1), scores.ffn, rtol=0, atol=1e-9)
+    assert scores.attn[0].abs() > 1e-3 and scores.ffn[0].abs() > 1e-3
+
+
+def test_inputs_do_not_depend_on_how_many_value_neurons_are_looked_at_at_a_time():
+    result = attributed(bridge_of("llama"), top=8)
+    values = [result.ffn_neurons]
+    whole, one = (
+        query_inputs(result.host, result.captured, values, budget=budget) for budget in (2**30, 1)
+    )
+    for kind in ("ffn", "attn"):
+        torch.testing.assert_close(
+            whole.inputs[kind].neurons.neurons.score, one.inputs[kind].neurons.neurons.score
+        )
+        assert torch.equal(whole.inputs[kind].value, one.inputs[kind].value)
+    assert len(whole.inputs["ffn"].value) > 0
+    torch.testing.assert_close(whole.reached, one.reached)
 
 
 def replace_rows(ranked, place):

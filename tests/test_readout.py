@@ -10,6 +10,7 @@ from test_topk import random_read_out
 
 from tl_neuron_attr import InputError, Target, open_host, read_out
 from tl_neuron_attr.baselines import Deviations
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.projection import project
 from tl_neuron_attr.prompts import Distribution
 from tl_neuron_attr.readout import ReadOut, baseline_of_runs, check_read_out
@@ -172,6 +173,29 @@ def test_both_ends_of_a_projection_are_its_largest_and_smallest_logits(conventio
     assert project(out, vectors).top_ids.shape == (2, 3, 10)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 2.0])
+def test_logits_and_log_probs_are_those_of_the_whole_vocabulary_block_by_block(
+    soft_cap, monkeypatch
+):
+    monkeypatch.setattr("tl_neuron_attr.readout._COLUMNS", 7)
+    monkeypatch.setattr(ReadOut, "rows_per_block", property(lambda out: 4))
+    out, resid = some_read_out(soft_cap=soft_cap)
+    resid = torch.stack([resid, 2 * resid])
+    for here in (out, replace(out, norm_scale=None)):
+        logits = logits_by_definition(out, resid, here.norm_scale)
+        torch.testing.assert_close(here.logits(resid), logits)
+        log_p = logits.log_softmax(-1)
+        asked = {
+            Target(5): log_p[..., 5],
+            Target(5, against=Target(9)): log_p[..., 5] - log_p[..., 9],
+            Target(5, also=(Target(9),)): log_p[..., [5, 9]].logsumexp(-1),
+        }
+        for target, wanted in asked.items():
+            torch.testing.assert_close(here.log_prob(resid, target), wanted)
+            rows = here.log_prob_of_each(resid.flatten(0, 1), [target] * 6)
+            torch.testing.assert_close(rows.view(2, 3), wanted)
+
+
 # --- positions and rivals ---
 
 
@@ -280,6 +304,16 @@ def test_bases_that_need_no_tangent_get_none_and_the_same_prediction():
         assert same is kept
 
 
+def test_no_contributions_raise_nothing_in_the_read_outs_dtype():
+    out, resid = some_read_out()
+    before = out.baseline(resid, Target(5))
+    none = torch.zeros(0, dtype=torch.long)
+    found = out.increase(before, none, resid[:0].float())
+    assert (found.shape, found.dtype) == ((0,), torch.float64)
+    found = out.increase_of_multiples(before, none, resid[:0, 0], resid, none)
+    assert (found.shape, found.dtype) == ((0,), torch.float64)
+
+
 # --- what fits ---
 
 
@@ -338,3 +372,23 @@ def test_what_cannot_be_read_out_is_said_before_the_model_runs():
     assert (published.eps, published.b_U, published.bias) == (1e-6, None, None)
     gpt2 = open_host(bridge_of("gpt2"))
     assert read_out(gpt2, resid, "published").eps == gpt2.eps
+
+
+# --- whatever the caller chose ---
+
+
+@pytest.mark.parametrize("chosen", ["highest", "medium"])
+def test_products_are_of_full_precision_and_the_callers_choice_is_back_even_after_an_error(chosen):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(chosen)
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            with pytest.raises(RuntimeError, match="on purpose"), full_precision():
+                assert torch.get_float32_matmul_precision() == "highest"
+                assert not torch.is_autocast_enabled("cpu")
+                assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+                raise RuntimeError("on purpose")
+            assert torch.is_autocast_enabled("cpu")
+        assert torch.get_float32_matmul_precision() == chosen
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -310,21 +310,21 @@ def test_rows_are_unembedded_once_however_many_neurons_share_them(monkeypatch):
     assert sum(unembedded) == 60
 
 
-def test_scores_of_some_heads_at_each_position_are_those_of_all_heads(tiny_model):
+@pytest.mark.parametrize("rows", [2, 6, 512])
+def test_scores_of_some_heads_at_each_position_are_those_of_all_heads(tiny_model, rows):
+    """Whether a read-out takes less than the positions of one head, or all heads' together."""
     result = attribute(tiny_model, TOKENS, target=TARGET, top=1)
     whole = position_scores(result.attns, result.out, ASKED)
     n_heads, n_pos, _ = result.attns[0].shape
-    assert whole.shape == (3, n_heads, len(TOKENS)) and n_pos == len(TOKENS)
-    # so small that each head has a read-out of its own; as it is, all of them share one
-    small = replace(result.out, budget=4 * (3 * 61 + 4 * 24) * (n_pos + 1))
-    assert small.rows_per_block == n_pos + 1
-    for out in (result.out, small):
-        for heads in (slice(0, 1), slice(1, 3), slice(-1, None)):
-            told = []
-            some = position_scores(result.attns, out, ASKED, heads=heads, progress=told.append)
-            torch.testing.assert_close(some, whole[:, heads], atol=2e-6, rtol=0)
-            assert sum(told) == some.numel()
-            assert len(told) == (3 if out is result.out else some[..., 0].numel())
+    assert whole.shape == (3, n_heads, len(TOKENS)) and 2 < n_pos == len(TOKENS) <= 6
+    out = replace(result.out, budget=4 * (3 * 61 + 4 * 24) * rows)
+    assert out.rows_per_block == rows
+    for heads in (slice(0, 1), slice(1, 3), slice(-1, None)):
+        told = []
+        some = position_scores(result.attns, out, ASKED, heads=heads, progress=told.append)
+        torch.testing.assert_close(some, whole[:, heads], atol=2e-6, rtol=0)
+        assert sum(told) == some.numel()
+        assert len(told) == (3 if rows == 512 else some[..., 0].numel())
 
 
 def test_dense_scores_tell_their_progress_as_they_go(tiny_gpt2):

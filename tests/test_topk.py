@@ -451,12 +451,13 @@ def bases_of(runs, outs, target):
 
 
 @pytest.mark.parametrize("kind", ["ffn", "attn"])
-@pytest.mark.parametrize("also", [(), (Target(9), Target(11))])
+@pytest.mark.parametrize("ids", [(3,), (3, 9, 11), (9, 11, 3), (11, 3, 9)])
 @pytest.mark.parametrize("soft_cap", [None, 2.0])
-def test_a_tangents_slope_and_allowances_are_their_definitions(kind, also, soft_cap):
+def test_a_tangents_slope_and_allowances_are_their_definitions(kind, ids, soft_cap):
     runs, outs = several_runs(kind)
     outs = [replace(out, soft_cap=soft_cap) for out in outs]
-    before = bases_of(runs, outs, Target(3, also=also))
+    also = tuple(Target(each) for each in ids[1:])
+    before = bases_of(runs, outs, Target(ids[0], also=also))
     found = topk.tangent_bounds(runs, outs[0], before)
     eps = torch.finfo(torch.float64).eps
     answers = before.tangent.answers if also else (before.tangent,)

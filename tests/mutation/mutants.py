@@ -1,8 +1,9 @@
 """A module's mutants: small faults, each put into one place of its functions.
 
 What mutmut and cosmic-ray make, and what numerical code gets wrong besides (a lost ``abs``,
-``amax`` for ``amin``). Left as they are: docstrings, annotations, decorators, assertions, and the
-texts of errors and of what notebooks show, which are no behaviour; that an error is raised is.
+``amax`` for ``amin``). Left as they are: docstrings, annotations, decorators, assertions
+(``strict`` is one), and the texts of errors and of what notebooks show, which are no behaviour;
+that an error is raised is.
 """
 
 import ast
@@ -73,6 +74,11 @@ class Mutant:
     def key(self) -> str:
         """The same in every run, as long as the module is."""
         return f"{self.module}:{self.line}:{self.column} {self.text}"
+
+    @property
+    def name(self) -> str:
+        """The same wherever its function moves to."""
+        return f"{self.module}.{self.where}:{self.column}: {self.text}"
 
 
 def mutants_of(module: str, tree: ast.Module) -> list[Mutant]:
@@ -162,7 +168,7 @@ class _Function:
             yield from self._expression(value, _into_field(parent, field), lines)
 
     def _expression(self, node: ast.AST, put, lines) -> Iterator[Mutant]:
-        if isinstance(node, ast.JoinedStr):
+        if isinstance(node, ast.JoinedStr) or getattr(node, "arg", None) == "strict":
             return
         for other in _others(node):
             if isinstance(other, ast.expr):
@@ -228,8 +234,9 @@ def _other_calls(node: ast.Call) -> Iterator[ast.expr]:
     for place in range(len(node.args)):
         if len(node.args) > 1:
             yield ast.Call(name, node.args[:place] + node.args[place + 1 :], node.keywords)
-    for place in range(len(node.keywords)):
-        yield ast.Call(name, node.args, node.keywords[:place] + node.keywords[place + 1 :])
+    for place, keyword in enumerate(node.keywords):
+        if keyword.arg != "strict":
+            yield ast.Call(name, node.args, node.keywords[:place] + node.keywords[place + 1 :])
 
 
 def _lines_of(node: ast.stmt) -> range:

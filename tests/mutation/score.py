@@ -2,7 +2,7 @@
 
     python tests/mutation/score.py --results DIRECTORY                  # a sample of each group
     python tests/mutation/score.py --results DIRECTORY --most 100000    # all
-    python tests/mutation/score.py --results DIRECTORY --again          # what survived, once more
+    python tests/mutation/score.py --results DIRECTORY --again          # survivors, once more
     python tests/mutation/score.py --results DIRECTORY --table          # nothing but the table
 
 Pytest collects once, runs each test that is new once under coverage (which test runs which line,
@@ -23,9 +23,10 @@ import ast
 import collections
 import contextlib
 import gc
+import hashlib
 import json
 import os
-import random
+import re
 import signal
 import sys
 import time
@@ -59,6 +60,8 @@ FILES = """
     test_answers test_compare test_in_context test_float64 test_readout test_state test_decompose
     test_families
 """.split()
+
+REASONS = json.loads((Path(__file__).parent / "survivors.json").read_text(encoding="utf-8"))
 
 # Their results hold nothing that the package computed.
 KEPT = ("definition_of", "built", "small")
@@ -415,12 +418,15 @@ def all_mutants() -> dict[str, list[Mutant]]:
     for group, modules in GROUPS.items():
         shuffled = []
         for module in modules:
-            each = mutants_of(module, tree_of(module))
-            random.Random(module).shuffle(each)
+            each = sorted(mutants_of(module, tree_of(module)), key=_by_chance)
             # the n-th of k is taken when the share n / k of the group is: modules in proportion
             shuffled += [((n + 0.5) / len(each), mutant) for n, mutant in enumerate(each)]
         found[group] = [mutant for _, mutant in sorted(shuffled, key=lambda pair: pair[0])]
     return found
+
+
+def _by_chance(mutant: Mutant) -> str:
+    return hashlib.sha256(mutant.name.encode()).hexdigest()
 
 
 def known_results(directory: Path) -> dict[str, dict]:
@@ -441,12 +447,23 @@ def chosen_mutants(options: argparse.Namespace) -> list[tuple[str, Mutant]]:
             if options.only:
                 take = options.only in mutant.key
             elif options.again:
-                take = result is not None and result["outcome"] == "survived"
+                survived = result is not None and result["outcome"] == "survived"
+                take = survived and reason_of(mutant) is None
             else:
                 take = result is None and place < options.most
             if take:
                 chosen.append((group, mutant))
     return chosen
+
+
+def reason_of(mutant: Mutant) -> str | None:
+    """Why no test should notice it, if that is known."""
+    before, _, after = mutant.text.partition(" -> ")
+    for argument, reason in REASONS["arguments"].items():
+        for found in re.finditer(argument, before):
+            if before[: found.start()] + before[found.end() :] == after:
+                return reason
+    return REASONS["mutants"].get(mutant.name)
 
 
 def print_table(directory: Path) -> None:
@@ -466,11 +483,31 @@ def print_table(directory: Path) -> None:
             numbers = len(some), len(run), killed, outcomes["timeout"], outcomes["survived"]
             print(f"| {name} | " + " | ".join(map(str, numbers)) + f" | {score} |")
         survivors += [
-            f"{group}: {each.where}: {each.key} ({known[each.key]['tests']} tests)"
+            f"| `{each.module}.{each.where}` | `{shown(each)}` | {reason_of(each) or '**?**'} |"
             for each in mutants
             if known.get(each.key, {}).get("outcome") == "survived"
         ]
-    print("\n".join(["", *sorted(survivors)]))
+    print("\n".join(["", "| in | fault | why it survives |", "| --- | --- | --- |"]))
+    print("\n".join(sorted(survivors)))
+
+
+def shown(mutant: Mutant) -> str:
+    """A fault in one cell: of long expressions what differs; of short ones where they stand."""
+    before, _, after = mutant.text.partition(" -> ")
+    if after == "(left out)":
+        return mutant.text.replace("|", "\\|")
+    if len(before) > 40:
+        same = len(os.path.commonprefix([before, after]))
+        end = len(os.path.commonprefix([before[same:][::-1], after[same:][::-1]]))
+        start = max(0, same - 24)
+        before, after = (each[start : len(each) - max(0, end - 8)] for each in (before, after))
+        return f"{'...' * (start > 0)}{before} -> {after}".replace("|", "\\|")
+    source = (PACKAGE / f"{mutant.module}.py").read_text(encoding="utf-8").splitlines()
+    line, column = source[mutant.line - 1], mutant.column
+    if not line[column:].startswith(before) or len(before) > 20:
+        return mutant.text.replace("|", "\\|")
+    around = line[:column].lstrip()[-24:], line[column + len(before) :][:16]
+    return f"{around[0]}[{before} -> {after}]{around[1]}".replace("|", "\\|")
 
 
 def main() -> int:
@@ -482,7 +519,7 @@ def main() -> int:
     parser.add_argument("--group", action="append", choices=list(GROUPS))
     parser.add_argument("--seconds", type=float, default=15.0, help="of tests for each mutant")
     parser.add_argument("--examples", type=int, default=12, help="of each property")
-    parser.add_argument("--again", action="store_true", help="those that survived, once more")
+    parser.add_argument("--again", action="store_true", help="unexplained survivors, once more")
     parser.add_argument("--only", help="those with this text in their key")
     parser.add_argument(
         "--measure", action="store_true", help="which test reaches what, anew: else of new ones"
