@@ -170,6 +170,18 @@ BAD_REQUESTS = {
         ["attribute", PROMPT, "--target", " Paris Texas"],
         r"is \d tokens \(' Paris', ",
     ),
+    "index without bounds": (
+        ["attribute", PROMPT, "--convention", "recomputed", "--index", "indices"],
+        "an index is of no use with --convention recomputed",
+    ),
+    "answer of top 0": (
+        ["answer", PROMPT, "--answer", " Paris", "--top", "0"],
+        "--top must be at least 1, got 0",
+    ),
+    "token twice": (
+        ["attribute", PROMPT, "--target", "a", "--against", "b", "--against-id", "1"],
+        "give the token either as --against or as --against-id",
+    ),
     "position out of range": (["attribute", PROMPT, "--position", "99"], "position 99 is out of"),
     "unknown convention": (["attribute", PROMPT, "--convention", "x"], "must be one of exact"),
     "top of 0": (["attribute", PROMPT, "--top", "0"], "--top must be at least 1"),

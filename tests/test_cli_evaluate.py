@@ -1,5 +1,6 @@
 """``tl-neuron-attr evaluate``: the numbers of the Python call, on screen, as JSON and in files."""
 
+import importlib
 import json
 
 import pandas as pd
@@ -7,10 +8,12 @@ import pytest
 from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import cli, evaluate
+from tl_neuron_attr import METHODS, cli, evaluate
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.evaluate.evaluation import EFFECT_COLUMNS
 from tl_neuron_attr.knowledge import load_prompts, save_prompts
+
+NAMES = "France Italy Spain Germany Poland Austria Greece Norway Portugal Russia".split()
 
 
 @pytest.fixture(scope="module")
@@ -126,3 +129,35 @@ def test_a_wrong_request_is_one_sentence(run, tmp_path, arguments, message):
     shown = run("--methods", "d", *arguments)
     assert shown.exit_code == 2 and shown.stdout == ""
     assert message in shown.stderr and len(shown.stderr.strip().splitlines()) == 1
+
+
+def test_what_could_not_be_measured_or_shown_is_said_below_the_tables(run, tmp_path):
+    (tmp_path / "refusing.py").write_text(
+        "from tl_neuron_attr import METHODS, InputError\n\n"
+        "def picky(case, kind, top):\n"
+        "    if ''.join(case.result.captured.prompt.token_texts).endswith('Italy is'):\n"
+        "        raise InputError('not of Italy')\n"
+        "    return METHODS['norm'](case, kind, top)\n"
+    )
+    known = [
+        prompt
+        for prompt in load_prompts("capital")
+        if prompt.text in [f"The capital of {name} is" for name in NAMES]
+    ]
+    rows = [
+        {"text": prompt.text, "answer": prompt.answer.strip(), "knowledge_type": f"type {number}"}
+        for number, prompt in enumerate(known)
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in [*rows, rows[0]])
+    (tmp_path / "own.jsonl").write_text(lines)
+    arguments = ("--prompts", "own.jsonl", "--methods", "refusing:picky", "--top", "1")
+    shown = run(*arguments, columns="100")
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.output.split())
+    assert f"picky could not be used on 1 of {len(rows)} prompts; the first: not of Italy" in said
+    assert "Warning: in 'own.jsonl', 1 prompts occur again and are taken once" in said
+    assert f"and {len(rows) - 1 - 6} more types" in said
+
+
+def test_all_methods_are_those_there_are():
+    assert importlib.import_module("tl_neuron_attr.cli.evaluate")._methods("all") == [*METHODS]

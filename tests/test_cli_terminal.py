@@ -11,11 +11,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 from rich.table import Table
 from typer.testing import CliRunner
 
 from tl_neuron_attr import cli, load_prompts
+from tl_neuron_attr.cli import terminal
 from tl_neuron_attr.cli.terminal import print_table, token_widths
 from tl_neuron_attr.display import decimals
 
@@ -212,6 +214,41 @@ def test_a_closed_pipe_leaves_no_traceback_and_pipes_get_no_colours():
     )
     assert piped.stderr == "" and piped.stdout.startswith("tiny-facts")
     assert not SEQUENCE.search(piped.stdout)
+
+
+FRANCE = "The capital of France is"
+SHOTS = f"{FRANCE} Paris. The capital of Italy is Rome. {FRANCE}"
+WARNED = {
+    "answer": (f"{FRANCE} ", "--answer", " Paris and Rome", "--top", "1"),
+    "attribute": (f"{FRANCE} ", "--top", "1"),
+    "card": ("L1.N137", f"{FRANCE} ", "--top", "1"),
+    "compare": (f"{FRANCE} ", "--zero", "L0.H2", "--top", "1"),
+    "graph": (f"{FRANCE} ", "--depth", "1"),
+    "heads": (f"{FRANCE} ", "--top", "1"),
+    "in-context": (f"{SHOTS} ", "--labels", " Paris", " Rome", "--no-scan", "--top", "1"),
+    "query": (f"{FRANCE} ", "--top", "1"),
+}
+
+
+@pytest.mark.parametrize("command", WARNED)
+def test_what_the_library_warns_of_and_what_was_written_stands_below_the_tables(command, tmp_path):
+    at = [] if command == "heads" else ["--out", str(tmp_path / "out")]
+    shown = run(command, *WARNED[command], *at, width=300)
+    assert shown.exit_code == 0, shown.output
+    said = " ".join(shown.output.split())
+    assert "the prompt ends with a space, a token of its own" in said
+    assert not at or f" to {tmp_path / 'out'}" in said
+
+
+def test_memory_is_told_as_far_as_the_system_tells_it(monkeypatch):
+    assert re.fullmatch(r"\d+ MiB", terminal.peak_memory())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**20)
+    assert terminal.peak_memory().endswith(" MiB, 3 MiB on the GPU")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with monkeypatch.context() as patch:
+        patch.setattr(terminal.os, "name", "nt")
+        assert terminal.peak_memory() == "unknown"
 
 
 def test_ctrl_c_ends_a_command_without_a_traceback(monkeypatch):

@@ -34,8 +34,9 @@ from tl_neuron_attr import (
     cli,
     load_model,
 )
+from tl_neuron_attr.doctor import check as check_module
 from tl_neuron_attr.doctor import checks as module
-from tl_neuron_attr.doctor import worst
+from tl_neuron_attr.doctor import subject, worst
 from tl_neuron_attr.doctor.card import card_lines
 from tl_neuron_attr.doctor.findings import Finding
 from tl_neuron_attr.doctor.subject import examine
@@ -101,6 +102,32 @@ def test_without_room_for_a_copy_float64_is_not_checked(tiny_gpt2):
     assert all(each.double_error is None for each in found.findings)
     assert "not checked" in found.about()["float64"]
     assert finding(found, "the forward pass").status == "not checked"
+
+
+def test_a_copy_that_cannot_be_made_is_no_failure_of_the_model(tiny_gpt2, monkeypatch):
+    def no_copies(model):
+        raise TypeError("cannot copy this\nlong story")
+
+    monkeypatch.setattr(subject.copy, "deepcopy", no_copies)
+    found = check_model(tiny_gpt2, TOKENS)
+    assert found.why_no_double == "a copy in float64 does not run (TypeError: cannot copy this)"
+    assert found.holds and all(each.double_error is None for each in found.findings)
+
+
+def test_token_ids_and_a_full_context_leave_something_unchecked(tiny_gpt2, bundled):
+    found = check_model(tiny_gpt2, [5] * 32)
+    assert "no room for padding" in finding(found, "left padding").says
+    by_ids = check_model(bundled, TOKENS, copy_limit=1000)
+    assert finding(by_ids, "prompts as text").status == "not checked"
+
+
+def test_where_the_plan_knows_no_costs_the_rest_is_on_the_card(tiny_gpt2, monkeypatch):
+    def unknown(*arguments, **options):
+        raise UnsupportedModelError("not known to the plan")
+
+    monkeypatch.setattr(check_module, "plan", unknown)
+    found = check_model(tiny_gpt2, TOKENS, copy_limit=1000)
+    assert found.holds and finding(found, "the FFN neurons").status == "ok"
 
 
 def test_half_precision_and_folded_value_biases_are_approximate():

@@ -177,6 +177,26 @@ def by_batch(case, kind, top):
     return scores(case, kind) + case.result.seconds
 
 
+def refusing_the_best(case, kind, top):
+    if top is not None:
+        raise InputError("all or nothing")
+    return scores(case, kind)
+
+
+def infinite_best(case, kind, top):
+    found = scores(case, kind)
+    return found if top is None else found + torch.inf
+
+
+def elsewhere(case, kind, top):
+    return torch.empty_like(scores(case, kind), device="meta")
+
+
+def in_more_threads(case, kind, top):
+    torch.set_num_threads(torch.get_num_threads() + 1)
+    return scores(case, kind)
+
+
 @pytest.mark.changes(
     *("training mode", "the modules' own hooks", "the weights"),
     *("the gradients (.grad)", "requires_grad"),
@@ -209,6 +229,10 @@ def by_batch(case, kind, top):
         (best_of_another_order, "with top=1 does not give the 1 best ffn neurons"),
         (best_by_other_numbers, "with top=1 does not give the 1 best ffn neurons"),
         (too_few, "with top=10 does not give the 10 best ffn neurons"),
+        (refusing_the_best, "raises InputError with top=1, but not without: all or nothing"),
+        (infinite_best, "gives NaN or infinity with top=1; others may be -inf, no more"),
+        (elsewhere, "gives scores on meta; give them where the case is, on cpu"),
+        (in_more_threads, "changes .*threads.* of torch"),
         (by_gradient_mode, "where gradients are recorded than under no_grad"),
         (by_batch, "another score where the prompt was attributed in a batch"),
     ],
@@ -232,6 +256,11 @@ def test_a_method_for_one_kind_alone_conforms(cases):
         return coefficient(case, kind)
 
     check_method(of_ffn, cases)
+
+
+def test_what_cannot_be_called_is_no_method(cases, unchecked):
+    with pytest.raises(ConformanceError, match="a method is a function of .*, got 3; pass the fun"):
+        check_method(3, cases)
 
 
 def test_there_must_be_something_to_check(cases):

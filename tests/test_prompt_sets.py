@@ -149,11 +149,12 @@ def test_a_csv_holds_the_same_as_the_lines(write):
     writer = csv.DictWriter(content, FULL)
     writer.writeheader()
     writer.writerows({**row, "aliases": "|".join(row["aliases"])} for row in rows)
-    table = load_prompts(write("a.csv", "\ufeff" + content.getvalue()))
+    content = content.getvalue().replace('\n"In', '\n\r\n , \r\n"In')  # two empty rows
+    table = load_prompts(write("a.csv", "\ufeff" + content))
     listed = load_prompts(write("a.jsonl", lines(*rows)))
     assert table[0] == listed[0]
     assert (table[1].text, table[1].fact) == (listed[1].text, listed[1].fact)
-    assert table[1].prompt_id == "a/3"  # its line
+    assert table[1].prompt_id == "a/5"  # its line
 
 
 # --- LRE and known_1000 -----------------------------------------------------------------------

@@ -77,12 +77,12 @@ def test_what_is_wrong_with_a_request_is_said_before_the_forward_pass(
 
 
 def test_what_is_no_prompt_at_all_is_refused(tiny_gpt2, unchecked):
-    for wrong, words in (
+    for prompt, words in (
         (3, "a prompt must be text, token ids or a Prompt, got 3"),
         ({"tokens": [1]}, "token ids must be integers, got {'tokens'"),
     ):
         with pytest.raises(InputError, match=words):
-            attribute(tiny_gpt2, wrong)
+            attribute(tiny_gpt2, prompt)
 
 
 def test_a_prompt_is_text_or_tokens_but_not_both():

@@ -402,11 +402,28 @@ def test_the_command_draws_a_directory_again_and_makes_indices(directory, tmp_pa
     assert len([*(tmp_path / "set" / "prompts").iterdir()]) + len(said["left_out"]) == 2
 
 
+def test_prompts_of_a_file_that_cannot_be_attributed_are_named_and_left_out(tmp_path):
+    """One without an answer is asked about the model's own."""
+    rows = [
+        "The capital of France is",
+        {"text": "The", "target": " no one token", "prompt_id": "b"},
+    ]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["--model", "tiny-facts", "--top", "2", "--out", str(tmp_path / "set")]
+    done = CliRunner().invoke(app, ["report", str(tmp_path / "p.jsonl"), *arguments])
+    assert done.exit_code == 0, done.output
+    said = " ".join(done.output.split())
+    assert "Left out: b: target ' no one token' is 7 tokens" in said and "index.html" in said
+    assert len([*(tmp_path / "set" / "prompts").iterdir()]) == 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["report", "nothing-here"], "is no directory that attribute --out wrote"),
         (["report", "capital", "--model", "tiny-facts"], "give --out DIR"),
+        (["report", "nothing", "--model", "tiny-facts", "--out", "o"], "nothing"),
+        (["report", "capital", "--model", "x", "--top", "0", "--out", "o"], "--top must be at lea"),
         (["report", "capital", "--model", "x", "--limit", "0", "--out", "o"], "--limit must be"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 
 import duckdb
 import numpy as np
@@ -11,9 +12,11 @@ import pytest
 from conftest import bundled_model
 from typer.testing import CliRunner
 
+import tl_neuron_attr.cli.runs as runs_command
 import tl_neuron_attr.runs.run as run_module
 from tl_neuron_attr import (
     InputError,
+    Stopped,
     cli,
     diff_runs,
     load_prompts,
@@ -293,6 +296,25 @@ def asked(tmp_path, model, monkeypatch):
     texts = ["The capital of France is", "The color of snow is", "The capital of Spain is", ""]
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     return path
+
+
+def test_a_signal_is_a_sentence_and_the_exit_code_that_shells_give_it(asked, tmp_path, monkeypatch):
+    for error, code, words in (
+        (
+            Stopped("stopped by SIGTERM; what is done is kept", signal.SIGTERM),
+            143,
+            "by SIGTERM; wh",
+        ),
+        (KeyboardInterrupt(), 130, "Stopped at once; shards that are whole are kept"),
+    ):
+
+        def stopping(*given, error=error, **options):
+            raise error
+
+        monkeypatch.setattr(runs_command, "run_prompts", stopping)
+        shown = call("run", asked, "--out", tmp_path / "run")
+        assert shown.exit_code == code and shown.stdout == "" and words in shown.stderr
+        assert "Traceback" not in shown.stderr
 
 
 def test_the_command_runs_summarises_and_compares(asked, tmp_path):
