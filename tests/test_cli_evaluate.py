@@ -156,7 +156,7 @@ def test_what_could_not_be_measured_or_shown_is_said_below_the_tables(run, tmp_p
     said = " ".join(shown.output.split())
     assert f"picky could not be used on 1 of {len(rows)} prompts; the first: not of Italy" in said
     assert "Warning: in 'own.jsonl', 1 prompts occur again and are taken once" in said
-    assert f"and {len(rows) - 1 - 6} more types" in said
+    assert f"and of {len(rows) - 1 - 6} more" in said
 
 
 def test_all_methods_are_those_there_are():

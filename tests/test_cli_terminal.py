@@ -220,7 +220,6 @@ FRANCE = "The capital of France is"
 SHOTS = f"{FRANCE} Paris. The capital of Italy is Rome. {FRANCE}"
 WARNED = {
     "answer": (f"{FRANCE} ", "--answer", " Paris and Rome", "--top", "1"),
-    "attribute": (f"{FRANCE} ", "--top", "1"),
     "card": ("L1.N137", f"{FRANCE} ", "--top", "1"),
     "compare": (f"{FRANCE} ", "--zero", "L0.H2", "--top", "1"),
     "graph": (f"{FRANCE} ", "--depth", "1"),

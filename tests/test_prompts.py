@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tl_neuron_attr import InputError, Prompt, attribute, load_model, open_host, tokenize
-from tl_neuron_attr.prompts import as_prompt, visible
+from tl_neuron_attr.prompts import as_prompt, fraction, visible
 from tl_neuron_attr.targets import resolve_target
 
 
@@ -83,6 +83,19 @@ def test_what_is_no_prompt_at_all_is_refused(tiny_gpt2, unchecked):
     ):
         with pytest.raises(InputError, match=words):
             attribute(tiny_gpt2, prompt)
+
+
+def test_a_share_of_a_whole_is_above_0_and_at_most_1():
+    assert [fraction(each, "share") for each in (1, "0.5", 1e-9)] == [1.0, 0.5, 1e-9]
+    for wrong, words in (
+        (True, "share must be a number, got True"),
+        ("half", "share must be a number, got 'half'"),
+        (0, "share must be above 0 and at most 1, got 0"),
+        (1.01, "at most 1, got 1.01"),
+        (float("nan"), "at most 1, got nan"),
+    ):
+        with pytest.raises(InputError, match=words):
+            fraction(wrong, "share")
 
 
 def test_a_prompt_is_text_or_tokens_but_not_both():

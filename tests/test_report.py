@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
@@ -11,7 +12,7 @@ import pytest
 from conftest import bundled_model
 from typer.testing import CliRunner
 
-from tl_neuron_attr import attribute, projection_index
+from tl_neuron_attr import Distribution, Prompt, attribute, projection_index
 from tl_neuron_attr.cli import app
 from tl_neuron_attr.errors import InputError, OutputError
 from tl_neuron_attr.report import (
@@ -21,6 +22,7 @@ from tl_neuron_attr.report import (
     report_html,
     report_set,
 )
+from tl_neuron_attr.report.attribution import command_of
 from tl_neuron_attr.tables import records
 
 PROMPT = "The capital of France is"
@@ -225,6 +227,32 @@ def test_the_command_on_the_page_gives_the_same_numbers(directory, tmp_path):
     again = read_saved(out)[0].tables["neurons"]
     first = read_saved(directory)[0].tables["neurons"]
     pd.testing.assert_frame_equal(again.drop(columns="prompt_id"), first.drop(columns="prompt_id"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "convention", "words"),
+    [
+        ({"position": 3}, "exact", "--position 3"),
+        ({"prepend_bos": False}, "exact", "--no-bos"),
+        ({"target": Distribution()}, "published", "--distribution --convention published"),
+        ({"text": "-5 degrees is"}, "exact", "--tokens"),  # it would be taken for an option
+        ({"target": {7, 9}}, "published", "--target-id 7 --target-id 9"),
+    ],
+)
+def test_the_command_of_whatever_was_asked_gives_the_same_numbers(model, asked, convention, words):
+    prompt = Prompt(**{"text": PROMPT, **asked})
+    facts = attribute(model, prompt, top=2, convention=convention).facts()
+    command = command_of(facts)
+    assert words in command
+    program, *arguments = shlex.split(command.removesuffix(" --out OUT"))
+    done = CliRunner().invoke(app, [*arguments, "--top", "2", "--json"])
+    assert done.exit_code == 0, done.output
+    again = json.loads(done.stdout)
+    assert [token["id"] for token in again["tokens"]] == facts["tokens"]
+    assert again["target"].items() <= facts["target"].items()
+    assert [again[name] for name in ("read_pos", "convention")] == [
+        facts[name] for name in ("read_pos", "convention")
+    ]
 
 
 def test_warnings_stand_at_the_top(directory):

@@ -361,6 +361,12 @@ def test_the_command_measures_methods_and_zeroing(asked, tmp_path):
     assert {row["count"] for row in tables["interventions"]} == {5}
 
 
+def test_a_run_beside_itself_is_said_to_be_of_the_same_plan(whole):
+    shown = call("diff", whole.directory, whole.directory)
+    assert shown.exit_code == 0 and shown.stdout.startswith("The plans are the same.")
+    assert "9 prompts in both, 9 with the same target; 0 in the first alone" in shown.stdout
+
+
 def test_a_share_given_by_hand_is_taken_whatever_the_environment_says(asked, tmp_path):
     given = ("run", asked, "--out", tmp_path / "out", "--top", 2, "--shard-size", 2)
     environment = {"RANK": "0", "WORLD_SIZE": "2"}

@@ -70,10 +70,6 @@ class Parts:
         """Where a part keeps a table."""
         return self.directory / self.folder / table / f"{name}.parquet"
 
-    def has(self, name: str) -> bool:
-        """Whether the part has a record; see ``state`` for whether that is true to its files."""
-        return self.record_path(name).is_file()
-
     def record_path(self, name: str) -> Path:
         """Where a part's record is."""
         return self.directory / self.folder / RECORDS / f"{name}.json"

@@ -166,8 +166,6 @@ def answer_tokens(host: Host, answer: str | Iterable[SupportsIndex]) -> tuple[in
         return ids
     check_text(answer, "answer")
     _need_tokenizer(host, "answer")
-    if not answer:
-        raise InputError("the answer is empty; give some text, or token ids")
     return tuple(_behind(host, answer))
 
 

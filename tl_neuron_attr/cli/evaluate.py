@@ -308,7 +308,7 @@ def _type_table(found: Evaluation, rows: Rows) -> Table:
                 label, *("-" if row is None else _number(row[column]) for row in of_method)
             )
     if len(types) > len(shown):
-        table.caption = f"and {len(types) - len(shown)} more types"
+        table.caption = f"and of {len(types) - len(shown)} more"
     return table
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import get_args
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from tl_neuron_attr.attribution import Attribution
@@ -142,10 +142,3 @@ def how_many(top: int | None, case: Case, kind: Kind) -> int | None:
     """``top`` once it is known to count something; ``None`` where that is about all there are."""
     total = math.prod(neuron_shape(case.result.host, kind))
     return None if top is None or 2 * at_least_one(top, "top") >= total else top
-
-
-def layer_of_each(case: Case, kind: Kind) -> Int[Tensor, " neuron"]:
-    """The layer of every neuron, in the order they are numbered across layers."""
-    n_layers, *rest = neuron_shape(case.result.host, kind)
-    layers = torch.arange(n_layers, device=case.result.captured.mlp_post.device)
-    return layers.repeat_interleave(math.prod(rest))

@@ -355,11 +355,6 @@ def _sampled(kept: Sequence[AskedPrompt], settings: Settings) -> frozenset[str]:
     return frozenset(each.prompt.prompt_id for each in drawn)
 
 
-def _target(asked: AskedPrompt) -> int:
-    assert asked.tokenized.target is not None
-    return asked.tokenized.target.id
-
-
 def _identity(
     host: Host,
     called: str,

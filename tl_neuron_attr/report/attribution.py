@@ -419,6 +419,8 @@ def _asked(facts: Mapping[str, Any]) -> list[str]:
     """The arguments that ask about this prompt and target, whatever the command."""
     texts, target = facts["token_texts"], Target.of_facts(facts["target"])
     text = facts["prompt"]
+    if text is not None and text.startswith("-"):
+        text = None  # it would be taken for an option
     if text is not None and "".join(texts[1:]) == text:
         words = [text, "--bos"]
     elif text is not None and "".join(texts) == text:
