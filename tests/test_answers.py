@@ -110,7 +110,9 @@ def test_the_best_sums_are_those_of_every_neuron_scored_in_every_run(several, to
         bases = torch.stack([block.base for block in blocks])
         sides.append(Side(blocks=blocks, out=out, before=out.baseline(bases, target)))
         dense.append(torch.cat([neuron_scores(block, out, target) for block in blocks]))
-    found = top_sums(sides, top)
+    told = []
+    found = top_sums(sides, top, progress=told.append)
+    assert sum(told) == found.neurons.certificate.evaluated
     sums = torch.stack(dense).sum(0)
     best = sums.sort(descending=True).values[: len(found)]
     size = float(torch.stack(dense).abs().max())

@@ -101,7 +101,11 @@ def test_an_edit_of_the_last_half_of_a_weight_is_seen_behind_its_back_too(edited
 
 @pytest.mark.parametrize("n_rows", [1, 1024, 2500])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_norms_of_many_rows_and_columns_are_taken_block_by_block(n_rows, dtype):
+def test_norms_of_many_rows_and_columns_are_taken_block_by_block(n_rows, dtype, monkeypatch):
+    taken, wide_of = [], norms_module._wide
+    monkeypatch.setattr(
+        norms_module, "_wide", lambda some: (taken.append(max(some.shape)), wide_of(some))[1]
+    )
     generator = torch.Generator().manual_seed(0)
     rows = torch.randn(n_rows, 6, generator=generator, dtype=torch.float64).to(dtype)
     gain = torch.randn(6, generator=generator, dtype=torch.float64).to(dtype)
@@ -110,6 +114,7 @@ def test_norms_of_many_rows_and_columns_are_taken_block_by_block(n_rows, dtype):
         wanted = (rows.double() * (1 if each is None else each.double())).norm(dim=1).to(wide)
         torch.testing.assert_close(norms_module.row_norms(rows, each), wanted)
         torch.testing.assert_close(norms_module.column_norms(rows.T, each), wanted)
+    assert max(taken) <= 1024
 
 
 @pytest.mark.changes("the weights", "the bytes of the weights")

@@ -246,6 +246,25 @@ def test_rivals_are_the_likeliest_tokens_and_the_others_on_average(centered, sof
         out.rivals(resid, Target(5, also=(Target(9),)), 3)
 
 
+@pytest.mark.parametrize("centered", [False, True])
+def test_what_is_lost_without_a_neuron_that_does_no_more_is_what_the_definition_says(
+    centered, monkeypatch
+):
+    monkeypatch.setattr("tl_neuron_attr.rivals._ROWS", 4)
+    out, resid = some_read_out(centered=centered)
+    generator = torch.Generator().manual_seed(1)
+    rows = torch.randn(9, D_MODEL, generator=generator, dtype=torch.float64)
+    coefficients = torch.randn(9, generator=generator, dtype=torch.float64)
+    weights = 0.5 + torch.rand(D_MODEL, generator=generator, dtype=torch.float64)
+    written = coefficients[:, None] * rows * weights
+    # every token by itself
+    rivals = out.frozen_at(resid[0]).rivals(resid[0], Target(5), 100)
+    found = rivals.loss(rows, coefficients, written @ rivals.gradient, weights)
+    before = logits_by_definition(out, resid[0]).log_softmax(-1)[5]
+    after = logits_by_definition(out, resid[0] - written).log_softmax(-1)[:, 5]
+    torch.testing.assert_close(found, before - after, rtol=0, atol=1e-10)
+
+
 # --- first-order pictures ---
 
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import TOKENS, bridge_of
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import tl_neuron_attr.topk as topk
@@ -416,6 +416,8 @@ def test_neurons_that_are_off_cost_no_memory_that_stays():
     st.lists(st.integers(-3, 3), max_size=40),
     st.integers(1, 45),
 )
+@example([1] * 30 + [2, 2], 3)
+@example([1, 2, 3, 2, 2, 2, 1, 1, 1, 1], 2)
 def test_the_largest_are_those_a_stable_sort_lists_first(values, k):
     values = torch.tensor(values, dtype=torch.float32)
     wanted = values.sort(descending=True, stable=True).indices[:k]
