@@ -53,6 +53,7 @@ def test_without_a_command_it_says_what_to_type_and_what_there_is():
         assert line in shown.output, line
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("line", cli.FIRST_STEPS)
 def test_the_first_steps_work_as_they_stand(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -87,6 +88,7 @@ def test_help_has_an_example(command):
     assert example_of(command)[0] == command
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SLOW])
 def test_the_example_runs_offline_and_fits_narrow_terminals(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -192,6 +194,7 @@ def on_a_terminal(program, columns):
     return shown.decode(), running.wait(timeout=120)
 
 
+@pytest.mark.slow
 def test_colours_are_for_terminals_that_have_them_and_readers_who_want_them():
     shown, code = on_a_terminal(THREE_TIMES, columns=80)
     assert code == 0, shown
@@ -203,6 +206,7 @@ def test_colours_are_for_terminals_that_have_them_and_readers_who_want_them():
     assert not [code for code in SEQUENCE.findall(plain) if re.search(r"\[(3|4|9)\d", code)]
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_leaves_no_traceback_and_pipes_get_no_colours():
     command = shlex.join([sys.executable, "-m", "tl_neuron_attr.cli", *HEADS])
     piped = subprocess.run(

@@ -238,6 +238,7 @@ CELLS = (
 )
 
 
+@pytest.mark.slow
 def test_a_kernel_shows_boxes_strips_and_figures(tmp_path):
     """What Jupyter, VS Code and Colab get, and what a notebook saved as HTML holds."""
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(cell) for cell in CELLS])

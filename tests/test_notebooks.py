@@ -164,6 +164,7 @@ def test_what_the_text_claims_is_in_the_text(path):
     assert [words for words in CLAIMS[path.stem] if words not in text] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebooks_run_show_tables_and_figures_and_tell_the_truth(path, tmp_path, kernel):
     executed = execute(path, tmp_path, kernel)

@@ -357,6 +357,7 @@ def test_peak_bytes_of_the_projection_index_are_within_a_quarter(family, tmp_pat
     assert found.index.peak_bytes == pytest.approx(peak, rel=0.25)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_tokens", [16, 512])
 def test_peak_bytes_at_gpt2_smalls_shape_are_within_a_quarter(n_tokens):
     model = larger("gpt2-small")

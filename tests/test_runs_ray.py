@@ -120,18 +120,21 @@ def on_ray(prompts, tmp_path_factory, cluster):
     return with_one_killed(prompts, directory, workers=1, ray="auto"), directory
 
 
+@pytest.mark.slow
 def test_a_killed_process_is_replaced_and_nothing_counted_twice(here, by_processes):
     last, directory = by_processes
     assert (last.done, last.shards_done, last.failures) == (12, 3, 1)
     assert bytes_of(directory) == bytes_of(here.directory)
 
 
+@pytest.mark.slow
 def test_a_killed_actor_is_replaced_and_nothing_counted_twice(here, on_ray):
     last, directory = on_ray
     assert (last.done, last.shards_done, last.failures) == (12, 3, 1)
     assert bytes_of(directory) == bytes_of(here.directory)
 
 
+@pytest.mark.slow
 def test_all_four_ways_give_the_same_bytes(model, prompts, here, by_processes, on_ray, tmp_path):
     for rank in ("1", "0"):
         share = share_of_environment({"RANK": rank, "WORLD_SIZE": "2", "LOCAL_RANK": rank})
@@ -142,6 +145,7 @@ def test_all_four_ways_give_the_same_bytes(model, prompts, here, by_processes, o
     assert len(first) > 12 and all(each == first for each in others)
 
 
+@pytest.mark.slow
 def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
     model, prompts, tmp_path, cluster, monkeypatch, capfd
 ):
@@ -164,6 +168,7 @@ def test_what_an_actor_raises_is_raised_here_and_the_cluster_stays(
     assert ray.is_initialized() and no_worker_is_left()
 
 
+@pytest.mark.slow
 def test_a_cluster_that_is_not_the_one_joined_is_refused(prompts, tmp_path, cluster):
     for address in ("local", "elsewhere:6379"):
         with pytest.raises(InputError, match="has joined a Ray cluster already, at .*: give auto"):
