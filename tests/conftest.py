@@ -3,9 +3,12 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# tiny models: a second thread costs more than it brings, here and in processes that tests start
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import functools
 import gc
+import sys
 import tempfile
 import warnings
 from contextlib import contextmanager
@@ -38,7 +41,6 @@ try:  # gone in TransformerLens 4: its module __getattr__ raises ImportError
 except ImportError:
     HookedTransformer = None
 
-# tiny models: a second thread costs more than it brings
 torch.set_num_threads(1)
 
 # How many examples a property is tried on; no test chooses for itself. Those of ``ci`` are the
@@ -357,6 +359,39 @@ def tiny_gpt2():
 def any_model(request):
     """One model of each supported family."""
     return bridge_of(request.param)
+
+
+@pytest.fixture(scope="module")
+def few_cards():
+    """A report has the card of one neuron of each list: a card takes longer than an attribution.
+
+    For tests of what is around them; ``test_report`` and ``test_report_browser`` have all.
+    """
+    real = sys.modules["tl_neuron_attr.report.cards"].best_cards
+
+    def few(result, saved, count=1):
+        return real(result, saved, min(count, 1))
+
+    with pytest.MonkeyPatch.context() as patch:
+        for place in ("attribution", "prompt_set"):
+            patch.setattr(sys.modules[f"tl_neuron_attr.report.{place}"], "best_cards", few)
+        yield
+
+
+@pytest.fixture(scope="module")
+def pages_undrawn(few_cards):
+    """``attribute --out`` and ``query --out`` write tables, facts and pages with nothing on them.
+
+    To draw a page takes many times as long as what is on it. For tests of the tables, the facts and
+    the screen; ``test_report`` and ``test_pages`` draw both pages, from the same commands.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        report = sys.modules["tl_neuron_attr.report.attribution"]
+        patch.setattr(report, "report_html", lambda saved, cards=(), **_: "<!doctype html>")
+        patch.setattr(report, "best_cards", lambda result, saved, count=0: [])
+        query = sys.modules["tl_neuron_attr.cli.query"]
+        patch.setattr(query, "query_page", lambda saved: "<!doctype html>")
+        yield
 
 
 def pytest_collection_finish():

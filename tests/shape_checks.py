@@ -57,10 +57,27 @@ def jaxtyped(function=None, *, typechecker=None):
             return function(*args, **kwargs)
         counts[code] = calls + 1
         if checked is None:
-            checked = _checking(function, typechecker=typechecker)
+            checked = _ready(function, typechecker)
         return checked(*args, **kwargs)
 
     return counted
+
+
+def _ready(function, typechecker):
+    """What jaxtyping makes of it too, at a third of the cost of a call.
+
+    jaxtyping looks at the arguments once more with what is returned, and tries parameters one by
+    one to say which was wrong; here the type checker says it, which names the parameter as well.
+    """
+    if typechecker is None or inspect.isgeneratorfunction(function):
+        return _checking(function, typechecker=typechecker)
+    checked = typechecker(function)
+
+    def scoped(*args, **kwargs):
+        with _checking("context"):  # where one name of an axis is one size
+            return checked(*args, **kwargs)
+
+    return scoped
 
 
 # The import hook's decorators look it up there, so this comes before the package is imported.

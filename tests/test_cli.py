@@ -15,6 +15,8 @@ from tl_neuron_attr import cli
 from tl_neuron_attr.cli import options
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
+pytestmark = pytest.mark.usefixtures("few_cards")
+
 PROMPT = "The capital of France is"
 NEURON_COLUMNS = "prompt_id role kind layer head index source_pos coefficient score rank".split()
 

@@ -55,6 +55,7 @@ def test_without_a_command_it_says_what_to_type_and_what_there_is():
         assert line in shown.output, line
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("line", cli.FIRST_STEPS)
 def test_the_first_steps_work_as_they_stand(line, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -89,6 +90,7 @@ def test_help_has_an_example(command):
     assert example_of(command)[0] == command
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SLOW])
 def test_the_example_runs_offline_and_fits_narrow_terminals(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

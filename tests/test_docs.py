@@ -126,7 +126,7 @@ def fewer_prompts(source):
 
 
 @pytest.fixture
-def reader(tmp_path, monkeypatch):
+def reader(tmp_path, monkeypatch, few_cards):
     """Where a reader stands: an empty directory, a model of their own in it, and the network."""
     shutil.copytree(tiny_facts_dir(), tmp_path / "my-model")
     monkeypatch.chdir(tmp_path)

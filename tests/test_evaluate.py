@@ -500,16 +500,26 @@ evaluate(
 """
 
 
+def evaluated(directory):
+    """What the program saved from this process, and the names of its files."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["", str(directory)])
+        exec(PROGRAM, {})
+    return sorted(path.name for path in directory.iterdir())
+
+
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path, monkeypatch):
+def test_the_same_seed_gives_the_same_bytes_in_every_process(tmp_path):
     other = subprocess.Popen([sys.executable, "-c", PROGRAM, str(tmp_path / "two")])
-    monkeypatch.setattr(sys, "argv", ["", str(tmp_path / "one")])
-    exec(PROGRAM, {})
+    files = evaluated(tmp_path / "one")
     assert other.wait(timeout=240) == 0
-    files = sorted(path.name for path in (tmp_path / "one").iterdir())
-    assert {"effects.parquet", "summary.parquet", "summary.csv", "evaluation.json"} <= set(files)
     for name in files:
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+def test_what_is_saved_comes_back_and_is_saved_again_with_the_same_bytes(tmp_path):
+    files = evaluated(tmp_path / "one")
+    assert {"effects.parquet", "summary.parquet", "summary.csv", "evaluation.json"} <= set(files)
     back = load_evaluation(tmp_path / "one")
     assert [*back.effects.columns] == [*EFFECT_COLUMNS]
     assert back.effects["metric"].unique().tolist() == [*METRICS]

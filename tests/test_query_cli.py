@@ -29,6 +29,8 @@ GOLDEN = sorted((SHARED / "golden").glob("*-*.json"))
 FILES = ["query_heads", "query_layers", "query_neurons", "query_values"]
 IDS = ["layer", "head", "index", "source_pos"]
 
+pytestmark = pytest.mark.usefixtures("pages_undrawn")
+
 loaded = {}
 
 

@@ -22,9 +22,10 @@ CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-pytestmark = pytest.mark.skipif(
-    CHROMIUM is None, reason="no Chromium on PATH; give its path as CHROMIUM"
-)
+pytestmark = [
+    pytest.mark.slow,  # test_pages opens pages in a browser by default
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on PATH; give its path as CHROMIUM"),
+]
 PROMPT = "The capital of France is"
 
 

@@ -116,6 +116,7 @@ def test_a_file_whose_name_leads_elsewhere_is_not_written(name, tmp_path):
     assert written_in(tmp_path) == set()
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("command", ["run", "report", "attribute"])
 def test_no_word_of_a_prompt_chooses_where_a_file_goes(command, tmp_path, monkeypatch):
     asked = tmp_path / "asked"

@@ -463,6 +463,7 @@ def test_a_text_that_is_one_token_with_other_spaces_is_named(facts_model):
 # --- to disk and back, and on the command line ------------------------------------------------
 
 
+@pytest.mark.usefixtures("few_cards")
 @pytest.mark.parametrize("form", FORMS)
 def test_captures_and_reports_of_them_come_back(facts_model, tmp_path, form):
     host = open_host(facts_model)

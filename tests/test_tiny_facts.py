@@ -181,16 +181,19 @@ def test_the_capital_of_france_is_paris(model, tokenizer):
     assert tokenizer.decode(best) == " Paris"
 
 
+@pytest.mark.slow
 def test_the_model_completes_98_percent_of_the_trained_wordings(measured):
     assert measured["all"].trained_prompts == len(knowledge_prompts(held_out=False, trained=True))
     assert measured["all"].trained >= 0.98
 
 
+@pytest.mark.slow
 def test_the_model_completes_90_percent_of_the_held_out_wordings(measured):
     assert measured["all"].held_out_prompts == len(knowledge_prompts(held_out=True, trained=True))
     assert measured["all"].held_out >= 0.90
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("knowledge_type", KNOWLEDGE_TYPES)
 def test_the_model_knows_every_knowledge_type(measured, knowledge_type):
     assert measured[knowledge_type].trained >= 0.95
