@@ -63,11 +63,9 @@ def zeroed(model, bridge, tokenizer):
 
 
 @pytest.fixture(scope="module")
-def trained_twice(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("training")
+def trained(tmp_path_factory):
     lines = []
-    outs = [train(folder / name, TINY, report=lines.append) for name in ("first", "second")]
-    return outs, lines
+    return train(tmp_path_factory.mktemp("training") / "one", TINY, report=lines.append), lines
 
 
 # -- the folder -------------------------------------------------------------------------------
@@ -295,6 +293,7 @@ def test_hugging_face_and_transformer_lens_agree_and_prepend_one_beginning_of_te
         torch.testing.assert_close(bridge(tokens), model(tokens).logits, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_evaluation_command_prints_the_same_numbers_as_tables_and_as_json(
     capsys, monkeypatch, measured
 ):
@@ -316,23 +315,26 @@ def test_the_evaluation_command_prints_the_same_numbers_as_tables_and_as_json(
 # -- how it is trained ------------------------------------------------------------------------
 
 
-def test_training_twice_with_one_seed_gives_the_same_files(trained_twice):
-    (first, second), _ = trained_twice
+@pytest.mark.slow
+def test_training_twice_with_one_seed_gives_the_same_files(trained, tmp_path):
+    first, _ = trained
+    second = train(tmp_path / "two", TINY, report=str)
     names = {file.name for file in first.iterdir()}
     assert names == {file.name for file in second.iterdir()}
     for name in names - {training.LOG_FILE}:  # the log holds seconds
         assert (first / name).read_bytes() == (second / name).read_bytes(), name
 
 
-def test_another_seed_gives_other_weights(trained_twice, tmp_path):
-    (first, _), _ = trained_twice
+@pytest.mark.slow
+def test_another_seed_gives_other_weights(trained, tmp_path):
+    first, _ = trained
     other = train(tmp_path / "other", replace(TINY, seed=1, log_every=TINY.steps), report=str)
     weights = [(folder / "model.safetensors").read_bytes() for folder in (first, other)]
     assert weights[0] != weights[1]
 
 
-def test_training_logs_its_settings_and_progress_and_says_what_is_left(trained_twice):
-    (first, _), printed = trained_twice
+def test_training_logs_its_settings_and_progress_and_says_what_is_left(trained):
+    first, printed = trained
     lines = [json.loads(line) for line in (first / training.LOG_FILE).read_text().splitlines()]
     assert lines[0]["settings"]["steps"] == TINY.steps
     assert [line["step"] for line in lines[1:]] == [2, 3]
@@ -341,8 +343,8 @@ def test_training_logs_its_settings_and_progress_and_says_what_is_left(trained_t
     assert "left" in printed[0]
 
 
-def test_a_trained_folder_can_be_loaded(trained_twice):
-    (first, _), _ = trained_twice
+def test_a_trained_folder_can_be_loaded(trained):
+    first, _ = trained
     tokenizer = AutoTokenizer.from_pretrained(first, local_files_only=True)
     model = AutoModelForCausalLM.from_pretrained(first, local_files_only=True)
     assert model.config.vocab_size == len(tokenizer)
