@@ -499,9 +499,14 @@ def test_inputs_do_not_depend_on_how_many_value_neurons_are_looked_at_at_a_time(
             whole.inputs[kind].neurons.neurons.score, one.inputs[kind].neurons.neurons.score
         )
         assert torch.equal(whole.inputs[kind].value, one.inputs[kind].value)
-        said = query_inputs(result.host, result.captured, values, share=0.5, most=5)
-        assert torch.equal(whole.inputs[kind].value, said.inputs[kind].value)  # the defaults
     assert len(whole.inputs["ffn"].value) > 0
+    # the defaults
+    for some, default in (({"most": 2000}, {"share": 0.5}), ({"share": 1.0}, {"most": 5})):
+        left, said = (
+            query_inputs(result.host, result.captured, values, **asked)
+            for asked in (some, some | default)
+        )
+        assert torch.equal(left.inputs["ffn"].value, said.inputs["ffn"].value)
     torch.testing.assert_close(whole.reached, one.reached)
 
 
