@@ -68,8 +68,10 @@ def _ready(function, typechecker):
 
     jaxtyping looks at the arguments once more with what is returned, and tries parameters one by
     one to say which was wrong; here the type checker says it, which names the parameter as well.
+    Hints in quotes and generators are left to it.
     """
-    if typechecker is None or inspect.isgeneratorfunction(function):
+    quoted = any(isinstance(hint, str) for hint in function.__annotations__.values())
+    if typechecker is None or quoted or inspect.isgeneratorfunction(function):
         return _checking(function, typechecker=typechecker)
     checked = typechecker(function)
 
