@@ -493,9 +493,8 @@ def all_is_left_alone(request):
     own = [what for mark in request.node.iter_markers("changes") for what in mark.args]
     with watched(except_for=own):
         yield
-        for (
-            value
-        ) in request.node.funcargs.values():  # results of fixtures hold models opened before
+        # results of fixtures hold models opened before
+        for value in request.node.funcargs.values():
             model = getattr(getattr(value, "host", None), "model", value)
             if isinstance(model, torch.nn.Module) and model in WATCHED.looks:
                 WATCHED.given.add(model)
@@ -505,8 +504,10 @@ def all_is_left_alone(request):
 def unchecked():
     """Types go unchecked in the test, as they do for users: what is a wrong one answered with?"""
     jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def count_forward_passes(model, monkeypatch):

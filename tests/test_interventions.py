@@ -437,6 +437,6 @@ def test_prompts_share_a_pass_by_length_and_number(tiny_gpt2, monkeypatch):
 def test_a_mixture_of_experts_goes_through_in_as_many_parts_more_as_it_has_experts_beside():
     host = open_host(bridge_of("mixtral"))
     assert (host.experts_per_position, host.n_experts) == (2, 4)
-    assert 2 * forward.tokens_at_a_time(host) == forward.tokens_at_a_time(
-        open_host(bridge_of("llama"))
-    )
+    whole = forward.tokens_at_a_time(open_host(bridge_of("llama")), "ffn")
+    assert 2 * forward.tokens_at_a_time(host, "ffn") == whole
+    assert forward.tokens_at_a_time(host, "attn") == whole

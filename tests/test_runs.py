@@ -269,9 +269,11 @@ def test_a_second_signal_stops_at_once(model, prompts, tmp_path):
     def interrupt(progress):
         os.kill(os.getpid(), signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt) as raised:
-        run(model, prompts, tmp_path / "run", progress=interrupt, batch_size=1)
-    signal.signal(signal.SIGINT, before)
+    try:
+        with pytest.raises(KeyboardInterrupt) as raised:
+            run(model, prompts, tmp_path / "run", progress=interrupt, batch_size=1)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert not isinstance(raised.value, Stopped) and not load_run(tmp_path / "run").shards
 
 

@@ -235,7 +235,8 @@ def _refuse_unsupported(model: Any) -> None:
         refuse("it is an encoder-decoder")
     mixed = n_experts_of(cfg) > 0
     config = getattr(getattr(model, "original_model", None), "config", None)
-    if getattr(config, "clip_qkv", None) is not None:
+    of_attn = getattr(config, "attn_config", None)  # MPT keeps it there
+    if any(getattr(each, "clip_qkv", None) is not None for each in (config, of_attn)):
         refuse(
             "it clips its value vectors (clip_qkv) behind the hook they are seen at, so that "
             "attention would be decomposed into other ones than it adds up"

@@ -1,7 +1,7 @@
 """START HERE: model + prompt -> Attribution, the whole pipeline in one screen.
 
 host      = open_host(model)              whose model      (host.py)
-asked     = tokenize(host, prompt)        what we ask      (prompts.py, host.py)
+asked     = tokenize(host, prompt)        what we ask      (prompts.py, targets.py)
 captured  = capture(host, asked)          what happened    (capture.py)
 verify(host, captured)                    is it so         (identities.py)
 out       = read_out(host, ...)           what it says     (readout.py)

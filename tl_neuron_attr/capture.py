@@ -32,6 +32,7 @@ from tl_neuron_attr.hook_points import (
     final_resid_name,
     hook_names,
     pre_activation_names,
+    unembedding_output_name,
 )
 from tl_neuron_attr.host import Host, batch_regime, final_logits
 from tl_neuron_attr.pieces import blocks_of
@@ -406,8 +407,8 @@ def _cache_size(host: Host, cache: Any) -> tuple[int, int]:
 def _cached(host: Host, cache: Any) -> dict[str, str]:
     """Key of each activation to read from a cache -> its name there."""
     # logits can be had from the last residual
-    logits = {"logits": "unembed.hook_out"} if "unembed.hook_out" in set(cache.keys()) else {}
-    return {**_wanted(host), **logits}
+    name = unembedding_output_name(host)
+    return {**_wanted(host), **({"logits": name} if name in set(cache.keys()) else {})}
 
 
 def _in_rows(key: str, activation: Tensor, n_rows: int) -> Tensor:

@@ -81,13 +81,13 @@ def forward(
         return logits if narrowed else logits[each_row, kept]
 
 
-def tokens_at_a_time(host: Host) -> int:
+def tokens_at_a_time(host: Host, kind: Literal["ffn", "attn"]) -> int:
     """Rows times positions of one forward pass in which neurons of many positions are edited.
 
-    Fewer in a mixture of experts: an edit holds the coefficients of all experts' neurons, of which
-    the model itself makes those of the chosen ones.
+    Fewer for FFN neurons of a mixture of experts: an edit holds the coefficients of all experts'
+    neurons, of which the model itself makes those of the chosen ones.
     """
-    if not host.n_experts:
+    if kind == "attn" or not host.n_experts:
         return _TOKENS_AT_A_TIME
     return max(1, _TOKENS_AT_A_TIME * host.experts_per_position // host.n_experts)
 

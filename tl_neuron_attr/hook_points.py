@@ -91,6 +91,11 @@ def unembedding_input_name(host: Host) -> str:
     return "unembed.hook_in"
 
 
+def unembedding_output_name(host: Host) -> str:
+    """The hook of what the unembedding gives: logits, before they are scaled or capped."""
+    return "unembed.hook_out"
+
+
 def pattern_is_late(host: Host) -> bool:
     """Whether the hook of the attention pattern comes when attention has written already."""
     return host.class_name != "HookedTransformer" and host.architecture in _LATE_PATTERN

@@ -2,9 +2,8 @@
 
 It knows the layout of weights, as ``architecture.py`` knows kinds of models, and ``hook_points.py``
 the names of hooks; no other module does. All three are duck-typed: they import nothing from
-TransformerLens, and ask a model only for ``cfg``, ``blocks``, ``ln_final``, ``W_U``, ``b_U``, its
-tokenizer and ``run_with_hooks``. What is believed about a model is checked against the model's own
-activations in ``identities.py``.
+TransformerLens, and ask a model for what both classes have. What is believed about a model is
+checked against the model's own activations in ``identities.py``.
 """
 
 import hashlib
@@ -277,19 +276,20 @@ class Host:
 
     def token_text(self, token: int) -> str:
         """How one token reads in a sentence, with its leading space; ``<id>`` without tokenizer."""
-        if token not in self._token_texts:
-            self._token_texts[token] = self._decoded(token)
-        return self._token_texts[token]
-
-    @cached_property
-    def _token_texts(self) -> dict[int, str]:
-        """Those asked for so far: prompts have many tokens in common, and decoding is slow."""
-        return {}
-
-    def _decoded(self, token: int) -> str:
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
             return f"<{token}>"
+        key = (id(tokenizer), token)  # the model may be given another one
+        if key not in self._token_texts:
+            self._token_texts[key] = self._decoded(tokenizer, token)
+        return self._token_texts[key]
+
+    @cached_property
+    def _token_texts(self) -> dict[tuple[int, int], str]:
+        """Those asked for so far: prompts have many tokens in common, and decoding is slow."""
+        return {}
+
+    def _decoded(self, tokenizer: Any, token: int) -> str:
         piece = tokenizer.convert_ids_to_tokens(token)
         text = tokenizer.decode([token], clean_up_tokenization_spaces=False)
         if piece is None or "\ufffd" in text:  # part of a character: the raw piece says more

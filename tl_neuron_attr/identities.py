@@ -2,7 +2,7 @@
 
 Scores mean something only if neurons really add up to what their block wrote, and the read-out
 really is the model's. Each of these identities is computed on a capture; where one fails, the
-architecture is not what ``host.py`` takes it for, and every score would be silently wrong.
+architecture is not what ``architecture.py`` takes it for, and every score would be silently wrong.
 """
 
 from dataclasses import dataclass

@@ -184,7 +184,7 @@ def plan(
 
     Raises:
         InputError: If a shape is missing from the configuration, or the request cannot be run.
-        UnsupportedModelError: For a mixture of experts or an encoder-decoder.
+        UnsupportedModelError: For an encoder-decoder, or experts whose router is not known.
 
     Cost: with ``operations_per_second`` none; otherwise four products, a fraction of a second.
     """

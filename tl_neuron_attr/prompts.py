@@ -1,6 +1,6 @@
 """What we ask: a prompt, the position to read it at, and the target whose probability we explain.
 
-These are plain values. Turning text into token ids needs the model's tokenizer: ``host.py``.
+These are plain values. Turning text into token ids needs the model's tokenizer: ``targets.py``.
 """
 
 import operator

@@ -91,7 +91,7 @@ def shapes_of(config: Any) -> Shapes:
 
     Raises:
         InputError: If it lacks one, naming it.
-        UnsupportedModelError: For a mixture of experts or an encoder-decoder.
+        UnsupportedModelError: For an encoder-decoder, or experts whose router is not known.
     """
     family = str(getattr(config, "model_type", "") or type(config).__name__)
     mixture = _mixture(config, family)

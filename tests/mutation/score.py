@@ -1,7 +1,7 @@
 """How many small faults, put into the core of the package one at a time, its tests notice.
 
     python tests/mutation/score.py --results DIRECTORY                  # a sample of each group
-    python tests/mutation/score.py --results DIRECTORY --most 100000    # all
+    python tests/mutation/score.py --results DIRECTORY --most 1000000    # all
     python tests/mutation/score.py --results DIRECTORY --again          # survivors, once more
     python tests/mutation/score.py --results DIRECTORY --table          # nothing but the table
 

@@ -192,12 +192,13 @@ def set_off_by(
     """
     host, captured = result.host, one.captured
     values = _some(one.each, one.which)
+    columns = [*QUERY_NEURON_COLUMNS, *(["expert"] if host.n_experts else [])]
     weights = values.coefficient / one.coefficient
     if len(values) == 1:
         weights = torch.ones_like(values.score)  # a share says why a neuron is off, too
     elif float(one.coefficient) == 0:
         layers = pd.DataFrame(columns=list(QUERY_LAYER_COLUMNS))
-        table = pd.DataFrame(columns=list(QUERY_NEURON_COLUMNS))
+        table = pd.DataFrame(columns=columns)
         return layers, table, ("its source positions cancel: nothing has a share of 0",)
     convention = "published" if result.convention == "published" else "exact"
     positions = [] if values.source_pos is None else values.source_pos.tolist()
@@ -228,7 +229,7 @@ def set_off_by(
     nats = float("nan") if score is None else score
     layers = layers.assign(score=layers["share"] * nats)
     table = table.assign(score=table["share"] * nats).reset_index(drop=True)
-    return layers, table.reindex(columns=list(QUERY_NEURON_COLUMNS)), notes
+    return layers, table.reindex(columns=columns), notes
 
 
 def _some(ranked: RankedNeurons, which: slice) -> RankedNeurons:

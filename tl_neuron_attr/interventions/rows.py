@@ -95,7 +95,7 @@ def head_scan(host: Host, captured: Capture, target: Target) -> Float[Tensor, "l
         NonFiniteError: If an activation is NaN or infinite.
     """
     prompt = captured.prompt
-    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host, "attn") // len(prompt.tokens))
     with torch.no_grad():
         outputs = capture_blocks(host, prompt)
         final = residual_of(outputs[-1])[0, prompt.read_pos]
@@ -169,13 +169,14 @@ def masked_residuals(
 def batches(host: Host, prompts: Sequence[TokenizedPrompt]) -> Iterator[list[int]]:
     """Places of prompts that share a forward pass: of about the same length, and not too many."""
     regimes: dict[tuple[int, int], list[int]] = {}
+    most = tokens_at_a_time(host, "ffn")
     for row in sorted(range(len(prompts)), key=lambda row: len(prompts[row].tokens)):
         regimes.setdefault(batch_regime(host, len(prompts[row].tokens)), []).append(row)
     for rows in regimes.values():
         batch: list[int] = []
         for row in rows:
             # in order of length: the next is the longest of them
-            if batch and (len(batch) + 1) * len(prompts[row].tokens) > tokens_at_a_time(host):
+            if batch and (len(batch) + 1) * len(prompts[row].tokens) > most:
                 yield batch
                 batch = []
             batch.append(row)

@@ -47,7 +47,7 @@ def ablation(case: Case, kind: Kind, top: int | None = None) -> Float[Tensor, ".
     # With its norm recomputed, the read-out is what the model itself does. In float64: what most
     # neurons do to a confident answer is less than the rounding of a float32 log-probability.
     out = read_out(host, final, "recomputed", budget=result.out.budget, dtype=torch.float64)
-    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host, kind) // len(prompt.tokens))
     left = [out.log_prob(final[None], result.target)]
     for layer in range(n_layers):
         for some in torch.arange(per_layer, device=host.device).split(at_a_time):

@@ -145,7 +145,7 @@ def integrated_gradients(
     check_differentiable(host)
     prompt = captured.prompt
     scaled = slice(None) if positions == "all" else slice(prompt.read_pos, prompt.read_pos + 1)
-    at_a_time = max(1, tokens_at_a_time(host) // len(prompt.tokens))
+    at_a_time = max(1, tokens_at_a_time(host, kind) // len(prompt.tokens))
     grown: list[Tensor] = []
     clean: list[Tensor] = []
 

@@ -172,10 +172,9 @@ def _with_bos(asked: Asked, prepend_bos: bool | None) -> Any:
 
 def _tokens(found: TokenizedPrompt) -> dict[str, Any]:
     target = found.target
+    # answers and distributions are refused: no one token stands for them
     if target is not None and not target.is_token and target.against is None:
-        target = (
-            None  # several answers, or a distribution: refused, and no one token is asked of it
-        )
+        target = None
     against = None if target is None else target.against
     return {
         "tokens": list(found.tokens),
