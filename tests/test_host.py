@@ -4,12 +4,14 @@ import warnings
 
 import pytest
 import torch
+import transformers
 from conftest import (
     FAMILIES,
     HOOKED,
     MIXTURES,
     REFUSED,
     TOKENS,
+    bridge_from,
     bridge_of,
     hooked_of,
     needs_hooked_transformer,
@@ -125,6 +127,44 @@ def test_a_family_that_would_come_out_wrong_is_refused_by_name(family):
     class_name, _, reason = REFUSED[family]
     with pytest.raises(UnsupportedModelError, match=f"{class_name}.*{reason}"):
         open_host(bridge_of(family))
+
+
+def test_value_vectors_clipped_where_mpt_keeps_its_setting_are_refused_too():
+    for clip, refused in ((None, False), (0.05, True)):
+        config = transformers.MptConfig(
+            d_model=24,
+            n_heads=4,
+            n_layers=2,
+            max_seq_len=32,
+            vocab_size=61,
+            expansion_ratio=2,
+            attn_config={"clip_qkv": clip},
+        )
+        model = bridge_from("MptForCausalLM", config)
+        if not refused:
+            assert open_host(model).n_layers == 2
+            continue
+        with pytest.raises(UnsupportedModelError, match="clips its value vectors"):
+            open_host(model)
+
+
+def test_tokens_read_as_the_tokenizer_has_them_that_the_model_has_now():
+    class Tokenizer:
+        def __init__(self, name):
+            self.name = name
+
+        def convert_ids_to_tokens(self, token):
+            return f"{self.name}{token}"
+
+        def decode(self, tokens, clean_up_tokenization_spaces):
+            return f"{self.name}{tokens[0]}"
+
+    model = own_bridge_of("gpt2")
+    host = open_host(model)
+    for name in "abcdefgh":  # each is freed before the next is made, which may take its place
+        model.tokenizer = None
+        model.tokenizer = Tokenizer(name)
+        assert [host.token_text(3) for _ in range(2)] == [f"{name}3"] * 2
 
 
 def test_a_refusal_is_a_not_implemented_error():

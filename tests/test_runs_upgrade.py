@@ -57,7 +57,7 @@ def old(tmp_path):
 def same_versions(monkeypatch):
     """As if these were the machine and the release that the old run was made with."""
     versions = json.loads((OLD / "plan.json").read_text())["identity"]["versions"]
-    monkeypatch.setattr(planned_module, "_version", versions.__getitem__)
+    monkeypatch.setattr(planned_module, "version_of", versions.__getitem__)
     (said,) = {each for each in pq.read_table(OLD / "prompts.parquet")["error"].to_pylist() if each}
     real = planned_module.tokenize
 

@@ -812,11 +812,12 @@ def progress_bar(total: int, unit: str, show: bool) -> Any:
 
 def versions() -> dict[str, str]:
     """Which Python, and which versions of what scores depend on."""
-    names = {name: _version(name) for name in _VERSIONED}
+    names = {name: version_of(name) for name in _VERSIONED}
     return {"python": platform.python_version(), **names}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed package, or ``not installed``."""
     try:
         return version(package)
     except PackageNotFoundError:  # run from a source tree that was not installed

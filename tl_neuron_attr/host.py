@@ -279,14 +279,18 @@ class Host:
         tokenizer = getattr(self.model, "tokenizer", None)
         if tokenizer is None:
             return f"<{token}>"
-        key = (id(tokenizer), token)  # the model may be given another one
-        if key not in self._token_texts:
-            self._token_texts[key] = self._decoded(tokenizer, token)
-        return self._token_texts[key]
+        # the model may be given another one
+        _, texts = self._token_texts.setdefault(id(tokenizer), (tokenizer, {}))
+        if token not in texts:
+            texts[token] = self._decoded(tokenizer, token)
+        return texts[token]
 
     @cached_property
-    def _token_texts(self) -> dict[tuple[int, int], str]:
-        """Those asked for so far: prompts have many tokens in common, and decoding is slow."""
+    def _token_texts(self) -> dict[int, tuple[Any, dict[int, str]]]:
+        """Those asked for so far: prompts have many tokens in common, and decoding is slow.
+
+        Each tokenizer is kept beside its texts: while it is, no other has its ``id``.
+        """
         return {}
 
     def _decoded(self, tokenizer: Any, token: int) -> str:

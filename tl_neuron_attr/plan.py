@@ -28,7 +28,7 @@ from tl_neuron_attr.readout import (
     Convention,
     ReadOut,
 )
-from tl_neuron_attr.shapes import Shapes, shapes_of, shapes_of_model
+from tl_neuron_attr.shapes import Shapes, shapes_of, shapes_of_host
 
 # Neurons scored exactly for each one listed. On trained models the bounds exclude all but 1.02 to
 # 1.1 times as many as are asked for.
@@ -205,7 +205,7 @@ def plan(
     loaded = config if hasattr(config, "cfg") and hasattr(config, "blocks") else None
     if loaded is not None:
         host = open_host(loaded)
-        shapes, held_in, where = shapes_of_model(loaded), host.dtype, host.device
+        shapes, held_in, where = shapes_of_host(host), host.dtype, host.device
     else:
         read = load_config(str(config)) if isinstance(config, (str, Path)) else config
         shapes, held_in = shapes_of(read), torch.float32
@@ -264,7 +264,7 @@ def peaks_of(
     What ``plan`` says of each, without asking the model anew; more than ``budget`` where the engine
     would divide the batch.
     """
-    shapes = shapes_of_model(host.model)
+    shapes = shapes_of_host(host)
 
     def peak(n_tokens: int, n_prompts: int) -> int:
         work = _work_of(

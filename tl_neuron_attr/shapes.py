@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tl_neuron_attr.errors import InputError, UnsupportedModelError
-from tl_neuron_attr.host import open_host
+from tl_neuron_attr.host import Host
 
 # Where configurations keep each shape; the first name that holds a number counts.
 _SPELLINGS = {
@@ -137,13 +137,9 @@ def shapes_of(config: Any) -> Shapes:
     )
 
 
-def shapes_of_model(model: Any) -> Shapes:
-    """Those of a loaded model.
-
-    Raises:
-        InputError: As ``open_host``.
-    """
-    host = open_host(model)
+def shapes_of_host(host: Host) -> Shapes:
+    """Those of an open model."""
+    model = host.model
     config = getattr(getattr(model, "original_model", None), "config", None)
     family = str(getattr(config, "model_type", None) or host.architecture)
     gated = bool(getattr(model.cfg, "gated_mlp", False))

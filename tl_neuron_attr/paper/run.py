@@ -18,7 +18,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ import torch
 
 from tl_neuron_attr.across import layers_by_type
 from tl_neuron_attr.attribute import attribute, attribute_all
-from tl_neuron_attr.attribution import progress_bar
+from tl_neuron_attr.attribution import progress_bar, version_of
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, open_host, weights_hash
 from tl_neuron_attr.index import ProjectionIndex, projection_index
@@ -380,7 +379,7 @@ def _identity(
         "prepend_bos": prepend_bos,
         "example": sentence,
         "settings": asdict(settings),
-        "versions": {name: _version(name) for name in _VERSIONED},
+        "versions": {name: version_of(name) for name in _VERSIONED},
     }
 
 
@@ -428,13 +427,6 @@ def _tables(run: _Run, heads: Mapping[str, tuple[Head, ...]]) -> dict[str, pd.Da
         "shared_neurons": shared_neurons(_read(parts, names, "neurons"), prompts),
         "query_depth": query_depth(_read(parts, names, "query_split")),
     }
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        return "not installed"
 
 
 def _facts(run: _Run, called: str, summary: str, sentence: str) -> dict[str, Any]:

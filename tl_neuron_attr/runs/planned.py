@@ -9,12 +9,12 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
+from tl_neuron_attr.attribution import version_of
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host, weights_hash
 from tl_neuron_attr.parts import plain
@@ -103,7 +103,7 @@ def model_facts(host: Host) -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """Of the libraries that a run's bytes depend on, as they are here."""
-    return {name: _version(name) for name in _VERSIONED}
+    return {name: version_of(name) for name in _VERSIONED}
 
 
 def batch_sizes(host: Host, settings: RunSettings) -> Callable[[int], int]:
@@ -215,10 +215,3 @@ def _add_to(digest: Any, rows: Sequence[dict[str, Any]]) -> None:
     for row in rows:
         listed = [row.get(name) for name in PROMPTS.names]
         digest.update(json.dumps(listed, ensure_ascii=False).encode() + b"\n")
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:  # run from a source tree that was not installed
-        return "not installed"
