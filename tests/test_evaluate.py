@@ -7,6 +7,7 @@ import warnings
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import scipy.stats
 import torch
@@ -531,7 +532,14 @@ def test_what_is_saved_comes_back_and_is_saved_again_with_the_same_bytes(tmp_pat
     back.save(tmp_path / "three")
     for name in files:
         assert (tmp_path / "three" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
-    (tmp_path / "one" / "effects.parquet").unlink()
+    # a file whose columns are sound, while what pandas notes of them is not
+    effects = tmp_path / "one" / "effects.parquet"
+    table = pq.read_table(effects)
+    noted = table.schema.metadata[b"pandas"].replace(b'"name"', b'"nane"')
+    pq.write_table(table.replace_schema_metadata({b"pandas": noted}), effects)
+    with pytest.raises(InputError, match="effects.parquet is damaged: KeyError"):
+        load_evaluation(tmp_path / "one")
+    effects.unlink()
     with pytest.raises(InputError, match="there is no whole evaluation"):
         load_evaluation(tmp_path / "one")
 

@@ -1,10 +1,13 @@
 """Mixtures of experts: neurons behind a router, against Hugging Face's own modules in float64."""
 
+import json
 import warnings
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cache
 
+import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import (
@@ -47,8 +50,10 @@ from tl_neuron_attr import (
     projection_index,
     random_neurons,
     replace_mean,
+    run_prompts,
     scale,
     tokenize,
+    value_query_graph,
     zero,
 )
 from tl_neuron_attr.capture import capture_all, capture_sources
@@ -655,14 +660,56 @@ def test_every_table_of_neurons_says_which_expert_each_is_in():
         answer.neurons(),
         answer.neurons(by_token=True),
         compared.neurons(),
+        result.query_values("both", top_values=30),
+        value_query_graph(result, "both", max_values=30).node_table(),
     )
     layout = layout_of(result.host)
     for table in tables:
         of_ffn = table[table["kind"] == "ffn"]
         ids = [expert_id(neuron, layout) for neuron in neurons_of(of_ffn)]
-        assert len(ids) >= 10
+        assert len(ids) >= 5
         assert of_ffn["expert"].tolist() == [int(each.split(".")[1][1:]) for each in ids]
         assert table.loc[table["kind"] == "attn", "expert"].isna().all()
+
+
+def test_runs_over_experts_list_what_one_prompt_at_a_time_does_with_the_expert(tmp_path):
+    model = bridge_of("qwen2moe")
+    prompts = [Prompt(tokens=TOKENS, target=TARGET), Prompt(tokens=TOKENS[:5], target=TARGET)]
+    what = {"what": ("neurons", "query_neurons", "methods"), "methods": "log_prob"}
+    run = run_prompts(model, prompts, tmp_path / "run", top=40, **what)
+    assert len(run.table("errors")) == 0
+    wanted = [attribute(model, prompt, top=40).neurons() for prompt in prompts]
+    found = run.table("neurons")
+    for row, table in enumerate(wanted):
+        ours = found[found["row"] == row].reset_index(drop=True)
+        same = ["kind", "layer", "head", "index", "expert", "source_pos"]
+        pd.testing.assert_frame_equal(ours[same], table[same], check_dtype=False)
+        assert (ours["score"] - table["score"]).abs().max() < 1e-6
+    assert found.loc[found["kind"] == "ffn", "expert"].nunique() > 1
+    numbers = open_host(model)
+    summary = run.summary()
+    assert summary.methods is not None
+    for table in (
+        run.table("query_neurons"),
+        run.table("methods"),
+        summary.neurons,
+        summary.methods,
+    ):
+        of_ffn = table[table["kind"] == "ffn"]
+        experts = [numbers.expert_of(index)[0] for index in of_ffn["index"]]
+        assert len(of_ffn) > 20 and of_ffn["expert"].tolist() == experts
+        assert table.loc[table["kind"] == "attn", "expert"].isna().all()
+    assert "expert" in pd.read_parquet(tmp_path / "run" / "summary.parquet")
+    assert "expert" not in run.table("neurons", columns=["kind", "index"])
+    assert "expert" not in run.table("answers")
+    # a file tells a reader who has it alone how its numbers divide into experts
+    metadata = pq.read_schema(next((tmp_path / "run" / "neurons").iterdir())).metadata
+    facts = json.loads(metadata[b"tl_neuron_attr"])
+    assert facts["model"]["n_experts"] == numbers.n_experts
+    assert facts["model"]["d_expert"] == numbers.d_expert
+    assert (
+        f"{numbers.n_experts} experts of {numbers.d_expert} neurons" in facts["neuron_basis"]["ffn"]
+    )
 
 
 def test_the_id_of_an_experts_neuron_is_no_label_and_says_what_to_give():

@@ -284,7 +284,8 @@ class AnswerAttribution:
     def _table(self, found: RankedSums, top: int, by_token: bool, tokens: int) -> pd.DataFrame:
         prompt_id = self.parts[0].captured.prompt.prompt_id
         neurons = found.neurons.first(top)
-        table = with_experts(neuron_table(neurons, prompt_id), self.parts[0].host)
+        host = self.parts[0].host
+        table = with_experts(neuron_table(neurons, prompt_id), host.n_experts, host.d_expert)
         table.insert(len(NEURON_COLUMNS), "most_at", found.most_in[:top].tolist())
         if tokens > 0:
             table = table.join(self._token_columns(found, top, tokens))

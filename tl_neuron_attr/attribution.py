@@ -23,7 +23,7 @@ from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomp
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_file, check_writable
 from tl_neuron_attr.glance import Glance, attribution_box, source_strip
-from tl_neuron_attr.host import Host, model_facts
+from tl_neuron_attr.host import Host, model_facts, neuron_basis
 from tl_neuron_attr.identities import verify_subkeys
 from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.intervals import (
@@ -459,7 +459,8 @@ class Attribution:
         self, of: ValueNeurons | QueryScores = "attn", *, top_values: int = TOP_VALUES
     ) -> pd.DataFrame:
         """The value neurons' pre-activations, and which of them were left out: ill-conditioned."""
-        return query_value_table(self.query_scores(of, top_values=top_values))
+        table = query_value_table(self.query_scores(of, top_values=top_values))
+        return self._with_experts(table)
 
     def query_scores(
         self, of: ValueNeurons | QueryScores = "attn", *, top_values: int = TOP_VALUES
@@ -532,10 +533,7 @@ class Attribution:
             },
             "predictions": records(self.predictions()),
             "convention": self.convention,
-            "neuron_basis": {
-                "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
-                "attn": "pattern * v of one head, one source position, one dimension",
-            },
+            "neuron_basis": neuron_basis(host),
             "model": model_facts(host),
             "score_dtype": str(self.out.dtype).removeprefix("torch."),
             "score_unit": "nats",
@@ -678,13 +676,16 @@ class Attribution:
     def _table(
         self, neurons: RankedNeurons, blocks: Sequence[Decomposition], tokens: int
     ) -> pd.DataFrame:
-        table = with_experts(neuron_table(neurons, self.captured.prompt.prompt_id), self.host)
+        table = self._with_experts(neuron_table(neurons, self.captured.prompt.prompt_id))
         return table.join(self._token_columns(neurons, blocks, tokens)) if tokens > 0 else table
+
+    def _with_experts(self, table: pd.DataFrame) -> pd.DataFrame:
+        return with_experts(table, self.host.n_experts, self.host.d_expert)
 
     def _query_table(self, found: QueryNeurons, *, by_position: bool, tokens: int) -> pd.DataFrame:
         prompt_id = self.captured.prompt.prompt_id
-        table = query_neuron_table(found, prompt_id, position=by_position or tokens > 0)
-        table = with_experts(table, self.host)
+        by_position = by_position or tokens > 0
+        table = self._with_experts(query_neuron_table(found, prompt_id, position=by_position))
         if tokens > 0:
             blocks = self._blocks(found.neurons.kind)
             table = table.join(self._token_columns(found.neurons, blocks, tokens))

@@ -167,7 +167,9 @@ class Comparison:
                     )
                 found = found.first(top)
             prompt_id = self.original.captured.prompt.prompt_id
-            table = with_experts(compared_neuron_table(found, prompt_id), self.original.host)
+            host = self.original.host
+            table = compared_neuron_table(found, prompt_id)
+            table = with_experts(table, host.n_experts, host.d_expert)
             tables.append(table.join(self._tokens(name, found, tokens)) if tokens > 0 else table)
         return pd.concat(tables, ignore_index=True)
 

@@ -106,6 +106,8 @@ class Node:
     """``both`` where it is a value neuron and a query neuron."""
     kind: NodeKind
     neuron: FFNNeuron | AttnNeuron | None
+    expert: int | None
+    """Which one an FFN neuron is in, in a mixture of experts."""
     position: int
     """Where it writes; the answer is read there."""
     token: str
@@ -188,17 +190,22 @@ class Graph:
         return tuple(edge for edge in self.edges if edge.target == node)
 
     def node_table(self) -> pd.DataFrame:
-        """One row a node, ``NODE_COLUMNS``; with ``raises`` and ``lowers`` if they were asked for.
+        """One row a node, ``NODE_COLUMNS``; with ``raises`` and ``lowers`` if they were asked for,
+        and of a mixture of experts with ``expert``.
 
         Integers are nullable: empty where a node has no such thing.
         """
         columns = [*NODE_COLUMNS, *(["raises", "lowers"] if self._with_tokens else [])]
+        whole = [*_WHOLE]
+        if any(node.expert is not None for node in self.nodes):
+            columns.append("expert")
+            whole.append("expert")
         table = pd.DataFrame([_row(node) for node in self.nodes], columns=columns)
         words = ("id", "label", "role", "kind", "token")
         return table.astype(
             {
                 **dict.fromkeys(words, "string"),
-                **dict.fromkeys(_WHOLE, "Int64"),
+                **dict.fromkeys(whole, "Int64"),
                 **dict.fromkeys(("coefficient", "reached"), "float64"),
             }
         )
@@ -581,6 +588,7 @@ class _Drawing:
                     role=_role(draft),
                     kind=_kind(draft),
                     neuron=draft.neuron,
+                    expert=self._expert(draft),
                     position=draft.position,
                     token=token,
                     step=draft.step,
@@ -611,6 +619,12 @@ class _Drawing:
             return self.result.target.in_tables
         source = draft.neuron.source_pos if isinstance(draft.neuron, AttnNeuron) else None
         return self.result.captured.prompt.token_texts[draft.position if source is None else source]
+
+    def _expert(self, draft: _Draft) -> int | None:
+        if not isinstance(draft.neuron, FFNNeuron):
+            return None
+        found = self.result.host.expert_of(draft.neuron.index)
+        return None if found is None else found[0]
 
     def _label(self, name: str, draft: _Draft, token: str) -> str:
         text = visible(token) or "(empty)"
@@ -661,4 +675,5 @@ def _row(node: Node) -> dict[str, Any]:
         if not name.startswith("rest_")
     }
     rest = {f"rest_{name}": value for name, value in asdict(node.rest).items()}
-    return {**columns, **rest, "raises": list(node.raises), "lowers": list(node.lowers)}
+    tokens = {"raises": list(node.raises), "lowers": list(node.lowers)}
+    return {**columns, **rest, **tokens, "expert": node.expert}

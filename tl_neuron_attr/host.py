@@ -398,6 +398,20 @@ def model_facts(host: Host) -> dict[str, Any]:
     }
 
 
+def neuron_basis(host: Host) -> dict[str, str]:
+    """What the index of a neuron of each kind counts, in words, ready for JSON."""
+    ffn = "mlp.hook_post: act(pre), in a gated FFN act(gate) * up"
+    if host.n_experts:
+        ffn = (
+            f"act(gate) * up times the router's weight, 0 of experts not chosen; {host.n_experts} "
+            f"experts of {host.d_expert} neurons one after the other, a shared one last"
+        )
+    return {
+        "ffn": ffn,
+        "attn": "pattern * v of one head, one source position, one dimension",
+    }
+
+
 def check_exists(
     host: Host, part: Head | FFNNeuron | AttnNeuron, read_pos: int | None = None
 ) -> None:

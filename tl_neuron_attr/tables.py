@@ -17,7 +17,6 @@ from torch import Tensor
 from tl_neuron_attr.differences import RankedDifferences
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import write_files
-from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.projection import TokenEnds
 from tl_neuron_attr.query import QueryScores
@@ -206,15 +205,15 @@ def neuron_table(neurons: RankedNeurons, prompt_id: str, role: str = "value") ->
     )
 
 
-def with_experts(table: pd.DataFrame, host: Host) -> pd.DataFrame:
+def with_experts(table: pd.DataFrame, n_experts: int, d_expert: int) -> pd.DataFrame:
     """Of a mixture of experts with the column ``expert``, empty for attention neurons.
 
-    FFN neurons are numbered through a layer, expert after expert; a shared one is the one after the
-    last. Of other models the table as it is.
+    FFN neurons are numbered through a layer, expert after expert, ``d_expert`` of each; a shared
+    one is the one after the last. Of other models (no experts) the table as it is.
     """
-    if not host.n_experts:
+    if not n_experts:
         return table
-    expert = (table["index"] // host.d_expert).clip(upper=host.n_experts)
+    expert = (table["index"] // d_expert).clip(upper=n_experts)
     return table.assign(expert=expert.where(table["kind"] == "ffn").astype("Int64"))
 
 

@@ -25,7 +25,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import torch
 from bench_engine import MODELS
@@ -170,12 +170,20 @@ def memory(count):
             model, some_prompts(count), Path(scratch) / "run", progress=note, what="neurons"
         )
         size = sum(path.stat().st_size for path in Path(scratch).rglob("*") if path.is_file())
-    first = max(value for done, value in seen.items() if done <= 1000)
-    last = max(value for done, value in seen.items() if done > 1000)
+    thousands: dict[int, list[float]] = {}
+    for done, value in seen.items():
+        thousands.setdefault((done - 1) // 1000, []).append(value)
+    thousands = {number: found for number, found in thousands.items() if number >= 0}
+    for number, found in thousands.items():
+        print(f"thousand {number + 1}: {mean(found):.1f} MiB on average, {max(found):.1f} at most")
+    first, *_, last = thousands.values()
+    highest = max(max(found) for number, found in thousands.items() if number)
     print(
-        f"{count} prompts: at most {first:.0f} MiB over the first 1,000, {last:.0f} MiB after "
-        f"({last / first - 1:+.1%}); {size / count:.0f} bytes a prompt"
+        f"{count} prompts: the last thousand beside the first {mean(last) / mean(first) - 1:+.1%} "
+        f"on average, {max(last) / max(first) - 1:+.1%} at most; the highest after the first "
+        f"thousand beside the highest of it {highest / max(first) - 1:+.1%}"
     )
+    print(f"{size / count:.0f} bytes a prompt")
 
 
 def workers(count):

@@ -216,7 +216,11 @@ def set_off_by(
     layers = query_layer_table(scores).rename(columns={"score": "share"})
     found = [top_query_neurons(host, captured, scores, top, kind) for kind in ("ffn", "attn")]
     neurons = [
-        with_experts(query_neuron_table(each, captured.prompt.prompt_id, position=True), host)
+        with_experts(
+            query_neuron_table(each, captured.prompt.prompt_id, position=True),
+            host.n_experts,
+            host.d_expert,
+        )
         .rename(columns={"score": "share"})
         .join(_says(result, captured, each.neurons, tokens))
         for each in found

@@ -373,7 +373,7 @@ def load_evaluation(directory: str | Path) -> Evaluation:
     try:
         facts = json.loads((path / "evaluation.json").read_text(encoding="utf-8"))
         names = ("effects", "prompts", "skipped", "predicted")
-        tables = {name: pd.read_parquet(path / f"{name}.parquet") for name in names}
+        tables = {name: _read(path / f"{name}.parquet") for name in names}
         # of the first nothing is saved where it was not asked for, of the second by old versions
         some = {
             "correlations": pd.DataFrame(columns=list(CORRELATION_COLUMNS)),
@@ -381,7 +381,7 @@ def load_evaluation(directory: str | Path) -> Evaluation:
         }
         for name in some:
             if (path / f"{name}.parquet").exists():
-                some[name] = pd.read_parquet(path / f"{name}.parquet")
+                some[name] = _read(path / f"{name}.parquet")
         if not isinstance(facts, dict):
             raise ValueError("evaluation.json holds no object")
     except (OSError, ValueError, RecursionError) as error:
@@ -390,6 +390,15 @@ def load_evaluation(directory: str | Path) -> Evaluation:
             "evaluate(...).save(directory)"
         ) from error
     return Evaluation(**tables, **some, facts=facts)
+
+
+def _read(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except OSError:
+        raise
+    except Exception as error:  # what pyarrow and pandas raise for a damaged file is of many kinds
+        raise ValueError(f"{path.name} is damaged: {type(error).__name__}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,13 +16,13 @@ import pyarrow as pa
 
 from tl_neuron_attr.attribution import version_of
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.host import Host, weights_hash
+from tl_neuron_attr.host import Host, neuron_basis, weights_hash
 from tl_neuron_attr.parts import plain
 from tl_neuron_attr.plan import peaks_of
 from tl_neuron_attr.prompts import TokenizedPrompt
 from tl_neuron_attr.runs.asked import Asked
 from tl_neuron_attr.runs.measured import check_measurable, why_not
-from tl_neuron_attr.runs.schema import FORMAT, NEURON_BASIS, PROMPTS, with_metadata
+from tl_neuron_attr.runs.schema import FORMAT, PROMPTS, with_metadata
 from tl_neuron_attr.runs.settings import LARGEST_BATCH, RunSettings
 from tl_neuron_attr.runs.totals import check_types
 from tl_neuron_attr.targets import tokenize
@@ -75,7 +75,7 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
         {
             "format": FORMAT,
             "model": model_facts(host),
-            "neuron_basis": NEURON_BASIS,
+            "neuron_basis": neuron_basis(host),
             "prompts": {"count": count, "sha256": digest.hexdigest()},
             "shards": len(tables),
             "settings": settings.plain(),
@@ -86,8 +86,8 @@ def plan_run(host: Host, asked: Iterable[Asked], settings: RunSettings) -> RunPl
     return RunPlan(identity=identity, about={"model": host.model_name}, prompts=prompts)
 
 
-def model_facts(host: Host) -> dict[str, str]:
-    """What of the model decides the bytes of a run.
+def model_facts(host: Host) -> dict[str, str | int]:
+    """What of the model decides the bytes of a run, and which expert a neuron of it is in.
 
     Cost: one pass over the weights, for their hash.
     """
@@ -98,6 +98,7 @@ def model_facts(host: Host) -> dict[str, str]:
         "processing": host.processing,
         "dtype": str(host.dtype).removeprefix("torch."),
         "device": host.device.type,
+        **({"n_experts": host.n_experts, "d_expert": host.d_expert} if host.n_experts else {}),
     }
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from tl_neuron_attr.runs.schema import SCHEMAS, check_format, facts_of
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
 from tl_neuron_attr.runs.summary import Summary, summary_of
-from tl_neuron_attr.tables import write_tables
+from tl_neuron_attr.tables import with_experts, write_tables
 
 MANIFEST = "manifest.json"
 _FACTS = "summary.json"
@@ -104,7 +104,8 @@ class Run:
         """The same as a DataFrame, of all prompts, those of one type, or one.
 
         Columns and rows that are not asked for are not kept in memory; of one prompt, no other
-        shard is opened.
+        shard is opened. Where the model is a mixture of experts, all columns of a table of neurons
+        are its own and ``expert``.
 
         Raises:
             InputError: As ``dataset``; if there is no such column.
@@ -124,7 +125,12 @@ class Run:
             read = found.to_table(columns=None if columns is None else list(columns), filter=wanted)
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
-        return as_frame(read)
+        found = as_frame(read)
+        return self._with_experts(found) if columns is None and "index" in found else found
+
+    def _with_experts(self, table: pd.DataFrame) -> pd.DataFrame:
+        model = self.parts.identity["model"]
+        return with_experts(table, model.get("n_experts", 0), model.get("d_expert", 0))
 
     def _paths(self, shards: Iterable[int]) -> Iterator[dict[str, Path]]:
         """The files of each shard, by table: those that its record vouches for."""
@@ -185,11 +191,13 @@ class Run:
         try:
             asked = pq.read_table(self.directory / PROMPTS_FILE, columns=["row", "against"])
             contrasts = asked.filter(asked["against"].is_valid())["row"].to_numpy()
-            return summary_of(self.settings, list(self._paths(self.shards)), contrasts)
+            found = summary_of(self.settings, list(self._paths(self.shards)), contrasts)
         except InputError:
             raise
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
+        methods = None if found.methods is None else self._with_experts(found.methods)
+        return replace(found, neurons=self._with_experts(found.neurons), methods=methods)
 
 
 def load_run(directory: str | os.PathLike[str], *, verify: bool = False) -> Run:

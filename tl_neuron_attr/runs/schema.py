@@ -22,11 +22,6 @@ _FIRST = 1
 
 KEY = b"tl_neuron_attr"
 
-NEURON_BASIS = {
-    "ffn": "mlp.hook_post: act(pre), in a gated FFN act(gate) * up",
-    "attn": "pattern * v of one head, one source position, one dimension",
-}
-
 _NAME = pa.dictionary(pa.int32(), pa.string())
 
 _OF_PROMPT = [("row", pa.int32()), ("prompt_id", _NAME), ("knowledge_type", _NAME)]

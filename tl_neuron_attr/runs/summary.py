@@ -52,7 +52,8 @@ class Summary:
     neurons: pd.DataFrame
     """``knowledge_type, role, kind, layer, head, index, prompts, share, mean_score``: for how many
     prompts it is listed, what share of those answered that is, and its mean score over those it is
-    listed for (an attention neuron's over its source positions summed). Most frequent first."""
+    listed for (an attention neuron's over its source positions summed). Most frequent first. Of a
+    mixture of experts also ``expert``."""
     layers: pd.DataFrame
     """``knowledge_type, layer, kind, mean_score``; empty if the run has no layers."""
     facts: Mapping[str, Any] = field(repr=False)

@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from tl_neuron_attr.errors import DeviceMemoryError, InputError, NeuronAttrError
 from tl_neuron_attr.host import open_host
@@ -81,7 +81,7 @@ def _found_parts(errand: Errand) -> Parts:
     return parts
 
 
-def _check_same(what: str, here: dict[str, str], parts: Parts, advice: str) -> None:
+def _check_same(what: str, here: Mapping[str, object], parts: Parts, advice: str) -> None:
     planned = parts.identity[what]
     for name in sorted({*here, *planned}):
         if here.get(name) != planned.get(name):
