@@ -294,6 +294,30 @@ CORRUPT = {
 }
 
 
+def naming_nothing(path):
+    """The bytes of a table, one of them changed so that a kind's code is of no kind."""
+    content = path.read_bytes()
+    for place in range(len(content)):
+        other = content[:place] + bytes([content[place] ^ 0x74]) + content[place + 1 :]
+        try:
+            pq.read_table(pa.BufferReader(other), columns=["kind"]).validate(full=True)
+        except (OSError, ValueError, pa.ArrowException) as error:
+            if "Dictionary indices" in str(error):
+                return other
+    raise AssertionError("no byte of the file is a code")
+
+
+@pytest.mark.parametrize("table", ["neurons", "layers"])
+def test_a_code_that_names_nothing_is_damage_and_never_another_name(run, table):
+    path = run / table / "shard-00000.parquet"
+    path.write_bytes(naming_nothing(path))  # of the same length: only hashes would tell
+    found = load_run(run)
+    with pytest.raises(InputError, match="is damaged .*Dictionary indices"):
+        found.table(table)
+    with pytest.raises(InputError, match="is damaged .*Dictionary indices"):
+        found.summary()
+
+
 @pytest.mark.parametrize("corrupt", CORRUPT)
 def test_a_corrupt_run_is_one_sentence_and_nothing_is_overwritten(run, corrupt):
     """Through the library and the command; where only reading everything tells, with verify."""

@@ -123,6 +123,7 @@ class Run:
             )
         try:
             read = found.to_table(columns=None if columns is None else list(columns), filter=wanted)
+            read.validate(full=True)  # codes of names that there are, and texts that are UTF-8
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
         found = as_frame(read)
@@ -234,7 +235,7 @@ def finish(parts: Parts) -> Run:
     if ends and _unlike_the_end(run, ends) is None:
         return run
     summary = run.summary()
-    errors = as_frame(run.dataset("errors").to_table())
+    errors = run.table("errors")
     tables = {"errors": errors, **summary.tables}
     write_tables(parts.directory, tables, {_FACTS: as_text(summary.facts)})
     ends = {

@@ -74,6 +74,7 @@ def read_prompts(parts: Parts) -> pa.Table:
     path = parts.directory / PROMPTS_FILE
     try:
         found = pq.read_table(path)
+        found.validate(full=True)
     except (OSError, ValueError) as error:  # pyarrow raises both
         raise InputError(
             f"{str(path)!r} cannot be read ({str(error).splitlines()[0]}); the run cannot go on "

@@ -98,6 +98,7 @@ def read(path: Path, columns: Sequence[str]) -> pa.Table:
 
     Raises:
         InputError: If one is missing.
+        ValueError: If the file is damaged, as pyarrow says it.
     """
     with pq.ParquetFile(path) as file:  # a single file: nothing of a data set need be found out
         missing = sorted(set(columns) - set(file.schema_arrow.names))
@@ -106,7 +107,9 @@ def read(path: Path, columns: Sequence[str]) -> pa.Table:
                 f"{str(path)!r} has no column {missing[0]!r}, as a file of a run has; remove it, "
                 "and the same command makes that part again"
             )
-        return file.read(columns=list(columns))
+        found = file.read(columns=list(columns))
+    found.validate(full=True)  # a damaged code of a name would count as another one's
+    return found
 
 
 def numbers(table: pa.Table, name: str) -> np.ndarray:
