@@ -295,12 +295,12 @@ CORRUPT = {
 
 
 def naming_nothing(path):
-    """The bytes of a table, one of them changed so that a kind's code is of no kind."""
+    """The bytes of a table, one of them changed so that a type's code is of no type."""
     content = path.read_bytes()
     for place in range(len(content)):
         other = content[:place] + bytes([content[place] ^ 0x74]) + content[place + 1 :]
         try:
-            pq.read_table(pa.BufferReader(other), columns=["kind"]).validate(full=True)
+            pq.read_table(pa.BufferReader(other), columns=["knowledge_type"]).validate(full=True)
         except (OSError, ValueError, pa.ArrowException) as error:
             if "Dictionary indices" in str(error):
                 return other
