@@ -314,8 +314,21 @@ def test_a_code_that_names_nothing_is_damage_and_never_another_name(run, table):
     found = load_run(run)
     with pytest.raises(InputError, match="is damaged .*Dictionary indices"):
         found.table(table)
-    with pytest.raises(InputError, match="is damaged .*Dictionary indices"):
+    with pytest.raises(InputError, match="is damaged .*not the file recorded"):
         found.summary()
+
+
+def test_a_summary_takes_no_number_that_is_not_the_one_written(run):
+    """Of all changes of one byte, every one: most make another number, and no error."""
+    path = run / NEURONS
+    content = path.read_bytes()
+    found = load_run(run)
+    for place in range(0, len(content), 97):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+        with pytest.raises(InputError, match="not the file recorded"):
+            found.summary()
+    path.write_bytes(content)
+    assert len(found.summary().neurons)
 
 
 @pytest.mark.parametrize("corrupt", CORRUPT)

@@ -162,11 +162,7 @@ class Run:
 
         Cost: reads every file once.
         """
-        for shard in self.shards:
-            record = self.parts.record(shard_name(shard))
-            path = None if record is None else self.parts.unlike(record)
-            if path is not None:
-                raise _unlike(self.parts, shard, path)
+        self._check_shards()
         if prompts_hash(read_prompts(self.parts)) != self.parts.identity["prompts"]["sha256"]:
             raise InputError(
                 f"{str(self.directory / PROMPTS_FILE)!r} was changed after it was written: it no "
@@ -180,6 +176,13 @@ class Run:
             )
         return self
 
+    def _check_shards(self) -> None:
+        for shard in self.shards:
+            record = self.parts.record(shard_name(shard))
+            path = None if record is None else self.parts.unlike(record)
+            if path is not None:
+                raise _unlike(self.parts, shard, path)
+
     def prompts(self) -> pd.DataFrame:
         """Every prompt of the plan, with its tokens, shard and batch, or why it cannot be run."""
         return as_frame(read_prompts(self.parts))
@@ -187,8 +190,13 @@ class Run:
     def summary(self) -> Summary:
         """Neurons by frequency, layer totals and shared neurons, of the whole shards.
 
-        Cost: reads them once, a shard at a time.
+        Raises:
+            InputError: If a shard is not as it was recorded, by the SHA-256 of each of its files: a
+                sum does not show what went into it.
+
+        Cost: reads them twice, a shard at a time.
         """
+        self._check_shards()
         try:
             asked = pq.read_table(self.directory / PROMPTS_FILE, columns=["row", "against"])
             contrasts = asked.filter(asked["against"].is_valid())["row"].to_numpy()
