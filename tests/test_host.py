@@ -2,6 +2,7 @@
 
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 import transformers
@@ -10,6 +11,7 @@ from conftest import (
     HOOKED,
     MIXTURES,
     REFUSED,
+    SUPPORTED,
     TOKENS,
     bridge_from,
     bridge_of,
@@ -28,7 +30,7 @@ from tl_neuron_attr import (
     tokenize,
 )
 from tl_neuron_attr.architecture import is_centred
-from tl_neuron_attr.hook_points import block_outputs, starting_at
+from tl_neuron_attr.hook_points import block_outputs, has_hooks, starting_at
 from tl_neuron_attr.host import weights_hash
 from tl_neuron_attr.identities import identities
 from tl_neuron_attr.precision import full_precision
@@ -214,6 +216,59 @@ def test_a_model_changed_in_place_is_verified_again(monkeypatch):
         model.blocks[0].mlp.W_out.mul_(2)
     attribute(model, TOKENS, top=1)
     assert len(checks) == 2
+
+
+def scaled(module, _inputs, output):
+    return output * 1.5
+
+
+def with_a_hook_of_torch(model):
+    model.original_model.model.layers[1].mlp.down_proj.register_forward_hook(scaled)
+
+
+def with_another_forward(model):
+    down = model.original_model.model.layers[1].mlp.down_proj.original_component
+    down.forward = lambda read: 1.5 * read @ down.weight.T
+
+
+def with_another_cap(model):
+    model.original_model.config.final_logit_softcapping = 5.0
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "fails"),
+    [
+        ("llama", with_a_hook_of_torch, "FFN neurons fails at layer 1.*off by 0.33"),
+        ("llama", with_another_forward, "FFN neurons fails at layer 1.*off by 0.33"),
+        ("gemma2", with_another_cap, "the read-out fails"),
+    ],
+)
+def test_a_model_that_computes_otherwise_since_it_was_verified_is_verified_again(
+    family, change, fails
+):
+    model = own_bridge_of(family)
+    attribute(model, TOKENS, target=9, top=1)
+    change(model)
+    with pytest.raises(IdentityError, match=fails):
+        attribute(model, TOKENS, target=9, top=1)
+
+
+def test_a_hook_of_torch_that_edits_nothing_is_seen_and_changes_no_score():
+    model = own_bridge_of("llama")
+    wanted = attribute(model, TOKENS, target=9, top=3).neurons()
+    shapes = []
+    model.unembed.register_forward_hook(lambda _m, _i, output: shapes.append(output.shape))
+    assert has_hooks(model)
+    pd.testing.assert_frame_equal(attribute(model, TOKENS, target=9, top=3).neurons(), wanted)
+    assert shapes[0][1] == len(TOKENS)  # all positions, as without this package
+
+
+@pytest.mark.parametrize("family", SUPPORTED)
+def test_how_a_model_works_is_no_hook_of_the_callers(family):
+    model = own_bridge_of(family)
+    assert not has_hooks(model)
+    attribute(model, TOKENS, target=9, top=1)
+    assert not has_hooks(model)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])

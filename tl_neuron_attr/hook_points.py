@@ -12,6 +12,7 @@ from tl_neuron_attr.architecture import post_norm_name
 from tl_neuron_attr.errors import UnsupportedModelError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import Kind
+from tl_neuron_attr.state import foreign
 
 # Families whose bridge calls the hook of the attention pattern after those of z and the output.
 _LATE_PATTERN = frozenset({"GPTJForCausalLM", "GPTNeoForCausalLM", "OPTForCausalLM"})
@@ -102,8 +103,18 @@ def pattern_is_late(host: Host) -> bool:
 
 
 def has_hooks(model: Any) -> bool:
-    """Whether the caller has hooks on the model now, which may edit what passes through."""
-    return any(point.fwd_hooks for point in model.hook_dict.values())
+    """Whether the caller has hooks on the model now, which may edit what passes through.
+
+    TransformerLens's and torch's own; not those by which the model itself works.
+    """
+    points = (hook.user_hook for point in model.hook_dict.values() for hook in point.fwd_hooks)
+    modules = (
+        hook
+        for module in model.modules()
+        for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        for hook in hooks.values()
+    )
+    return any(foreign(hook) for hook in (*points, *modules))
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from tl_neuron_attr.hook_points import has_hooks
 from tl_neuron_attr.host import Host, Norm, weights_state
 from tl_neuron_attr.pieces import Matrix, blocks_of
 from tl_neuron_attr.readout import read_out
+from tl_neuron_attr.state import computed_by
 
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
 # models in float32 stay below 2e-6; what these catch (a transposed weight, a missing scale, a
@@ -60,13 +61,13 @@ def identities(host: Host, captured: Capture) -> tuple[Identity, ...]:
         )
 
 
-# Models already verified, with the state of the weights they were verified in. Weak: it keeps no
-# model alive, and a model changed in place (edited, folded) is verified again.
+# Models already verified, with the state they were verified in. Weak: it keeps no model alive, and
+# one that is changed in place (edited, folded, set otherwise) is verified again.
 _verified: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 
 
 def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
-    """Check every identity; for a run of our own once per model and state of its weights.
+    """Check every identity; for a run of our own once per model and state of it.
 
     ``own_run`` says that ``captured`` was just run on ``host`` without hooks of the caller's; a
     capture or cache that came from elsewhere may be of other weights, and hooks may edit.
@@ -74,7 +75,7 @@ def verify(host: Host, captured: Capture, *, own_run: bool = False) -> None:
     Raises:
         IdentityError: If one fails, naming it, its layer and by how much.
     """
-    state = weights_state(host)
+    state = _state(host)
     if own_run and _verified.get(host.model) == state:
         return
     _check(host, identities(host, captured))
@@ -113,19 +114,23 @@ _verified_subkeys: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
 
 
 def verify_subkeys(host: Host, captured: Capture) -> None:
-    """Check that pre-activations are what this package recomputes, once per state of the weights.
+    """Check that pre-activations are what this package recomputes, once per state of the model.
 
     With hooks of the caller's on the model every time, for they may edit.
 
     Raises:
         IdentityError: If one is not, naming it, its layer and by how much.
     """
-    state = weights_state(host)
+    state = _state(host)
     if not has_hooks(host.model) and _verified_subkeys.get(host.model) == state:
         return
     _check(host, subkey_identities(host, captured))
     if not has_hooks(host.model):
         _verified_subkeys[host.model] = state
+
+
+def _state(host: Host) -> int:
+    return hash((weights_state(host), computed_by(host.model)))
 
 
 def _check(host: Host, found: tuple[Identity, ...]) -> None:

@@ -39,7 +39,7 @@ def model_state(model: Any) -> State:
         },
         "the modules' own hooks": [
             tuple(
-                sum(map(_foreign, hooks.values()))
+                sum(map(foreign, hooks.values()))
                 for hooks in (
                     module._forward_hooks,
                     module._forward_pre_hooks,
@@ -53,6 +53,20 @@ def model_state(model: Any) -> State:
         "the modules' forward": [id(vars(module).get("forward")) for module in modules],
         "the flags of its configuration": _flags(model),
     }
+
+
+def computed_by(model: Any) -> int:
+    """A number that changes with how the model computes, whatever its weights: in this process.
+
+    Of forward methods that somebody put in place of a module's own, and of every setting.
+    """
+    forwards = tuple(id(vars(module).get("forward")) for module in model.modules())
+    return hash((forwards, tuple(_flags(model).items())))
+
+
+def foreign(hook: Any) -> bool:
+    """Whether a hook is somebody's, and not part of how the host works."""
+    return not str(getattr(hook, "__module__", "")).startswith(_WIRED)
 
 
 def weights_digest(model: Any) -> str:
@@ -120,13 +134,8 @@ _EVERYWHERE = (
     "_global_backward_pre_hooks",
 )
 
-# Who wires hooks of its own into a model the first time it runs, and leaves them there.
-_WIRED = ("transformers.", "transformer_lens.model_bridge.generalized_components")
-
-
-def _foreign(hook: Any) -> bool:
-    """Whether a hook is somebody's, and not part of how the host works."""
-    return not str(getattr(hook, "__module__", "")).startswith(_WIRED)
+# Who wires hooks of its own into a model when it is made or first runs, and leaves them there.
+_WIRED = ("transformers.", "transformer_lens.model_bridge.", "transformer_lens.hook_points")
 
 
 def _flags(model: Any) -> dict[str, Any]:
