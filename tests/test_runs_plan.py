@@ -211,7 +211,7 @@ def test_a_csv_file_is_read_as_a_stream_whatever_ends_its_lines(tmp_path):
             end.join(["text,answer", '"a ""b""",c', '"two\u2028', 'lines",d', ""]).encode()
         )
         found = [(each.text, each.prompt.target) for each in source_of(path)()]
-        assert found == [('a "b""', " c"), (f"two\u2028{end}lines", " d")]
+        assert found == [('a "b"', " c"), (f"two\u2028{end}lines", " d")]
 
 
 def test_whole_numbers_that_pandas_keeps_as_floats_are_taken_as_such(tmp_path):

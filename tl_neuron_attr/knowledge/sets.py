@@ -205,7 +205,9 @@ def csv_rows(
     lines: Iterable[str],
     check: Callable[[str, Sequence[str]], object] | None = None,
 ) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """Each row that is not empty: its line, what to call it, and its cells that are not.
+    """Each row that is not empty: its number, what to call it, and its cells that are not.
+
+    Numbers count rows below the header, from 1; errors, and what a row is called, name the line.
 
     ``check`` is called with what to call the header and with its names.
 
@@ -215,6 +217,7 @@ def csv_rows(
     """
     rows = csv.reader(lines, strict=True)
     header: list[str] = []
+    number = 0
     try:
         for row in rows:
             where = f"line {rows.line_num} of {str(path)!r}"
@@ -233,7 +236,8 @@ def csv_rows(
                     "around a text with commas"
                 )
             cells = {name: cell for name, cell in zip(header, row, strict=True) if cell}
-            yield rows.line_num, where, cells
+            number += 1
+            yield number, where, cells
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} of {str(path)!r} is no CSV: {error}") from None
 

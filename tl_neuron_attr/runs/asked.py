@@ -229,7 +229,7 @@ def _of_jsonl(path: Path) -> _Rows:
 def _of_csv(path: Path) -> _Rows:
     # a line is split as csv wants its lines: also where a carriage return stands alone
     lines = (part for _, line in _lines(path) for part in io.StringIO(line, newline=""))
-    for number, (_, where, cells) in enumerate(csv_rows(path, lines, _check_columns), start=1):
+    for number, where, cells in csv_rows(path, lines, _check_columns):
         yield str(number), where, _from_text({**cells}, where)
 
 
