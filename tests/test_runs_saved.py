@@ -209,6 +209,13 @@ def test_a_prompt_is_never_said_to_be_absent_from_a_shard_it_was_moved_to(whole,
         pq.write_table(pa.Table.from_pylist(rows, schema=prompts.schema), path)
         with pytest.raises(InputError, match="no longer holds the prompts of this run; the comm"):
             load_run(tmp_path / "run").table("neurons", prompt_id=first)
+    pq.write_table(prompts.drop_columns(["shard", "against"]), path)
+    found = load_run(tmp_path / "run")
+    for read in (lambda: found.table("neurons", prompt_id=first), found.prompts, found.summary):
+        with pytest.raises(
+            InputError, match="prompts.parquet' .*; the command that made the run w"
+        ):
+            read()
     assert len(whole.table("neurons", prompt_id="5")) == 0  # it failed
 
 

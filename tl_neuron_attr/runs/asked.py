@@ -100,7 +100,7 @@ def _given(each: Any, number: int) -> Asked:
             {"text": each.text, "target": each.answer},
             each.prompt_id,
             each.fact.knowledge_type,
-            f"prompt {number}",
+            f"prompt {each.prompt_id!r}",
         )
     if isinstance(each, AskedPrompt):
         target = None if each.tokenized.target is None else each.tokenized.target.id
@@ -109,7 +109,7 @@ def _given(each: Any, number: int) -> Asked:
             {**fields, "position": each.tokenized.read_pos},
             each.prompt.prompt_id,
             each.prompt.fact.knowledge_type,
-            f"prompt {number}",
+            f"prompt {each.prompt.prompt_id!r}",
         )
         return replace(found, text=each.prompt.text)
     if isinstance(each, Mapping):

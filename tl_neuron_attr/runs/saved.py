@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import Parts, Record, as_text, file_hash, fingerprint, open_parts
 from tl_neuron_attr.runs.planned import prompts_hash
-from tl_neuron_attr.runs.schema import SCHEMAS, check_format, facts_of
+from tl_neuron_attr.runs.schema import PROMPTS, SCHEMAS, check_format, facts_of
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name, unlike_planned
 from tl_neuron_attr.runs.summary import Summary, summary_of
@@ -108,7 +108,8 @@ class Run:
         columns of its files ``expert``.
 
         Raises:
-            InputError: As ``dataset``; if there is no such column.
+            InputError: As ``dataset``; if there is no such column, or the prompt is not in the
+                shard that it should be in.
         """
         wanted = None
         for name, value in (("knowledge_type", knowledge_type), ("prompt_id", prompt_id)):
@@ -126,11 +127,9 @@ class Run:
             raise InputError(f"{table} has no column {unknown[0]!r}; it has {', '.join(names)}")
         with_expert = mixed and "expert" in asked
         # what tells the expert is read with it
-        needed = [*asked, "kind", "index"] if with_expert else asked
+        needed = sorted({*asked, "kind", "index"} - {"expert"}) if with_expert else asked
         try:
-            read = found.to_table(
-                columns=[name for name in dict.fromkeys(needed) if name in inside], filter=wanted
-            )
+            read = found.to_table(columns=needed, filter=wanted)
             read.validate(full=True)  # codes of names that there are, and texts that are UTF-8
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
@@ -154,15 +153,16 @@ class Run:
         """The whole shards that a prompt is in: one, or none."""
         path = self.directory / PROMPTS_FILE
         try:
-            found = ds.dataset(str(path), format="parquet").to_table(
+            found = ds.dataset(str(path), PROMPTS, format="parquet").to_table(
                 columns=["row", "shard"], filter=pc.field("prompt_id") == prompt_id
             )
         except (OSError, ValueError, pa.ArrowException) as error:
             raise self._no_prompts(error) from error
+        rows, shards = (found.column(name).to_pylist() for name in ("row", "shard"))
         size = self.settings.shard_size
-        if any(each["row"] // size != each["shard"] for each in found.to_pylist()):
+        if None in rows or shards != [row // size for row in rows]:
             raise unlike_planned(self.parts)
-        return [shard for shard in found.column("shard").to_pylist() if shard in self.shards]
+        return [shard for shard in shards if shard in self.shards]
 
     def _check_there(self, prompt_id: str, shards: Sequence[int]) -> None:
         """Each of these shards has an answer of the prompt, or says why there is none."""
@@ -289,7 +289,7 @@ def _opened(parts: Parts) -> tuple[Run, dict[int, Record], dict[int, Path]]:
     """A run, its records, and of the shards that are not as large as recorded a file."""
     check_format(parts.identity, repr(str(parts.directory)))
     try:
-        range(parts.identity["shards"])
+        range(parts.identity["shards"])  # a whole number
         RunSettings.from_plain(parts.identity["settings"])
     except (KeyError, TypeError, AttributeError):
         raise InputError(
