@@ -154,7 +154,7 @@ def test_a_csv_holds_the_same_as_the_lines(write):
     listed = load_prompts(write("a.jsonl", lines(*rows)))
     assert table[0] == listed[0]
     assert (table[1].text, table[1].fact) == (listed[1].text, listed[1].fact)
-    assert table[1].prompt_id == "a/5"  # its line
+    assert table[1].prompt_id == listed[1].prompt_id == "a/2"
 
 
 # --- LRE and known_1000 -----------------------------------------------------------------------

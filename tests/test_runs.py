@@ -450,14 +450,33 @@ def test_what_was_edited_by_hand_is_refused_and_nothing_overwritten(model, promp
     assert "\n" not in str(raised.value) and bytes_of(copied) == before
 
 
-def test_prompts_that_were_exchanged_are_refused(model, prompts, copied):
-    path = copied / "prompts.parquet"
-    pq.write_table(pq.read_table(path).slice(1), path)
-    with pytest.raises(InputError, match="was changed after it was written"):
-        run(model, prompts, copied)
-    path.write_bytes(b"PAR1")
-    with pytest.raises(InputError, match="cannot be read"):
-        run(model, prompts, copied)
+EXCHANGED = {
+    "others": lambda path: pq.write_table(pq.read_table(path).slice(1), path),
+    "cut": lambda path: path.write_bytes(path.read_bytes()[:-20]),
+    "lost": lambda path: path.unlink(),
+}
+
+
+@pytest.mark.parametrize("how", EXCHANGED)
+def test_prompts_that_were_lost_or_exchanged_are_written_again(model, prompts, copied, plain, how):
+    EXCHANGED[how](copied / "prompts.parquet")
+    with pytest.raises(InputError, match="the command that made the run writes it again"):
+        load_run(copied, verify=True)
+    said = []
+    assert run(model, prompts, copied, announce=said.append).complete
+    assert said[0] == "prompts.parquet is lost or not as it was written, and is written again"
+    assert bytes_of(copied) == bytes_of(plain.directory)
+
+
+def test_a_manifest_of_something_else_is_refused_before_a_lost_shard_is_made(
+    model, prompts, copied, monkeypatch
+):
+    (copied / "records" / "shard-00002.json").unlink()
+    (copied / "manifest.json").write_text("{}")
+    monkeypatch.setattr(Worker, "do", None)
+    for read in (lambda: run(model, prompts, copied), lambda: load_run(copied)):
+        with pytest.raises(InputError, match="is not what the run's records say"):
+            read()
 
 
 def test_another_run_is_refused_saying_how_it_differs(model, prompts, copied, tmp_path):

@@ -88,7 +88,7 @@ class Scripted:
         return place, message
 
 
-def handed_out(crew, shards, count=2, stop=None, on_whole=None):
+def handed_out(crew, shards, count=2, stop=None, on_whole=None, say=lambda line: None):
     """What the caller was told: prompts counted, failures, shards whole, shards given up."""
     counted, whole, left = [0, 0], [], {}
 
@@ -109,6 +109,7 @@ def handed_out(crew, shards, count=2, stop=None, on_whole=None):
         did=did,
         whole=is_whole,
         given_up=left.__setitem__,
+        say=say,
         stop=Stop() if stop is None else stop,
     )
     assert not crew.at, "someone was left"
@@ -128,9 +129,10 @@ def test_every_shard_is_handed_out_once():
 
 
 def test_a_dead_workers_shard_is_done_by_its_successor_and_counted_once():
-    crew = Scripted({1: [GONE]})
-    assert handed_out(crew, range(4)) == ((4 * SHARD, 4), [0, 1, 2, 3], {})
+    crew, said = Scripted({1: [GONE]}), []
+    assert handed_out(crew, range(4), say=said.append) == ((4 * SHARD, 4), [0, 1, 2, 3], {})
     assert crew.handed.count(1) == 2
+    assert said == ["a worker ended over shard 1 (exit code -9); it is done again"]
     # the second place lost its worker, and it is that place which gets another: its GPU is free
     assert crew.started == [0, 1, 1]
 
@@ -461,6 +463,29 @@ def test_failures_of_a_damaged_shard_count_once(model, prompts, tmp_path):
     assert run(model, asked, tmp_path / "run", max_failures=1).complete
     with pytest.raises(TooManyFailuresError):
         run(model, asked, tmp_path / "run", max_failures=0)
+
+
+def test_failures_of_a_rank_at_work_beside_this_one_count_once_a_shard_is_done(
+    model, prompts, tmp_path
+):
+    asked = [*prompts[:3], "", *prompts[3:5], "", prompts[5]]  # shards 1 and 3 have a failure each
+    begun = []
+
+    def other_rank(progress):
+        if not begun:
+            begun.append(True)
+            run(model, asked, tmp_path / "run", share=Share(rank=1, of=2))
+
+    with pytest.raises(TooManyFailuresError, match="2 prompts failed, more than the 1 allowed"):
+        run(
+            model,
+            asked,
+            tmp_path / "run",
+            share=Share(rank=0, of=2),
+            max_failures=1,
+            progress=other_rank,
+        )
+    assert load_run(tmp_path / "run").shards == (0, 1, 3)
 
 
 # --- shares and devices -----------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """What a run will do: same inputs, same shards; and what is wrong with prompts, in a sentence."""
 
+import dataclasses
 import json
+import math
 
 import pandas as pd
 import pyarrow as pa
@@ -115,13 +117,12 @@ def test_every_kind_of_file_gives_the_same_prompts(host, tmp_path):
         asked = [*source_of(tmp_path / name)()]
         assert asked == [*source_of(str(tmp_path / name))()]  # walked through again, the same
         assert [each.error for each in asked] == [None] * 3
+        assert [each.prompt_id for each in asked] == ["p/1", "mine", "p/3"]
         found[name] = [(each.prompt.text, each.prompt.tokens, each.prompt.target) for each in asked]
         assert asked[0].knowledge_type == "capital" and asked[1].prompt_id == "mine"
         assert asked[2].prompt.position == 1 and asked[0].prompt.target == " Paris"
     assert found["p.jsonl"] == found["p.parquet"] == found["p.csv"]
-    assert asked[0].prompt_id == "p/2"  # a header is a line
     table = plan_run(host, source_of(tmp_path / "p.jsonl")(), settings_of()).prompts
-    assert table["prompt_id"].to_pylist() == ["p/1", "mine", "p/3"]
     assert table["read_pos"].to_pylist()[2] == 1
 
 
@@ -157,7 +158,10 @@ WRONG_FILES = {
     "empty": ("p.jsonl", b"\n", "there are no prompts in"),
     "cells": ("p.csv", b"text,answer\na,b,c\n", "has 3 cells and the header 2"),
     "column twice": ("p.csv", b"text,text\na,b\n", "a column's name occurs twice"),
-    "wrong column": ("p.csv", b"sentence\na\n", "unknown field 'sentence'"),
+    "wrong column": ("p.csv", b"sentence\na\n", "line 1 of .* unknown column 'sentence'"),
+    "wrong empty column": ("p.csv", b"text,txt\na,\n", "line 1 of .* unknown column 'txt'"),
+    "no column of texts": ("p.csv", b"answer\na\n", "line 1 of .* lacks a column text .*it has a"),
+    "cell without a name": ("p.csv", b"text,\na,b\n", "line 2 of .* unknown field ''"),
     "no number": ("p.csv", b"text,position\na,last\n", "must be whole numbers"),
     "truncated": ("p.parquet", b"PAR1half of it", "no whole Parquet file"),
     "absent": ("q.jsonl", None, "there is no such file"),
@@ -193,6 +197,42 @@ def test_parquet_files_with_other_columns_are_refused(tmp_path):
     path.write_bytes(path.read_bytes()[:-200])
     with pytest.raises(InputError, match="no whole Parquet file"):
         list(source_of(path)())
+
+
+def test_a_csv_file_is_read_as_a_stream_whatever_ends_its_lines(tmp_path):
+    path = tmp_path / "p.csv"
+    path.write_bytes(b"text\na\n\xe9\n")
+    rows = source_of(path)()
+    assert next(rows).text == "a"
+    with pytest.raises(InputError, match="line 3 of .* is not UTF-8"):
+        next(rows)
+    for end in ("\n", "\r\n", "\r"):
+        path.write_bytes(
+            end.join(["text,answer", '"a ""b""",c', '"two\u2028', 'lines",d', ""]).encode()
+        )
+        found = [(each.text, each.prompt.target) for each in source_of(path)()]
+        assert found == [('a "b"', " c"), (f"two\u2028{end}lines", " d")]
+
+
+def test_whole_numbers_that_pandas_keeps_as_floats_are_taken_as_such(tmp_path):
+    path = tmp_path / "p.parquet"
+    numbers = {"target": [5.0, None, math.nan], "against": [6.0, None, None]}
+    pq.write_table(pa.table({"text": ["a"] * 3, **numbers, "position": [None, 1.0, 0.5]}), path)
+    one, two, three = source_of(path)()
+    assert (one.prompt.target, one.prompt.against, one.prompt.position) == (5, 6, -1)
+    assert type(one.prompt.target) is int and two.prompt.position == 1
+    assert two.prompt.target is None and "position" in three.error
+
+
+def test_a_knowledge_type_all_is_refused_in_whatever_form_the_prompt_comes(host, prompts):
+    fact = dataclasses.replace(prompts[0].fact, knowledge_type="all")
+    named = dataclasses.replace(prompts[0], fact=fact)
+    (asked,) = known_prompts(host, [named], top=None, above_type=False).kept
+    for each in (named, asked):
+        with pytest.raises(
+            InputError, match="prompt .capital.*: the knowledge type 'all' stands for all"
+        ):
+            list(source_of([each])())
 
 
 def test_what_is_wrong_with_a_prompt_is_a_row(host):

@@ -7,21 +7,25 @@ import signal
 import duckdb
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import bundled_model
+from conftest import bridge_of, bundled_model
 from typer.testing import CliRunner
 
 import tl_neuron_attr.cli.runs as runs_command
 import tl_neuron_attr.runs.run as run_module
 from tl_neuron_attr import (
     InputError,
+    Prompt,
     Stopped,
     cli,
     diff_runs,
     load_prompts,
     load_run,
+    open_host,
     run_prompts,
+    tokenize,
 )
 from tl_neuron_attr.runs.schema import KEY
 
@@ -194,6 +198,44 @@ def test_a_file_of_other_prompts_is_noticed_when_all_is_read(whole, tmp_path):
         load_run(tmp_path / "run", verify=True)
 
 
+def test_a_prompt_is_never_said_to_be_absent_from_a_shard_it_was_moved_to(whole, tmp_path):
+    shutil.copytree(whole.directory, tmp_path / "run")
+    path = tmp_path / "run" / "prompts.parquet"
+    prompts = pq.read_table(path)
+    first = prompts["prompt_id"][0].as_py()
+    for moved in ({"shard": 1}, {"shard": 1, "row": 5}):
+        rows = prompts.to_pylist()
+        rows[0] |= moved
+        pq.write_table(pa.Table.from_pylist(rows, schema=prompts.schema), path)
+        with pytest.raises(InputError, match="no longer holds the prompts of this run; the comm"):
+            load_run(tmp_path / "run").table("neurons", prompt_id=first)
+    pq.write_table(prompts.drop_columns(["shard", "against"]), path)
+    found = load_run(tmp_path / "run")
+    for read in (lambda: found.table("neurons", prompt_id=first), found.prompts, found.summary):
+        with pytest.raises(
+            InputError, match="prompts.parquet' .*; the command that made the run w"
+        ):
+            read()
+    assert len(whole.table("neurons", prompt_id="5")) == 0  # it failed
+
+
+def test_the_expert_of_a_neuron_can_be_asked_for_like_any_column(whole, tmp_path):
+    found = run_prompts(bridge_of("mixtral"), [[1, 2, 3]], tmp_path / "run", top=4)
+    table = found.table("neurons")
+    assert "expert" not in found.dataset("neurons").schema.names
+    for columns in (
+        ["expert", "score"],
+        ["rank", "index", "expert", "kind"],
+        ["score"],
+        ["expert"],
+    ):
+        pd.testing.assert_frame_equal(found.table("neurons", columns=columns), table[columns])
+    with pytest.raises(InputError, match="layers has no column 'expert'"):
+        found.table("layers", columns=["expert"])
+    with pytest.raises(InputError, match="neurons has no column 'expert'"):
+        whole.table("neurons", columns=["expert"])
+
+
 def test_what_is_no_run_is_said(tmp_path):
     with pytest.raises(InputError, match="there is no run in"):
         load_run(tmp_path)
@@ -264,6 +306,52 @@ def test_a_prompt_of_another_type_in_the_other_run_is_still_the_same_prompt(mode
     found = diff_runs(*runs)
     assert found.prompts["overlap"].tolist() == [1, 1]
     assert found.prompts["knowledge_type"].tolist() == ["one", "one"]
+
+
+def test_other_prompts_of_the_same_id_are_counted_and_compared_in_no_table(model, tmp_path):
+    text, other = "The capital of France is", "The capital of Spain is"
+    same = [
+        {"text": text, "prompt_id": "text"},
+        {"text": text, "target": " Paris", "prompt_id": "t"},
+    ]
+    tokens = [int(each) for each in tokenize(open_host(model), Prompt(text=text)).tokens]
+    firsts = [*same, {"text": text, "prompt_id": "words"}]
+    firsts += [
+        {"text": text, "target": " Paris", "prompt_id": "target"},
+        {"text": text, "target": " Paris", "against": " Rome", "prompt_id": "against"},
+        {"text": text, "prompt_id": "position"},
+    ]
+    seconds = [
+        {"tokens": tokens, "prompt_id": "text"},
+        same[1],
+        {"text": other, "prompt_id": "words"},
+    ]
+    seconds += [
+        {"text": text, "target": " Rome", "prompt_id": "target"},
+        {"text": text, "target": " Paris", "against": " Berlin", "prompt_id": "against"},
+        {"text": text, "position": 2, "prompt_id": "position"},
+    ]
+    given = {
+        "what": ("neurons", "methods", "interventions"),
+        "methods": "norm",
+        "top": 3,
+        "zero": 2,
+    }
+    runs = [
+        run_prompts(model, asked, tmp_path / name, **given)
+        for name, asked in (("one", firsts), ("two", seconds))
+    ]
+    found = diff_runs(*runs)
+    assert (found.unlike, found.only_first, found.only_second) == (4, 0, 0)
+    for table in (found.prompts, found.answers, found.methods, found.interventions):
+        assert set(table["prompt_id"]) == {"text", "t"}
+    assert found.prompts["overlap"].tolist() == [1.0] * 4
+    shown = call("diff", tmp_path / "one", tmp_path / "two")
+    assert "2 prompts in both, 2 with the same target" in shown.stdout
+    assert "4 more share an id but not tokens, position or target" in shown.stdout
+    alone = run_prompts(model, firsts[2:3], tmp_path / "alone", top=3)
+    with pytest.raises(InputError, match="no prompt of the run in .* tokens, position or target"):
+        diff_runs(alone, runs[1])
 
 
 def test_a_file_without_a_record_counts_for_nothing(model, prompts, tmp_path):
@@ -359,6 +447,14 @@ def test_the_command_measures_methods_and_zeroing(asked, tmp_path):
     tables = json.loads(call("diff", out, other, "--json").stdout)
     assert {row["overlap"] for row in tables["methods"]} == {1.0}
     assert {row["count"] for row in tables["interventions"]} == {5}
+
+
+def test_a_summary_of_contrasts_shows_their_change_and_no_probability(model, asked, tmp_path):
+    contrast = {"text": "The capital of France is", "target": " Paris", "against": " Rome"}
+    given = {"what": "interventions", "zero": 2, "top": 3}
+    run_prompts(model, [contrast], tmp_path / "out", **given)
+    shown = call("summary", tmp_path / "out")
+    assert shown.exit_code == 0 and "2 value both" in shown.stdout and "%" not in shown.stdout
 
 
 def test_a_run_beside_itself_is_said_to_be_of_the_same_plan(whole):

@@ -248,23 +248,35 @@ CORRUPT = {
     "manifest": (
         edited("manifest.json", lambda f: f["shards"].pop("shard-00001")),
         "is not what the run's records say",
-        True,
+        False,
     ),
     "manifest's end": (
         edited("manifest.json", lambda f: f["end"].pop("summary.parquet")),
         "is not what the run's records say",
-        True,
+        False,
     ),
     "summary cut": (cut("summary.parquet"), "is not the file that was written; the comm", True),
     "changed errors": (flipped("errors.parquet"), "is not the file that was written", True),
     "no summary": (lambda run: (run / "summary.json").unlink(), "is not the file that", True),
-    "manifest not UTF-8": (replaced("manifest.json", NOT_UTF8), "is not what the run's rec", True),
+    "manifest not UTF-8": (replaced("manifest.json", NOT_UTF8), "is not what the run's rec", False),
+    "manifest unsigned": (
+        edited("manifest.json", lambda f: f.pop("checksum")),
+        "is not what the run's records say",
+        False,
+    ),
     "plan": (edited("plan.json", lambda f: f.update(shards=9)), "was changed after", False),
     "plan not UTF-8": (replaced("plan.json", NOT_UTF8), "cannot be read as a plan", False),
     "plan too deep": (replaced("plan.json", b"[" * 10**5), "cannot be read as a plan", False),
     "plan of something else": (
         edited("plan.json", lambda f: f.pop("shards"), signed=True),
         "is not that of a run",
+        False,
+    ),
+    "plan about nothing": (
+        lambda run: (run / "plan.json").write_text(
+            as_text({**json.loads((run / "plan.json").read_text()), "about": None})
+        ),
+        "cannot be read as a plan",
         False,
     ),
     "record": (
@@ -289,6 +301,11 @@ CORRUPT = {
             signed=True,
         ),
         "is of schema version 3, .*the release that wrote it, tl_neuron_attr 7.1",
+        False,
+    ),
+    "newer, of no release": (
+        edited("plan.json", lambda f: f.update(format=3, versions=["7.1"]), signed=True),
+        "is of schema version 3, .*the release that wrote it, tl_neuron_attr a later one",
         False,
     ),
 }

@@ -10,6 +10,7 @@ them write the same part, they write the same bytes.
 
 import hashlib
 import json
+import os
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -101,6 +102,14 @@ class Parts:
                 "that part again"
             )
         return record
+
+    def recorded(self) -> set[str]:
+        """The names of the parts that have a record. Cost: lists one directory."""
+        try:
+            names = os.listdir(self.directory / self.folder / RECORDS)
+        except FileNotFoundError:
+            return set()
+        return {name.removesuffix(".json") for name in names if name.endswith(".json")}
 
     def state(self, name: str, *, hashed: bool = True) -> Literal["whole", "absent", "damaged"]:
         """Whether the part is whole: every file there, as large as recorded and of its hash.
@@ -224,11 +233,17 @@ def start_run(
         facts: dict[str, Any] = {"about": plain(about), "identity": plain(identity)}
         facts["checksum"] = fingerprint([facts["identity"]])
         # the plan is renamed last: where it is, the tables are
-        writers = {
-            f"{name}.parquet": _parquet_writer(each) for name, each in (tables or {}).items()
-        }
-        write_files(path, {**writers, PLAN: _text_writer(as_text(facts))})
+        write_files(path, {**_table_writers(tables or {}), PLAN: _text_writer(as_text(facts))})
     return replace(open_parts(path, what), folder=folder)
+
+
+def write_again(parts: Parts, tables: Mapping[str, pa.Table]) -> None:
+    """The tables of a plan as ``start_run`` wrote them, where one was lost or damaged.
+
+    Raises:
+        OutputError: If they cannot be written.
+    """
+    write_files(parts.directory, _table_writers(tables))
 
 
 def open_parts(directory: str | Path, what: str = "run") -> Parts:
@@ -243,6 +258,8 @@ def open_parts(directory: str | Path, what: str = "run") -> Parts:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         identity, about, checksum = found["identity"], found["about"], found["checksum"]
+        if not isinstance(about, dict):
+            raise TypeError("about is no object")
         sound = isinstance(identity, dict) and checksum == fingerprint([identity])
     except (OSError, ValueError, TypeError, KeyError, RecursionError):
         raise InputError(
@@ -312,6 +329,10 @@ def file_hash(path: Path) -> str:
 
 def _parquet_writer(table: pa.Table, options: Mapping[str, Any] | None = None):
     return lambda path: pq.write_table(table, path, **(options or {}))
+
+
+def _table_writers(tables: Mapping[str, pa.Table]):
+    return {f"{name}.parquet": _parquet_writer(each) for name, each in tables.items()}
 
 
 def _text_writer(text: str):

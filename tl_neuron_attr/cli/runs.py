@@ -241,6 +241,7 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
             tables = {"plans": found.plans, "prompts": found.prompts, "answers": found.answers}
             tables |= {"methods": found.methods, "interventions": found.interventions}
             counts = {"only_first": found.only_first, "only_second": found.only_second}
+            counts["unlike"] = found.unlike
             rows = {name: records(table) for name, table in tables.items()}
             print(json.dumps({**counts, **rows}, allow_nan=False))
             return
@@ -257,6 +258,11 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
             f"\n{len(found.answers):,} prompts in both, {same:,} with the same target; "
             f"{found.only_first:,} in the first alone, {found.only_second:,} in the second"
         )
+        if found.unlike:
+            console.print(
+                f"{found.unlike:,} more share an id but not tokens, position or target, and are "
+                "left out"
+            )
         if len(found.prompts):
             console.print(_overlap_table(found.prompts, ["knowledge_type", "kind"]))
         if len(found.methods):
@@ -394,7 +400,7 @@ def _effect_table(effects: pd.DataFrame) -> Table:
             f"{row['change']:+.3f}",
             f"{row['change_random']:+.3f}",
             *(
-                f"{row[name]:{how}}" if row[name] == row[name] else ""  # of contrasts there is none
+                "" if row[name] is None else f"{row[name]:{how}}"  # of contrasts there is none
                 for name, how in (
                     ("prob", ".1%"),
                     ("prob_random", ".1%"),

@@ -20,7 +20,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -193,22 +193,31 @@ def _of_jsonl(path: Path, text: str) -> Iterator[Entry]:
 
 
 def _of_csv(path: Path, text: str) -> Iterator[Entry]:
-    for number, where, row in csv_rows(path, text):
+    for number, where, row in csv_rows(path, io.StringIO(text, newline="")):
         fields: dict[str, Any] = {**row}
         if "aliases" in row:
             fields["aliases"] = [word.strip() for word in row["aliases"].split("|")]
         yield _entry(path, number, fields, where)
 
 
-def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, dict[str, str]]]:
-    """Each row that is not empty: its line, what to call it, and its cells that are not.
+def csv_rows(
+    path: Path,
+    lines: Iterable[str],
+    check: Callable[[str, Sequence[str]], object] | None = None,
+) -> Iterator[tuple[int, str, dict[str, str]]]:
+    """Each row that is not empty: its number, what to call it, and its cells that are not.
+
+    Numbers count rows below the header, from 1; errors, and what a row is called, name the line.
+
+    ``check`` is called with what to call the header and with its names.
 
     Raises:
-        InputError: If the text is no CSV, a column's name occurs twice, or a row has not one cell
+        InputError: If the lines are no CSV, a column's name occurs twice, or a row has not one cell
             for each column.
     """
-    rows = csv.reader(io.StringIO(text, newline=""), strict=True)
+    rows = csv.reader(lines, strict=True)
     header: list[str] = []
+    number = 0
     try:
         for row in rows:
             where = f"line {rows.line_num} of {str(path)!r}"
@@ -218,6 +227,8 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, dict[str, str]]]
                 header = [name.strip() for name in row]
                 if len(set(header)) < len(header):
                     raise InputError(f"{where}: a column's name occurs twice")
+                if check is not None:
+                    check(where, header)
                 continue
             if len(row) != len(header):
                 raise InputError(
@@ -225,7 +236,8 @@ def csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, dict[str, str]]]
                     "around a text with commas"
                 )
             cells = {name: cell for name, cell in zip(header, row, strict=True) if cell}
-            yield rows.line_num, where, cells
+            number += 1
+            yield number, where, cells
     except csv.Error as error:
         raise InputError(f"line {rows.line_num} of {str(path)!r} is no CSV: {error}") from None
 

@@ -8,10 +8,12 @@ space) or ``target`` (a token as it is, or an id; without either the model's own
 what is wrong with one prompt becomes a row of ``errors``.
 """
 
+import io
 import json
+import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from tl_neuron_attr.knowledge import AskedPrompt, KnowledgePrompt, load_prompts
 from tl_neuron_attr.knowledge.entries import UNTYPED
 from tl_neuron_attr.knowledge.sets import csv_rows
 from tl_neuron_attr.prompts import Prompt, as_prompt
+from tl_neuron_attr.runs.totals import ALL_TYPES
 
 _USED = (
     "text",
@@ -37,6 +40,8 @@ _USED = (
     "prompt_id",
 )
 _UNUSED = ("relation", "subject", "aliases")
+_WHOLE = ("target", "against", "position")
+"""Columns that may hold whole numbers, and gaps."""
 _ROWS = 1024
 
 
@@ -95,6 +100,7 @@ def _given(each: Any, number: int) -> Asked:
             {"text": each.text, "target": each.answer},
             each.prompt_id,
             each.fact.knowledge_type,
+            f"prompt {each.prompt_id!r}",
         )
     if isinstance(each, AskedPrompt):
         target = None if each.tokenized.target is None else each.tokenized.target.id
@@ -103,6 +109,7 @@ def _given(each: Any, number: int) -> Asked:
             {**fields, "position": each.tokenized.read_pos},
             each.prompt.prompt_id,
             each.prompt.fact.knowledge_type,
+            f"prompt {each.prompt.prompt_id!r}",
         )
         return replace(found, text=each.prompt.text)
     if isinstance(each, Mapping):
@@ -144,8 +151,6 @@ def _of_fields(fields: dict[str, Any], name: str, where: str) -> Asked:
     for key in ("prompt_id", "knowledge_type", "text", "prompt", "answer"):
         if key in fields and not isinstance(fields[key], str):
             raise InputError(f"{where}: {key} must be text, got {fields[key]!r}")
-    if fields.get("knowledge_type") == "all":
-        raise InputError(f"{where}: the knowledge type 'all' stands for all of them; rename it")
     if "prompt" in fields:
         fields["text"] = fields.pop("prompt")
     asked = {key: fields[key] for key in ("text", "tokens", "against", "position") if key in fields}
@@ -154,10 +159,15 @@ def _of_fields(fields: dict[str, Any], name: str, where: str) -> Asked:
         asked["target"] = answer and " " + answer  # an empty one is no token
     elif "target" in fields:
         asked["target"] = fields["target"]
-    return _asked(asked, fields.get("prompt_id", name), fields.get("knowledge_type", UNTYPED))
+    knowledge_type = fields.get("knowledge_type", UNTYPED)
+    return _asked(asked, fields.get("prompt_id", name), knowledge_type, where)
 
 
-def _asked(fields: dict[str, Any], name: str, knowledge_type: str) -> Asked:
+def _asked(fields: dict[str, Any], name: str, knowledge_type: str, where: str) -> Asked:
+    if knowledge_type == ALL_TYPES:
+        raise InputError(
+            f"{where}: the knowledge type {ALL_TYPES!r} stands for all of them; rename it"
+        )
     text = fields.get("text")
     known: dict[str, Any] = {
         "prompt_id": _sound(name),
@@ -217,9 +227,23 @@ def _of_jsonl(path: Path) -> _Rows:
 
 
 def _of_csv(path: Path) -> _Rows:
-    text = "".join(line for _, line in _lines(path))
-    for number, where, cells in csv_rows(path, text):
+    # a line is split as csv wants its lines: also where a carriage return stands alone
+    lines = (part for _, line in _lines(path) for part in io.StringIO(line, newline=""))
+    for number, where, cells in csv_rows(path, lines, _check_columns):
         yield str(number), where, _from_text({**cells}, where)
+
+
+def _check_columns(where: str, names: Sequence[str]) -> None:
+    unknown = sorted({*names} - {*_USED, *_UNUSED, ""})  # one without a name may stay empty
+    if unknown:
+        raise InputError(
+            f"{where} has an unknown column {unknown[0]!r}; known are "
+            f"{', '.join((*_USED, *_UNUSED))}"
+        )
+    if not {"text", "prompt", "tokens"} & {*names}:
+        raise InputError(
+            f"{where} lacks a column text (or prompt, or tokens); it has {', '.join(names)}"
+        )
 
 
 def _from_text(fields: dict[str, Any], where: str) -> dict[str, Any]:
@@ -238,21 +262,12 @@ def _of_parquet(path: Path) -> _Rows:
     number = 0
     try:
         file = pq.ParquetFile(path)
-        unknown = sorted(set(file.schema_arrow.names) - {*_USED, *_UNUSED})
-        if unknown:
-            raise InputError(
-                f"{str(path)!r} has an unknown column {unknown[0]!r}; known are "
-                f"{', '.join((*_USED, *_UNUSED))}"
-            )
-        if not {"text", "prompt", "tokens"} & set(file.schema_arrow.names):
-            raise InputError(
-                f"{str(path)!r} lacks a column text (or prompt, or tokens); it has "
-                f"{', '.join(file.schema_arrow.names)}"
-            )
+        _check_columns(repr(str(path)), file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=_ROWS):
             for fields in batch.to_pylist():
                 number += 1
-                yield str(number), f"row {number} of {str(path)!r}", fields
+                whole = {name: _whole(fields[name]) for name in _WHOLE if name in fields}
+                yield str(number), f"row {number} of {str(path)!r}", fields | whole
     except InputError:
         raise
     except UnicodeDecodeError as error:
@@ -265,6 +280,15 @@ def _of_parquet(path: Path) -> _Rows:
             f"cannot read prompts from {str(path)!r}: it is no whole Parquet file "
             f"({str(error).splitlines()[0]})"
         ) from None
+
+
+def _whole(value: Any) -> Any:
+    """A float as pandas makes it of a whole number, in a column with gaps, as that number."""
+    if not isinstance(value, float):
+        return value
+    if math.isnan(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 _READERS: Mapping[str, Callable[[Path], _Rows]] = {

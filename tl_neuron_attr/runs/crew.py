@@ -83,6 +83,7 @@ class _Handing:
     did: Did
     whole: Callable[[int], object]
     given_up: Callable[[int, NeuronAttrError], object]
+    say: Callable[[str], object]
     hands: dict[int, _Hand] = field(default_factory=dict)
     deaths: Counter[int] = field(default_factory=Counter)
     stillborn: int = 0
@@ -152,6 +153,8 @@ class _Handing:
             self.deaths[hand.shard] += 1
             if self.deaths[hand.shard] < _DEATHS:
                 self.left.appendleft(hand.shard)
+                if not stop:
+                    self.say(f"a worker ended over shard {hand.shard} ({why}); it is done again")
             else:
                 self.given_up(
                     hand.shard,
@@ -178,13 +181,14 @@ def hand_out(
     did: Did,
     whole: Callable[[int], object],
     given_up: Callable[[int, NeuronAttrError], object],
+    say: Callable[[str], object],
     stop: Stop,
 ) -> None:
     """Have ``count`` workers do these shards; returns when they have, or have stopped.
 
     A worker that dies is replaced and its shard done again, by another; one over which two have
     died, or that a worker finds cannot be done, is given up. ``did`` is told less than nothing of
-    prompts that were counted and lost.
+    prompts that were counted and lost, and ``say``, for people, which shard is done again.
 
     Raises:
         WorkerError: If workers die before they have loaded the model, or one failed unexpectedly.
@@ -198,6 +202,7 @@ def hand_out(
         did=did,
         whole=whole,
         given_up=given_up,
+        say=say,
     )
     try:
         for place in range(handing.count):

@@ -6,12 +6,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.parts import differences
-from tl_neuron_attr.runs.saved import Run, load_run
+from tl_neuron_attr.runs.saved import Run, as_frame, load_run
+from tl_neuron_attr.runs.shard import read_prompts
 
 _KEY = ["prompt_id", "kind", "layer", "head", "index", "source_pos"]
+_ASKED = ["tokens", "read_pos", "target", "against"]
 _ZEROED = ["prompt_id", "role", "set", "kind", "count"]
 
 
@@ -36,6 +40,9 @@ class RunDifference:
     only_first: int
     """Prompts answered in the first run alone."""
     only_second: int
+    unlike: int = 0
+    """Prompts of one ``prompt_id`` that were answered in both and are not the same: other tokens,
+    another position, target or ``against``. They are in no table."""
 
 
 def diff_runs(
@@ -43,13 +50,15 @@ def diff_runs(
 ) -> RunDifference:
     """In what two runs differ: prompts are matched by ``prompt_id``; whole shards of each count.
 
-    Raises:
-        InputError: If one is no run, or no prompt was answered in both.
+    Compared are those of the same tokens, position read at, target and ``against``.
 
-    Cost: reads both, a knowledge type at a time.
+    Raises:
+        InputError: If one is no run, or no prompt was answered in both, or of none the same.
+
+    Cost: reads both, a knowledge type at a time, and the prompts of both.
     """
     one, other = (each if isinstance(each, Run) else load_run(each) for each in (first, second))
-    answers, only_first, only_second = _answers(one, other)
+    answers, only_first, only_second, unlike = _answers(one, other)
     plans = [
         (name, _cell(value), _cell(theirs))
         for name, value, theirs in differences(one.parts.identity, other.parts.identity)
@@ -76,9 +85,10 @@ def diff_runs(
         prompts=_stacked(neurons, columns),
         answers=answers.drop(columns="knowledge_type_second"),
         methods=_stacked(methods, [*columns[:2], "method", *columns[2:]]),
-        interventions=_effects(one, other),
+        interventions=_effects(one, other, list(answers["prompt_id"])),
         only_first=only_first,
         only_second=only_second,
+        unlike=unlike,
     )
 
 
@@ -90,7 +100,8 @@ def _stacked(tables: Sequence[pd.DataFrame], columns: list[str]) -> pd.DataFrame
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=columns)
 
 
-def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
+def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int, int]:
+    """Of the prompts that are the same, and how many are in the first, in the second, other."""
     columns = ["prompt_id", "knowledge_type", "target_text", "log_prob"]
     found = one.table("answers", columns=columns)
     theirs = other.table("answers", columns=columns)
@@ -101,16 +112,40 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int]:
             "common that was answered in both; prompts are matched by prompt_id, and those that "
             "failed are in the table errors"
         )
+    same = both.loc[both["prompt_id"].isin(_same_prompts(one, other))]
+    if same.empty:
+        raise InputError(
+            f"no prompt of the run in {str(one.directory)!r} is the one that has its prompt_id in "
+            f"{str(other.directory)!r}: tokens, position or target are others; compare runs of the "
+            "same prompts"
+        )
+    counts = (len(found) - len(both), len(theirs) - len(both), len(both) - len(same))
     answers = pd.DataFrame(
         {
-            "prompt_id": both["prompt_id"],
-            "knowledge_type": both["knowledge_type"],
-            "knowledge_type_second": both["knowledge_type_second"],
-            "same_target": both["target_text"] == both["target_text_second"],
-            "log_prob_difference": both["log_prob_second"] - both["log_prob"],
+            "prompt_id": same["prompt_id"],
+            "knowledge_type": same["knowledge_type"],
+            "knowledge_type_second": same["knowledge_type_second"],
+            "same_target": same["target_text"] == same["target_text_second"],
+            "log_prob_difference": same["log_prob_second"] - same["log_prob"],
         }
     )
-    return answers, len(found) - len(both), len(theirs) - len(both)
+    return answers.reset_index(drop=True), *counts
+
+
+def _same_prompts(one: Run, other: Run) -> list[str]:
+    """The ids of the prompts that both ask for alike."""
+    tables = [_what_is_asked(run) for run in (one, other)]
+    return list(tables[0].merge(tables[1], on=["prompt_id", *_ASKED])["prompt_id"])
+
+
+def _what_is_asked(run: Run) -> pd.DataFrame:
+    found = read_prompts(run.parts).select(["prompt_id", *_ASKED])
+    words = found["tokens"].cast(pa.list_(pa.string()))
+    tokens = pc.call_function("binary_join", [words, pa.scalar(" ")])
+    columns = [tokens, *(pc.fill_null(found[name], -1) for name in _ASKED[1:])]
+    for name, column in zip(_ASKED, columns, strict=True):
+        found = found.set_column(found.schema.get_field_index(name), name, column)
+    return as_frame(found)
 
 
 def _overlap(
@@ -148,7 +183,7 @@ def _listed(run: Run, table: str, key: list[str], knowledge_type: str) -> pd.Dat
     return found.assign(**{name: found[name].fillna(-1) for name in ("head", "source_pos")})
 
 
-def _effects(one: Run, other: Run) -> pd.DataFrame:
+def _effects(one: Run, other: Run, prompts: Sequence[str]) -> pd.DataFrame:
     """One row a prompt and set of neurons."""
     columns = ["prompt_id", "knowledge_type", *_ZEROED[1:], "change", "change_second", "difference"]
     if not _both_have(one, other, "interventions"):
@@ -157,6 +192,7 @@ def _effects(one: Run, other: Run) -> pd.DataFrame:
     for run in (one, other):
         read = [*_ZEROED, "knowledge_type", "log_prob_before", "log_prob"]
         found = run.table("interventions", columns=read)
+        found = found.loc[found["prompt_id"].isin(prompts)]
         tables.append(found.assign(change=found["log_prob"] - found["log_prob_before"]))
     second = tables[1][[*_ZEROED, "change"]]
     joined = tables[0].merge(second, on=_ZEROED, suffixes=("", "_second"))

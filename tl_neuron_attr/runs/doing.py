@@ -1,7 +1,7 @@
 """One call's work: its shards done in turn, or by a crew; what is counted, and when it stops."""
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from tl_neuron_attr.errors import DeviceMemoryError, NeuronAttrError, TooManyFailuresError
@@ -39,11 +39,13 @@ class Doing:
     started: float | None = None
     """When the first worker had its model, and began."""
 
+    elsewhere: dict[str, int] = field(default_factory=dict)
+    """Failures of the shards that this call does not do, as far as they were recorded."""
+
     def __post_init__(self) -> None:
         size = self.plan.identity["settings"]["shard_size"]
         total = self.plan.prompts.num_rows
         self.prompts = sum(min(size, total - shard * size) for shard in self.todo)
-        self.before = 0 if self.allowed is None else _failed_before(self.parts, self.todo)
 
     def here(self, host: Host, stop: Stop) -> None:
         worker = Worker(host=host, parts=self.parts, prompts=self.plan.prompts)
@@ -67,6 +69,7 @@ class Doing:
             did=self.did,
             whole=self.whole,
             given_up=self.given_up,
+            say=self.say,
             stop=stop,
         )
 
@@ -107,17 +110,32 @@ class Doing:
             )
 
     def check_failures(self) -> None:
-        """Stop once there are too many, those of earlier calls included.
+        """Stop once there are too many, those of earlier calls and of other ranks included.
 
         Raises:
             TooManyFailuresError: If there are.
+
+        Cost: lists the records, and reads those that are new.
         """
-        if self.allowed is not None and self.before + self.failures > self.allowed:
+        if self.allowed is None:
+            return
+        self._count_elsewhere()
+        failed = sum(self.elsewhere.values()) + self.failures
+        if failed > self.allowed:
             raise TooManyFailuresError(
-                f"{self.before + self.failures} prompts failed, more than the {self.allowed} "
-                f"allowed; the reasons are in {str(self.parts.directory / 'errors')!r}, and with a "
-                "higher limit (max_failures) the same command goes on"
+                f"{failed} prompts failed, more than the {self.allowed} allowed; the reasons are "
+                f"in {str(self.parts.directory / 'errors')!r}, and with a higher limit "
+                "(max_failures) the same command goes on"
             )
+
+    def _count_elsewhere(self) -> None:
+        """Those to do here are counted as they are done; a shard made again fails in the same."""
+        others = set(range(self.parts.identity["shards"])) - set(self.todo)
+        names = {shard_name(shard) for shard in others} - self.elsewhere.keys()
+        for name in sorted(names & self.parts.recorded()):
+            record = self.parts.record(name)
+            if record is not None:
+                self.elsewhere[name] = record.rows("errors")
 
     def _tell(self) -> None:
         if self.started is None:
@@ -133,10 +151,3 @@ class Doing:
                     seconds=time.perf_counter() - self.started,
                 )
             )
-
-
-def _failed_before(parts: Parts, todo: Iterable[int]) -> int:
-    """Failures of the shards that are whole, whoever did them; those to do are counted then."""
-    others = set(range(parts.identity["shards"])) - set(todo)
-    records = (parts.record(shard_name(shard)) for shard in sorted(others))
-    return sum(record.rows("errors") for record in records if record is not None)

@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, SupportsIndex
 
+import pyarrow as pa
+
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.host import Host, open_host
 from tl_neuron_attr.models import load_model
-from tl_neuron_attr.parts import PLAN, Parts, open_parts, start_run
+from tl_neuron_attr.parts import PLAN, Parts, open_parts, start_run, write_again
 from tl_neuron_attr.prompts import at_least_zero
 from tl_neuron_attr.readout import DEFAULT_BUDGET, Convention, check_read_out
 from tl_neuron_attr.runs.asked import source_of
@@ -29,10 +31,10 @@ from tl_neuron_attr.runs.memory import give_back
 from tl_neuron_attr.runs.planned import RunPlan, plan_run
 from tl_neuron_attr.runs.progress import Report, reporting
 from tl_neuron_attr.runs.ranks import Share
-from tl_neuron_attr.runs.saved import Run, finish
+from tl_neuron_attr.runs.saved import Run, check_manifest, finish
 from tl_neuron_attr.runs.schema import SCHEMAS, check_current
 from tl_neuron_attr.runs.settings import DEFAULT_WHAT, RunSettings
-from tl_neuron_attr.runs.shard import read_prompts, shard_name
+from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
 from tl_neuron_attr.runs.stopping import Stopped, finishing_first, signal_name
 from tl_neuron_attr.runs.where import Where
 
@@ -147,7 +149,7 @@ def run_prompts(
     with where.joined(settings), reporting(progress) as report:
         host = _opened(model, where.device_here, dtype, settings)
         plan = plan_run(host, asked(), settings)
-        parts = _started(path, plan)
+        parts = _started(path, plan, say)
         todo = _missing(parts, where.share, say)
         run = Doing(parts=parts, plan=plan, todo=todo, allowed=allowed, report=report, say=say)
         run.check_failures()
@@ -162,6 +164,7 @@ def run_prompts(
     if stop.signal is not None and run.shards_done < len(todo):
         raise _stopped(stop.signal, path)
     parts.remove_stale(SCHEMAS)  # of workers that were killed meanwhile
+    run.check_failures()
     found = finish(parts)
     run.check_left_out()
     return found
@@ -175,16 +178,23 @@ def _opened(model: Any, device: str | None, dtype: str, settings: RunSettings) -
     return host
 
 
-def _started(path: Path, plan: RunPlan) -> Parts:
+def _started(path: Path, plan: RunPlan, say: Callable[[str], object]) -> Parts:
     """The run's directory, new or the one of this very plan."""
-    parts = start_run(path, plan.identity, plan.about, {"prompts": plan.prompts})
-    if not read_prompts(parts).equals(plan.prompts):
-        raise InputError(
-            f"{str(path / 'prompts.parquet')!r} was changed after it was written: it no longer "
-            "holds the prompts of this run; give another directory"
-        )
+    tables = {"prompts": plan.prompts}
+    parts = start_run(path, plan.identity, plan.about, tables)
+    check_manifest(parts)
+    if not _holds(parts, plan.prompts):
+        say(f"{PROMPTS_FILE} is lost or not as it was written, and is written again")
+        write_again(parts, tables)
     parts.remove_stale(SCHEMAS)
     return parts
+
+
+def _holds(parts: Parts, prompts: pa.Table) -> bool:
+    try:
+        return read_prompts(parts).equals(prompts)
+    except InputError:
+        return False
 
 
 def _missing(parts: Parts, share: Share, say: Callable[[str], object]) -> list[int]:

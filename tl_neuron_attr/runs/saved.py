@@ -14,11 +14,11 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from tl_neuron_attr.errors import InputError
-from tl_neuron_attr.parts import Parts, as_text, file_hash, fingerprint, open_parts
+from tl_neuron_attr.parts import Parts, Record, as_text, file_hash, fingerprint, open_parts
 from tl_neuron_attr.runs.planned import prompts_hash
-from tl_neuron_attr.runs.schema import SCHEMAS, check_format, facts_of
+from tl_neuron_attr.runs.schema import PROMPTS, SCHEMAS, check_format, facts_of
 from tl_neuron_attr.runs.settings import RunSettings
-from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
+from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name, unlike_planned
 from tl_neuron_attr.runs.summary import Summary, summary_of
 from tl_neuron_attr.tables import with_experts, write_tables
 
@@ -104,30 +104,39 @@ class Run:
         """The same as a DataFrame, of all prompts, those of one type, or one.
 
         Columns and rows that are not asked for are not kept in memory; of one prompt, no other
-        shard is opened. Where the model is a mixture of experts, all columns of a table of neurons
-        are its own and ``expert``.
+        shard is opened. Where the model is a mixture of experts, a table of neurons has besides the
+        columns of its files ``expert``.
 
         Raises:
-            InputError: As ``dataset``; if there is no such column.
+            InputError: As ``dataset``; if there is no such column, or the prompt is not in the
+                shard that it should be in.
         """
         wanted = None
         for name, value in (("knowledge_type", knowledge_type), ("prompt_id", prompt_id)):
             if value is not None:
                 same = pc.field(name) == value
                 wanted = same if wanted is None else wanted & same
-        found = self._dataset(table, None if prompt_id is None else self._shards_of(prompt_id))
-        unknown = sorted(set(columns or ()) - set(found.schema.names))
+        shards = None if prompt_id is None else self._shards_of(prompt_id)
+        found = self._dataset(table, shards)
+        inside = found.schema.names
+        mixed = "index" in inside and bool(self.parts.identity["model"].get("n_experts"))
+        names = [*inside, "expert"] if mixed else inside
+        asked = names if columns is None else list(columns)
+        unknown = sorted(set(asked) - set(names))
         if unknown:
-            raise InputError(
-                f"{table} has no column {unknown[0]!r}; it has {', '.join(found.schema.names)}"
-            )
+            raise InputError(f"{table} has no column {unknown[0]!r}; it has {', '.join(names)}")
+        with_expert = mixed and "expert" in asked
+        # what tells the expert is read with it
+        needed = sorted({*asked, "kind", "index"} - {"expert"}) if with_expert else asked
         try:
-            read = found.to_table(columns=None if columns is None else list(columns), filter=wanted)
+            read = found.to_table(columns=needed, filter=wanted)
             read.validate(full=True)  # codes of names that there are, and texts that are UTF-8
         except (OSError, ValueError, pa.ArrowException) as error:
             raise _damaged(self.directory, error) from error
-        found = as_frame(read)
-        return self._with_experts(found) if columns is None and "index" in found else found
+        if prompt_id is not None and shards and not len(read):
+            self._check_there(prompt_id, shards)
+        frame = as_frame(read)
+        return pd.DataFrame(self._with_experts(frame)[asked]) if with_expert else frame
 
     def _with_experts(self, table: pd.DataFrame) -> pd.DataFrame:
         model = self.parts.identity["model"]
@@ -144,12 +153,30 @@ class Run:
         """The whole shards that a prompt is in: one, or none."""
         path = self.directory / PROMPTS_FILE
         try:
-            found = ds.dataset(str(path), format="parquet").to_table(
-                columns=["shard"], filter=pc.field("prompt_id") == prompt_id
+            found = ds.dataset(str(path), PROMPTS, format="parquet").to_table(
+                columns=["row", "shard"], filter=pc.field("prompt_id") == prompt_id
             )
         except (OSError, ValueError, pa.ArrowException) as error:
-            raise _damaged(self.directory, error) from error
-        return [shard for shard in found.column("shard").to_pylist() if shard in self.shards]
+            raise self._no_prompts(error) from error
+        rows, shards = (found.column(name).to_pylist() for name in ("row", "shard"))
+        size = self.settings.shard_size
+        if None in rows or shards != [row // size for row in rows]:
+            raise unlike_planned(self.parts)
+        return [shard for shard in shards if shard in self.shards]
+
+    def _check_there(self, prompt_id: str, shards: Sequence[int]) -> None:
+        """Each of these shards has an answer of the prompt, or says why there is none."""
+        same = pc.field("prompt_id") == prompt_id
+        for shard in shards:
+            rows = [
+                self._dataset(name, [shard]).count_rows(filter=same)
+                for name in ("answers", "errors")
+            ]
+            if not any(rows):
+                raise unlike_planned(self.parts)
+
+    def _no_prompts(self, error: Exception) -> InputError:
+        return unlike_planned(self.parts, f"cannot be read ({str(error).splitlines()[0]})")
 
     def verify(self) -> "Run":
         """This run, once every file of a whole shard is known to be as it was recorded.
@@ -164,11 +191,8 @@ class Run:
         """
         self._check_shards()
         if prompts_hash(read_prompts(self.parts)) != self.parts.identity["prompts"]["sha256"]:
-            raise InputError(
-                f"{str(self.directory / PROMPTS_FILE)!r} was changed after it was written: it no "
-                "longer holds the prompts of this run"
-            )
-        damaged = _unlike_the_end(self, _check_manifest(self))
+            raise unlike_planned(self.parts)
+        damaged = _unlike_the_end(self, check_manifest(self.parts)) if self.complete else None
         if damaged is not None:
             raise InputError(
                 f"{str(damaged)!r} is not the file that was written; the command that made the run "
@@ -200,6 +224,9 @@ class Run:
         try:
             asked = pq.read_table(self.directory / PROMPTS_FILE, columns=["row", "against"])
             contrasts = asked.filter(asked["against"].is_valid())["row"].to_numpy()
+        except (OSError, ValueError, LookupError, pa.ArrowException) as error:
+            raise self._no_prompts(error) from error
+        try:
             found = summary_of(self.settings, list(self._paths(self.shards)), contrasts)
         except InputError:
             raise
@@ -220,10 +247,11 @@ def load_run(directory: str | os.PathLike[str], *, verify: bool = False) -> Run:
         InputError: If there is none, its plan or a record was changed, a file is not as recorded,
             or it is of a later version of the schema.
     """
-    run, damaged = _opened(open_parts(Path(directory)))
+    run, records, damaged = _opened(open_parts(Path(directory)))
     if damaged:
         shard, path = next(iter(damaged.items()))
         raise _unlike(run.parts, shard, path)
+    _check_manifest(run.parts, records)
     return run.verify() if verify else run
 
 
@@ -236,10 +264,10 @@ def finish(parts: Parts) -> Run:
         InputError: If a manifest is there that says something else.
         OutputError: If writing fails.
     """
-    run, _ = _opened(parts)
+    run, records, _ = _opened(parts)
     if not run.complete:
         return run
-    ends = _check_manifest(run)
+    ends = _check_manifest(parts, records)
     if ends and _unlike_the_end(run, ends) is None:
         return run
     summary = run.summary()
@@ -251,46 +279,65 @@ def finish(parts: Parts) -> Run:
         for name in (*(f"{table}.parquet" for table in tables), _FACTS)
     }
     # last: where it is, all the others are
-    facts = {**_manifest(run), "end": ends}
+    facts = {**_manifest(parts, records), "end": ends}
     facts["checksum"] = fingerprint([facts])
     write_tables(parts.directory, {}, {MANIFEST: as_text(facts)})
     return run
 
 
-def _opened(parts: Parts) -> tuple[Run, dict[int, Path]]:
-    """The whole shards of a run, and of those that are not as large as recorded a file."""
+def _opened(parts: Parts) -> tuple[Run, dict[int, Record], dict[int, Path]]:
+    """A run, its records, and of the shards that are not as large as recorded a file."""
     check_format(parts.identity, repr(str(parts.directory)))
     try:
-        count = range(parts.identity["shards"])
+        range(parts.identity["shards"])  # a whole number
         RunSettings.from_plain(parts.identity["settings"])
     except (KeyError, TypeError, AttributeError):
         raise InputError(
             f"the plan of {str(parts.directory)!r} is not that of a run; give another directory"
         ) from None
-    records = {shard: parts.record(shard_name(shard)) for shard in count}
-    there = {shard: record for shard, record in records.items() if record is not None}
-    unlike = {shard: parts.unlike(record, hashed=False) for shard, record in there.items()}
+    records = _records(parts)
+    unlike = {shard: parts.unlike(record, hashed=False) for shard, record in records.items()}
     whole = tuple(shard for shard, path in unlike.items() if path is None)
     damaged = {shard: path for shard, path in unlike.items() if path is not None}
-    return Run(directory=parts.directory, parts=parts, shards=whole), damaged
+    return Run(directory=parts.directory, parts=parts, shards=whole), records, damaged
 
 
-def _check_manifest(run: Run) -> dict[str, str]:
+def _records(parts: Parts) -> dict[int, Record]:
+    """Of the shards that have one."""
+    found = {shard: parts.record(shard_name(shard)) for shard in range(parts.identity["shards"])}
+    return {shard: record for shard, record in found.items() if record is not None}
+
+
+def check_manifest(parts: Parts) -> dict[str, str]:
     """Stop at a manifest that was changed, or does not say what the records do.
 
     Gives the hashes of what was written at the end: none where there is no manifest yet, or one of
-    version 1.
+    version 1. Shards that have lost their record are not compared.
+
+    Raises:
+        InputError: If so.
+
+    Cost: where there is a manifest, reads every record.
     """
-    path = run.directory / MANIFEST
-    if not run.complete or not path.is_file():
+    return _check_manifest(parts, _records(parts)) if (parts.directory / MANIFEST).exists() else {}
+
+
+def _check_manifest(parts: Parts, records: Mapping[int, Record]) -> dict[str, str]:
+    path = parts.directory / MANIFEST
+    if not path.is_file():
         return {}
+    lost = {shard_name(shard) for shard in range(parts.identity["shards"]) if shard not in records}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        sound = found.pop("checksum", None) in (fingerprint([found]), None)
+        checksum = found.pop("checksum", None)
+        # version 1 wrote none
+        unsigned = checksum is None and parts.identity["format"] == 1
+        sound = unsigned or checksum == fingerprint([found])
         ends = dict(found.pop("end", {}))
-    except (ValueError, TypeError, AttributeError, RecursionError):
+        found["shards"] = {name: said for name, said in found["shards"].items() if name not in lost}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         found, sound, ends = {}, False, {}
-    if not sound or found != _manifest(run):
+    if not sound or found != _manifest(parts, records):
         raise InputError(
             f"{str(path)!r} is not what the run's records say: it, or one of them, was "
             "changed; remove it, and the same command writes it again"
@@ -328,17 +375,15 @@ def as_frame(table: pa.Table) -> pd.DataFrame:
     )
 
 
-def _manifest(run: Run) -> dict[str, Any]:
-    records = [run.parts.record(shard_name(shard)) for shard in run.shards]
+def _manifest(parts: Parts, records: Mapping[int, Record]) -> dict[str, Any]:
     return {
-        "plan": run.parts.plan,
+        "plan": parts.plan,
         "shards": {
             record.name: {
                 table: {"rows": facts.rows, "bytes": facts.bytes, "sha256": facts.sha256}
                 for table, facts in record.files.items()
             }
-            for record in records
-            if record is not None
+            for record in records.values()
         },
     }
 

@@ -162,7 +162,9 @@ def check_format(facts: Mapping[str, Any], where: str) -> None:
     if type(found) is int and _FIRST <= found <= FORMAT:
         return
     if type(found) is int and found > FORMAT:
-        wrote = (facts.get("versions") or {}).get("tl_neuron_attr", "a later one")
+        versions = facts.get("versions")
+        named = versions if isinstance(versions, Mapping) else {}
+        wrote = named.get("tl_neuron_attr", "a later one")
         raise InputError(
             f"{where} is of schema version {found}, and this release reads none after {FORMAT}; "
             f"read it with the release that wrote it, tl_neuron_attr {wrote}, or a later one"

@@ -18,7 +18,7 @@ from tl_neuron_attr.parts import Parts, Record
 from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.runs.memory import within_memory
 from tl_neuron_attr.runs.rows import Found, found_of_batch, tables_of
-from tl_neuron_attr.runs.schema import PROMPTS, WRITTEN_AS
+from tl_neuron_attr.runs.schema import FORMAT, PROMPTS, WRITTEN_AS
 from tl_neuron_attr.runs.settings import RunSettings
 
 PROMPTS_FILE = "prompts.parquet"
@@ -76,16 +76,22 @@ def read_prompts(parts: Parts) -> pa.Table:
         found = pq.read_table(path)
         found.validate(full=True)
     except (OSError, ValueError) as error:  # pyarrow raises both
-        raise InputError(
-            f"{str(path)!r} cannot be read ({str(error).splitlines()[0]}); the run cannot go on "
-            "without it: give another directory"
-        ) from None
+        raise unlike_planned(parts, f"cannot be read ({str(error).splitlines()[0]})") from None
     if not found.schema.remove_metadata().equals(PROMPTS):
-        raise InputError(
-            f"{str(path)!r} was changed after it was written: it has not the columns of a run's "
-            "prompts; give another directory"
+        raise unlike_planned(
+            parts, "was changed after it was written: it has not the columns of a run's prompts"
         )
     return found
+
+
+def unlike_planned(
+    parts: Parts,
+    why: str = "was changed after it was written: it no longer holds the prompts of this run",
+) -> InputError:
+    """What is wrong with a run's prompts, and what helps."""
+    current = parts.identity["format"] == FORMAT  # an earlier one is not gone on with
+    advice = "the command that made the run writes it again" if current else "put the original back"
+    return InputError(f"{str(parts.directory / PROMPTS_FILE)!r} {why}; {advice}")
 
 
 @contextmanager

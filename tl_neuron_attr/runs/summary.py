@@ -17,6 +17,7 @@ import pandas as pd
 from tl_neuron_attr.runs.settings import RunSettings
 from tl_neuron_attr.runs.summed import Effects, MethodTotals, effect_table, overlap_table
 from tl_neuron_attr.runs.totals import (
+    ALL_TYPES,
     KINDS,
     NEURON_FIELDS,
     Totals,
@@ -32,9 +33,6 @@ from tl_neuron_attr.runs.totals import (
     unpacked,
 )
 from tl_neuron_attr.tables import records
-
-ALL_TYPES = "all"
-"""The knowledge type of rows over all prompts."""
 
 ROLES = ("value", "query")
 _KINDS = tuple(KINDS)

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 
 from tl_neuron_attr.errors import InputError
 
+ALL_TYPES = "all"
+"""The knowledge type of rows over all prompts: no prompt's own."""
+
 KINDS = {"ffn": 0, "attn": 1}
 
 NEURON_FIELDS = ("row", "knowledge_type", "kind", "layer", "head", "index", "score")

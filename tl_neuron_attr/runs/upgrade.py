@@ -21,7 +21,7 @@ from tl_neuron_attr.runs.schema import (
     with_metadata,
 )
 from tl_neuron_attr.runs.settings import RunSettings
-from tl_neuron_attr.runs.shard import PROMPTS_FILE, read_prompts, shard_name
+from tl_neuron_attr.runs.shard import read_prompts, shard_name, unlike_planned
 
 
 def upgrade_run(
@@ -51,10 +51,7 @@ def upgrade_run(
         raise InputError(f"{str(path)!r} is of schema version {FORMAT} already: go on with it")
     prompts = read_prompts(old)
     if prompts_hash(prompts) != old.identity["prompts"]["sha256"]:
-        raise InputError(
-            f"{str(path / PROMPTS_FILE)!r} was changed after it was written: it no longer holds "
-            "the prompts of this run"
-        )
+        raise unlike_planned(old)
     identity = _upgraded(old.identity)
     new = start_run(
         check_writable(out),
