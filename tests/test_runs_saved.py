@@ -348,10 +348,20 @@ def test_other_prompts_of_the_same_id_are_counted_and_compared_in_no_table(model
     assert found.prompts["overlap"].tolist() == [1.0] * 4
     shown = call("diff", tmp_path / "one", tmp_path / "two")
     assert "2 prompts in both, 2 with the same target" in shown.stdout
-    assert "4 more share an id but not tokens, position or target" in shown.stdout
+    assert "4 more share an id but not text, position or target" in shown.stdout
     alone = run_prompts(model, firsts[2:3], tmp_path / "alone", top=3)
-    with pytest.raises(InputError, match="no prompt of the run in .* tokens, position or target"):
+    with pytest.raises(InputError, match="no prompt of the run in .* text, position or target"):
         diff_runs(alone, runs[1])
+
+
+def test_prompts_of_one_text_are_compared_with_and_without_a_bos(model, prompts, tmp_path):
+    runs = [
+        run_prompts(model, prompts[:3], tmp_path / str(bos), top=3, prepend_bos=bos)
+        for bos in (True, False)
+    ]
+    found = diff_runs(*runs)
+    assert found.unlike == 0 and len(found.answers) == 3
+    assert (found.answers["log_prob_difference"] != 0).any()
 
 
 def test_a_file_without_a_record_counts_for_nothing(model, prompts, tmp_path):

@@ -260,7 +260,7 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
         )
         if found.unlike:
             console.print(
-                f"{found.unlike:,} more share an id but not tokens, position or target, and are "
+                f"{found.unlike:,} more share an id but not text, position or target, and are "
                 "left out"
             )
         if len(found.prompts):

@@ -15,7 +15,7 @@ from tl_neuron_attr.runs.saved import Run, as_frame, load_run
 from tl_neuron_attr.runs.shard import read_prompts
 
 _KEY = ["prompt_id", "kind", "layer", "head", "index", "source_pos"]
-_ASKED = ["tokens", "read_pos", "target", "against"]
+_ASKED = ["prompt_id", "from_end", "target_text", "against"]
 _ZEROED = ["prompt_id", "role", "set", "kind", "count"]
 
 
@@ -41,8 +41,8 @@ class RunDifference:
     """Prompts answered in the first run alone."""
     only_second: int
     unlike: int = 0
-    """Prompts of one ``prompt_id`` that were answered in both and are not the same: other tokens,
-    another position, target or ``against``. They are in no table."""
+    """Prompts of one ``prompt_id`` that were answered in both and are not the same: another text,
+    position, target or ``against``. They are in no table."""
 
 
 def diff_runs(
@@ -50,7 +50,8 @@ def diff_runs(
 ) -> RunDifference:
     """In what two runs differ: prompts are matched by ``prompt_id``; whole shards of each count.
 
-    Compared are those of the same tokens, position read at, target and ``against``.
+    Compared are those of the same text (or tokens, where one has no text), position read at, target
+    and ``against``.
 
     Raises:
         InputError: If one is no run, or no prompt was answered in both, or of none the same.
@@ -116,7 +117,7 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int, int]:
     if same.empty:
         raise InputError(
             f"no prompt of the run in {str(one.directory)!r} is the one that has its prompt_id in "
-            f"{str(other.directory)!r}: tokens, position or target are others; compare runs of the "
+            f"{str(other.directory)!r}: text, position or target are others; compare runs of the "
             "same prompts"
         )
     counts = (len(found) - len(both), len(theirs) - len(both), len(both) - len(same))
@@ -133,19 +134,31 @@ def _answers(one: Run, other: Run) -> tuple[pd.DataFrame, int, int, int]:
 
 
 def _same_prompts(one: Run, other: Run) -> list[str]:
-    """The ids of the prompts that both ask for alike."""
+    """The ids of the prompts that both ask for alike.
+
+    By the text where both have one: tokens may differ by a BOS, or be those of another tokenizer.
+    """
     tables = [_what_is_asked(run) for run in (one, other)]
-    return list(tables[0].merge(tables[1], on=["prompt_id", *_ASKED])["prompt_id"])
+    both = tables[0].merge(tables[1], on=_ASKED, suffixes=("", "_second"))
+    texts = both["text"].notna() & both["text_second"].notna()
+    alike = (both["text"] == both["text_second"]).where(
+        texts, both["tokens"] == both["tokens_second"]
+    )
+    return both.loc[alike.fillna(value=False), "prompt_id"].tolist()
 
 
 def _what_is_asked(run: Run) -> pd.DataFrame:
-    found = read_prompts(run.parts).select(["prompt_id", *_ASKED])
+    found = read_prompts(run.parts)
     words = found["tokens"].cast(pa.list_(pa.string()))
-    tokens = pc.call_function("binary_join", [words, pa.scalar(" ")])
-    columns = [tokens, *(pc.fill_null(found[name], -1) for name in _ASKED[1:])]
-    for name, column in zip(_ASKED, columns, strict=True):
-        found = found.set_column(found.schema.get_field_index(name), name, column)
-    return as_frame(found)
+    names = ["prompt_id", "text", "n_tokens", "read_pos", "target_text", "against"]
+    table = as_frame(found.select(names))
+    table = table.assign(
+        tokens=pc.call_function("binary_join", [words, pa.scalar(" ")]).to_pandas(),
+        from_end=table["n_tokens"] - table["read_pos"],
+        target_text=table["target_text"].fillna(""),
+        against=table["against"].fillna(-1),
+    )
+    return pd.DataFrame(table[[*_ASKED, "text", "tokens"]])
 
 
 def _overlap(
