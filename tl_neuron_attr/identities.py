@@ -23,9 +23,10 @@ from tl_neuron_attr.readout import read_out
 
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
 # models in float32 stay below 2e-6; what these catch (a transposed weight, a missing scale, a
-# soft cap) is off by 0.04 and more. Not tighter in float64: Hugging Face's RMSNorm computes in
+# soft cap) is off by 0.04 and more. In half precision the largest seen is about half of what is
+# allowed. Not tighter in float64: Hugging Face's RMSNorm computes in
 # float32 even there.
-_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
 @dataclass(frozen=True)
