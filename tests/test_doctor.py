@@ -16,12 +16,14 @@ from conftest import (
     SUPPORTED,
     TOKENS,
     HookedTransformer,
+    bridge_from,
     bridge_of,
     hooked_of,
     needs_hooked_transformer,
     own_bridge_of,
 )
 from family_table import NAMES
+from transformers import GPT2Config
 from typer.testing import CliRunner
 
 from tl_neuron_attr import (
@@ -158,6 +160,24 @@ def test_half_precision_alone_hides_no_large_error_and_is_called_approximate(dty
     model.hook_dict["blocks.1.hook_mlp_out"].add_hook(lambda value, hook: value * 1.05)
     wrong = finding(check_model(model, TOKENS, copy_limit=0), "the FFN neurons")
     assert (wrong.status, wrong.tolerance) == ("fails", allowed)
+
+
+@pytest.mark.parametrize(("logits", "apart"), [(46, 0.25), (160, 1.0)])
+def test_large_logits_are_as_far_apart_as_half_precision_has_them(logits, apart):
+    """GPT-2's may all be near -100: rounded they are further apart than is allowed elsewhere."""
+    model = load_model(dtype="bfloat16")
+    at_end = examine(model, None, 0).own.captured.resid_final
+    norm = model.original_model.transformer.ln_f
+    read = torch.nn.functional.layer_norm(
+        at_end, at_end.shape, norm.weight.to(at_end), norm.bias.to(at_end)
+    )
+    with torch.no_grad():  # the unembedding, which is the embedding
+        weight = model.original_model.lm_head.weight
+        weight += (logits * read / read.square().sum()).to(weight)
+    found = check_model(model, "The capital of France is", copy_limit=0)
+    largest = examine(model, None, 0).own.captured.logits.max()
+    assert largest / 2 < 128 * apart <= largest
+    assert found.holds, found
 
 
 @pytest.mark.slow
@@ -546,6 +566,15 @@ def test_ids_in_place_of_the_default_sentence_are_known_to_model_and_tokenizer(b
     assert max(default_prompt(host).tokens) < 2048
     few = dataclasses.replace(host, d_vocab=5)
     assert max(default_prompt(few).tokens) < 5
+
+
+def test_the_card_counts_one_of_a_kind_as_one():
+    config = GPT2Config(vocab_size=61, n_embd=24, n_head=1, n_layer=1, n_positions=32, n_ctx=32)
+    found = check_model(bridge_from("GPT2LMHeadModel", config), [3], copy_limit=0)
+    assert found.shape.startswith("1 layer, 1 head of 24, ")
+    assert "; 1 token, measured" in found.memory
+    assert "one prompt of 1 token, read" in finding(found, "other prompts").says
+    assert found.holds
 
 
 def test_the_worst_status_speaks_for_all():

@@ -504,11 +504,18 @@ def _measured(host: Host, found: Sequence[Identity]) -> list[Measured]:
             name=identity.name,
             equation=identity.equation,
             error=identity.error,
-            tolerance=min(identity.tolerance, _allowed(host)),
+            tolerance=_tolerance(host, identity),
             where="" if identity.layer is None else f"layer {identity.layer}",
         )
         for identity in found
     ]
+
+
+def _tolerance(host: Host, identity: Identity) -> float:
+    """What the identity allows, and in float64 less where all of the model computes in it."""
+    if host.dtype == torch.float64:
+        return min(identity.tolerance, _allowed(host))
+    return identity.tolerance
 
 
 def _with_target(subject: Subject) -> Prompt:
