@@ -162,6 +162,7 @@ def test_half_precision_alone_hides_no_large_error_and_is_called_approximate(dty
     assert (wrong.status, wrong.tolerance) == ("fails", allowed)
 
 
+@pytest.mark.changes("the weights", "the bytes of the weights")
 @pytest.mark.parametrize(("logits", "apart"), [(46, 0.25), (160, 1.0)])
 def test_large_logits_are_as_far_apart_as_half_precision_has_them(logits, apart):
     """GPT-2's may all be near -100: rounded they are further apart than is allowed elsewhere."""
@@ -539,6 +540,7 @@ def test_what_are_no_checks_is_an_input_error(tiny_gpt2, unchecked, checks, says
         check_host(tiny_gpt2, checks, prompt=TOKENS)
 
 
+@pytest.mark.changes("the flags of its configuration")
 def test_a_model_that_cannot_be_asked_the_default_sentence_is_asked_by_ids(bundled):
     short = own_bridge_of("gpt2")
     short.tokenizer = bundled.tokenizer
