@@ -185,7 +185,8 @@ def test_large_logits_are_as_far_apart_as_half_precision_has_them(logits, apart)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("family", list(SUPPORTED))
 def test_every_family_holds_in_half_precision_alone(family, dtype):
-    for processed in (False, True):
+    # TransformerLens 3.9 folds some families into weights of two dtypes, which do not run
+    for processed in (False, True) if SINCE_4 else (False,):
         found = check_model(bridge_of(family, dtype=dtype, processed=processed), copy_limit=0)
         assert found.holds, found
 
