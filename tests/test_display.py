@@ -1,6 +1,7 @@
 """What values show of themselves: short in a line, a box in a notebook, and never a model run."""
 
 import os
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import nbformat
@@ -23,7 +24,7 @@ from tl_neuron_attr import (
     styled,
     value_query_graph,
 )
-from tl_neuron_attr.display import Grid, brief, grid, layer_bars, number, signed
+from tl_neuron_attr.display import Grid, brief, counted, grid, layer_bars, number, signed
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.styled import grid_of
 
@@ -101,6 +102,14 @@ def values(model, result, tmp_path_factory):
 
 PLAIN = {"host", "capture", "read-out", "decomposition", "query", "index", "intervals"}
 OF_SEVERAL_LINES = {"strip", "card", "attention card", "plan"}
+
+
+def test_one_of_a_kind_is_counted_as_one():
+    assert [counted(each, "layer") for each in (0, 1, 2, 1200)] == [
+        *("0 layers", "1 layer", "2 layers", "1,200 layers")
+    ]
+    found = attribute(bridge_of("gpt2"), [3, 17], top=1)
+    assert repr(replace(found, warnings=("mind the gap",))).endswith(" neurons, 1 warning")
 
 
 def test_every_value_has_a_short_repr(values):

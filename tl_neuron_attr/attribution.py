@@ -20,6 +20,7 @@ from tl_neuron_attr.capture import capture_sources
 from tl_neuron_attr.captured import Capture, Sources
 from tl_neuron_attr.chosen import value_neurons
 from tl_neuron_attr.decompose import AttnDecomposition, Decomposition, FFNDecomposition
+from tl_neuron_attr.display import counted
 from tl_neuron_attr.errors import InputError, NeuronAttrError
 from tl_neuron_attr.files import check_file, check_writable
 from tl_neuron_attr.glance import Glance, attribution_box, source_strip
@@ -621,7 +622,7 @@ class Attribution:
 
     def __repr__(self) -> str:
         target, prompt = self.target, self.captured.prompt
-        warned = f", {len(self.warnings)} warnings" * bool(self.warnings)
+        warned = f", {counted(len(self.warnings), 'warning')}" * bool(self.warnings)
         return (
             f"Attribution of {target.words_and_ids} after {prompt.words}: {target.quantity} = "
             f"{self.log_prob:.4g} nats, {self.host.model_name}, {self.convention}, "
@@ -646,7 +647,7 @@ class Attribution:
         return attribution_box(
             Glance(
                 prompt=self.captured.prompt,
-                model=f"{host.model_name}, {host.architecture}, {host.n_layers} layers",
+                model=f"{host.model_name}, {host.architecture}, {counted(host.n_layers, 'layer')}",
                 target=self.target,
                 log_prob=self.log_prob,
                 embedding_log_prob=self.embedding_log_prob,

@@ -233,6 +233,11 @@ def decimals(value: float, digits: int = 3, *, sign: bool = True) -> str:
     return re.sub(r"e-0*", "e-", shown)
 
 
+def counted(count: int, what: str) -> str:
+    """So many of them: ``1 layer``, ``12 layers``."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
 def escaped(text: str) -> str:
     """Text as HTML shows it: what cannot be seen is made visible, and nothing is markup."""
     shown = "".join(char if char == " " else visible(char) for char in text)

@@ -5,6 +5,14 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 
+_DEVICES = ("cpu", "cuda", "mps")
+
+
+def is_full_precision() -> bool:
+    """Whether products are in the dtype of their factors by the caller's own choice."""
+    autocast = any(torch.is_autocast_enabled(device) for device in _DEVICES)
+    return torch.get_float32_matmul_precision() == "highest" and not autocast
+
 
 @contextmanager
 def full_precision() -> Iterator[None]:
@@ -18,7 +26,7 @@ def full_precision() -> Iterator[None]:
         if chosen != "highest":
             stack.callback(torch.set_float32_matmul_precision, chosen)
             torch.set_float32_matmul_precision("highest")
-        for device in ("cpu", "cuda", "mps"):
+        for device in _DEVICES:
             if torch.is_autocast_enabled(device):
                 stack.enter_context(torch.autocast(device, enabled=False))
         yield

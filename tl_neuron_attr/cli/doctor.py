@@ -1,8 +1,9 @@
 """``tl-neuron-attr doctor``: every check of a model on this machine, as a card."""
 
 import json
+import math
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,8 +25,11 @@ from tl_neuron_attr.cli.options import (
 from tl_neuron_attr.cli.terminal import WIDTH, show_written
 from tl_neuron_attr.doctor import ModelCheck, Status, check_model
 from tl_neuron_attr.doctor.card import card_lines
-from tl_neuron_attr.doctor.subject import COPY_LIMIT
+from tl_neuron_attr.doctor.subject import COPY_LIMIT, default_prompt
+from tl_neuron_attr.errors import InputError, UnsupportedModelError
 from tl_neuron_attr.files import check_writable, write_files
+from tl_neuron_attr.host import open_host
+from tl_neuron_attr.prompts import Prompt
 from tl_neuron_attr.report.page import document
 
 _STYLES: dict[Status, str] = {
@@ -67,10 +71,13 @@ def doctor(
     with errors_in_one_sentence():
         given = text is not None or tokens is not None
         prompt = prompt_of(text, tokens, bos, position, None, None) if given else None
+        copy_limit = _in_whole_bytes(copy_gib)
         if out is not None:
             check_writable(out)
         loaded = load(model, device, dtype)
-        found = check_model(loaded, prompt, copy_limit=max(0, int(copy_gib * 2**30)))
+        if not given and (position != -1 or bos is not None):
+            prompt = _default(loaded, bos, position)
+        found = check_model(loaded, prompt, copy_limit=copy_limit)
         if out is not None:
             _write(found, out)
     if as_json:
@@ -78,6 +85,21 @@ def doctor(
     else:
         _show(found, out)
     raise typer.Exit(0 if found.holds else 1)
+
+
+def _in_whole_bytes(copy_gib: float) -> int:
+    size = copy_gib * 2**30
+    if not 0 <= size < math.inf:  # False for NaN
+        raise InputError(f"--copy-gib must be a number of GiB, 0 for no copy; got {copy_gib}")
+    return int(size)
+
+
+def _default(model: Any, bos: bool | None, position: int) -> Prompt | None:
+    """The prompt that is asked where none was given, as the options want it."""
+    try:
+        return default_prompt(open_host(model), position=position, prepend_bos=bos)
+    except UnsupportedModelError:  # the card says so
+        return None
 
 
 def _show(found: ModelCheck, out: Path | None) -> None:

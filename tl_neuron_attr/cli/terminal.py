@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tl_neuron_attr.attribution import Attribution
-from tl_neuron_attr.display import decimals
+from tl_neuron_attr.display import counted, decimals
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron
 from tl_neuron_attr.prompts import visible
@@ -32,8 +32,8 @@ def model_line(host: Host, model: str) -> str:
     """Which model this is, and how its weights are held."""
     dtype = str(host.dtype).removeprefix("torch.")
     return (
-        f"[bold]{escape(model)}[/]  {host.architecture}, {host.n_layers} layers, {dtype}, "
-        f"{host.processing} weights ({host.class_name})"
+        f"[bold]{escape(model)}[/]  {host.architecture}, {counted(host.n_layers, 'layer')}, "
+        f"{dtype}, {host.processing} weights ({host.class_name})"
     )
 
 

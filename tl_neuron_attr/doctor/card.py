@@ -5,7 +5,7 @@ from textwrap import wrap
 from typing import Any
 
 from tl_neuron_attr.attribution import versions
-from tl_neuron_attr.display import box, escaped, facts, line
+from tl_neuron_attr.display import box, counted, escaped, facts, line
 from tl_neuron_attr.doctor.findings import Finding, Status, worst
 from tl_neuron_attr.errors import UnsupportedModelError
 from tl_neuron_attr.host import Host, open_host
@@ -13,6 +13,8 @@ from tl_neuron_attr.plan import Plan, in_bytes, in_time
 
 WIDTH = 78
 """Characters of a printed card: a terminal of 80 shows it whole."""
+
+_COARSELY = "; rounding in half precision may hide errors, so what it shows is approximate"
 
 _COLOURS: dict[Status, str] = {
     "ok": "#3C9350",
@@ -83,10 +85,17 @@ class ModelCheck:
         if self.attribute_seconds is not None:
             measured += f", best 20 neurons of each kind {in_time(self.attribute_seconds)}"
         return (
-            f"weights {in_bytes(self.plan.weight_bytes)}; {self.n_tokens} tokens, measured: "
-            f"{measured}; expected for the best 300: {in_time(self.plan.certified.seconds)} and "
+            f"weights {in_bytes(self.plan.weight_bytes)}; "
+            f"{counted(self.n_tokens or 0, 'token')}, measured: {measured}; "
+            f"expected for the best 300: {in_time(self.plan.certified.seconds)} and "
             f"{peak} beyond the weights, for all neurons {in_time(self.plan.dense.seconds)}"
         )
+
+    @property
+    def _coarsely(self) -> bool:
+        """Whether what was measured may be off by the rounding of half precision."""
+        measured = [each for each in self.findings if each.tolerance is not None]
+        return any(each.status == "approximate" for each in measured)
 
     def about(self) -> dict[str, str]:
         """What the model is, by the name of the fact."""
@@ -96,7 +105,8 @@ class ModelCheck:
             "family": self.architecture,
             "shape": self.shape,
             "held": f"{self.dtype} on {', '.join(self.devices)}",
-            "float64": self.why_no_double and f"not checked: {self.why_no_double}",
+            "float64": self.why_no_double
+            and f"not checked: {self.why_no_double}{self._coarsely * _COARSELY}",
             "takes": self.memory,
             "with": ", ".join(f"{name} {number}" for name, number in self.versions.items()),
         }
@@ -184,7 +194,7 @@ def facts_of(model: Any) -> dict[str, Any]:
     }
     if host is None:
         return known
-    heads = f"{host.n_heads} heads of {host.d_head}"
+    heads = f"{counted(host.n_heads, 'head')} of {host.d_head}"
     if host.n_key_value_heads != host.n_heads:
         heads += f" ({host.n_key_value_heads} for keys and values)"
     return known | {
@@ -193,7 +203,7 @@ def facts_of(model: Any) -> dict[str, Any]:
         "class_name": host.class_name,
         "processing": host.processing,
         "dtype": str(host.dtype).removeprefix("torch."),
-        "shape": f"{host.n_layers} layers, {heads}, d_model {host.d_model:,}, d_mlp "
+        "shape": f"{counted(host.n_layers, 'layer')}, {heads}, d_model {host.d_model:,}, d_mlp "
         f"{host.d_mlp:,}, {host.d_vocab:,} tokens; "
         f"{'LayerNorm' if host.norm == 'layer_norm' else 'RMSNorm'}, "
         f"{'gated' if host.gated else 'plain'} FFN{_experts(host)}"
@@ -249,7 +259,8 @@ def card_lines(check: ModelCheck, width: int) -> list[CardLine]:
             columns = "".join(f"{number:>{_NUMBER}}" for number in numbers(each)[::step])
             text = f"{f'{each.status:{_STATUS}}{each.name}':{widest}}{columns}"
             lines.append(CardLine(text=text.rstrip(), status=each.status))
-            if each.status != "ok":
+            # of what is approximate for its rounding alone the line on float64 says so, once
+            if each.status == "fails" or (each.status != "ok" and each.tolerance is None):
                 lines += _hanging("", each.says, _STATUS, width)
     lines.append(CardLine())
     for each in check.findings:

@@ -2,11 +2,18 @@
 
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, SupportsIndex
 
 from tl_neuron_attr.doctor.card import ModelCheck, facts_of
-from tl_neuron_attr.doctor.checks import HOST_CHECKS, HostCheck
+from tl_neuron_attr.doctor.checks import (
+    HOST_CHECKS,
+    HostCheck,
+    check_identities,
+    check_left_alone,
+    check_subkeys,
+)
 from tl_neuron_attr.doctor.findings import Finding
 from tl_neuron_attr.doctor.subject import COPY_LIMIT, Examined, examine
 from tl_neuron_attr.errors import (
@@ -18,6 +25,7 @@ from tl_neuron_attr.errors import (
 )
 from tl_neuron_attr.host import open_host
 from tl_neuron_attr.plan import Plan, plan
+from tl_neuron_attr.precision import full_precision
 from tl_neuron_attr.prompts import as_prompt, at_least_one
 
 
@@ -48,7 +56,8 @@ def check_model(
     facts = facts_of(model)
     examined: Examined | None = None
     try:
-        examined = examine(model, asked, limit)
+        with full_precision():  # as attribute computes
+            examined = examine(model, asked, limit)
     except UnsupportedModelError as error:
         findings = [Finding(name="the architecture", status="refused", says=str(error))]
     except InputError:
@@ -56,7 +65,9 @@ def check_model(
     except Exception as error:  # an unusual model may raise anything, and its user hears of it
         findings = [_of_error("the forward pass", error)]
     else:
-        findings = [found for check in HOST_CHECKS for found in _found(check, examined)]
+        findings = [
+            found for check in HOST_CHECKS for found in _found(check, examined, HOST_CHECKS)
+        ]
     return ModelCheck(
         **facts,
         findings=tuple(findings),
@@ -70,7 +81,7 @@ def check_model(
 
 
 def check_host(
-    model: Any, checks: Sequence[HostCheck] = HOST_CHECKS, *, prompt: Any = None
+    model: Any, checks: HostCheck | Iterable[HostCheck] = HOST_CHECKS, *, prompt: Any = None
 ) -> None:
     """Run a model through ``checks``; this package can be used with it if nothing is raised.
 
@@ -78,40 +89,63 @@ def check_host(
 
         @pytest.mark.parametrize("check", HOST_CHECKS, ids=lambda check: check.__name__)
         def test_my_model(check):
-            check_host(my_model(), [check])
+            check_host(my_model(), check)
 
-    The checks are those of ``check_model``. What is approximate, refused on purpose or not checked
-    raises nothing.
+    The checks are those of ``check_model``: one, or several. What is approximate, refused on
+    purpose or not checked raises nothing.
 
     Raises:
         ConformanceError: At the first check that fails, with what is wrong, in a sentence.
         UnsupportedModelError: If the model is refused as a whole.
-        InputError: If it is no TransformerLens model, or the prompt is none.
+        InputError: If it is no TransformerLens model, the prompt is none, or there are no checks.
     """
     open_host(model)
+    run = _as_checks(checks)
     asked = None if prompt is None else as_prompt(prompt)
     try:
-        examined = examine(model, asked)
+        with full_precision():
+            examined = examine(model, asked)
     except (UnsupportedModelError, InputError):
         raise
     except Exception as error:  # as above
         raise ConformanceError(f"{_of_error('the forward pass', error).says}") from error
-    for check in checks:
-        for found in _found(check, examined):
+    for check in run:
+        for found in _found(check, examined, run):
             if found.status == "fails":
                 raise ConformanceError(
                     f"{examined.own.host.architecture}: {found.name}: {found.says}"
                 )
 
 
-def _found(check: HostCheck, examined: Examined) -> tuple[Finding, ...]:
-    """What a check finds; what it raises is a finding too."""
+def _as_checks(given: Any) -> tuple[HostCheck, ...]:
+    several = isinstance(given, Iterable) and not callable(given)
+    checks: tuple[Any, ...] = tuple(given) if several else (given,)
+    if not checks:
+        raise InputError(
+            "there are no checks, so nothing would be checked; leave checks out for all of them"
+        )
+    for check in checks:
+        if not callable(check):
+            raise InputError(
+                f"a check must be a function, like those in HOST_CHECKS; got {check!r}"
+            )
+    return checks
+
+
+def _found(
+    check: HostCheck, examined: Examined, beside: Sequence[HostCheck]
+) -> tuple[Finding, ...]:
+    """What a check finds; what it raises is a finding too. ``beside``: all that are run."""
     name = check.__name__.removeprefix("check_").replace("_", " ")
-    with warnings.catch_warnings():
+    # the one looks whether the caller's own modes are left alone, so it must see them
+    precision = nullcontext() if check is check_left_alone else full_precision()
+    with warnings.catch_warnings(), precision:
         warnings.simplefilter("ignore", UserWarning)  # the card has a line for each
         try:
             return check(examined)
-        except IdentityError:
+        except IdentityError as error:
+            if not _has_failing_identity(examined, beside):
+                return (_of_error(name, error),)
             # it has a line of its own; what rests on it was not looked at
             says = "an identity fails, so this package refuses to score"
             return (Finding(name=name, status="not checked", says=says),)
@@ -119,6 +153,16 @@ def _found(check: HostCheck, examined: Examined) -> tuple[Finding, ...]:
             return (Finding(name=name, status="refused", says=str(error)),)
         except Exception as error:  # as above
             return (_of_error(name, error),)
+
+
+def _has_failing_identity(examined: Examined, checks: Sequence[HostCheck]) -> bool:
+    """Whether one of ``checks`` is of identities, and says which does not hold of the model."""
+    return any(
+        found.status == "fails"
+        for check in (check_identities, check_subkeys)
+        if check in checks
+        for found in _found(check, examined, ())
+    )
 
 
 def _of_error(name: str, error: Exception) -> Finding:

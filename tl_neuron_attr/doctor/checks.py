@@ -8,21 +8,25 @@ turned into a finding by ``check.py``.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import product
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from tl_neuron_attr.attribute import attribute_all
 from tl_neuron_attr.attribution import Attribution
 from tl_neuron_attr.capture import capture_all
-from tl_neuron_attr.doctor.findings import Finding, Measured, finding_of
+from tl_neuron_attr.decompose import Decomposition
+from tl_neuron_attr.display import counted
+from tl_neuron_attr.doctor.findings import Finding, Measured, finding_of, worst
 from tl_neuron_attr.doctor.subject import (
     TOP,
     Examined,
     Subject,
     as_asked,
     ranked,
+    why_no_sentence,
 )
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.hook_points import has_hooks
@@ -30,11 +34,12 @@ from tl_neuron_attr.host import Host
 from tl_neuron_attr.identities import Identity, identities, subkey_identities
 from tl_neuron_attr.interventions import Zeroed, capture_zeroed
 from tl_neuron_attr.neurons import AttnNeuron
-from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.readout import CONVENTIONS, read_out
+from tl_neuron_attr.precision import is_full_precision
+from tl_neuron_attr.prompts import Prompt, Target
+from tl_neuron_attr.readout import CONVENTIONS, Convention, ReadOut, read_out
 from tl_neuron_attr.state import changed, model_state, random_states, torch_modes
 from tl_neuron_attr.targets import tokenize
-from tl_neuron_attr.topk import score_bounds
+from tl_neuron_attr.topk import RankedNeurons, score_bounds
 
 HostCheck = Callable[[Examined], tuple[Finding, ...]]
 """``check(examined)``: what it found, one finding or several."""
@@ -42,7 +47,7 @@ HostCheck = Callable[[Examined], tuple[Finding, ...]]
 # Of the largest score or the largest part, by the dtype the model runs in: what another order of
 # sums may change. In float64 that is 1e-8 (1e4 times less than in float32), but some of Hugging
 # Face's modules compute in float32 even there: RMSNorm, and what two runs of GPT-Neo attend to.
-_RUNS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+_RUNS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 2e-2}
 _IN_FLOAT32 = 1e-6
 
 # Of the largest score, in the dtype of scores: what another block of a read-out may change.
@@ -118,15 +123,22 @@ def check_left_alone(examined: Examined) -> tuple[Finding, ...]:
     ranked(host.model, as_asked(examined.own.prompt))
     after = model_state(host.model), torch_modes(), random_states([host.device])
     names = [name for was, now in zip(states, after, strict=True) for name in changed(was, now)]
-    return (
-        Finding(
-            name="the model afterwards",
-            status="fails" if names else "ok",
-            says=f"an attribution changes {', '.join(names)}"
-            if names
-            else "weights, hooks, flags, modes and random states as before",
-        ),
+    afterwards = Finding(
+        name="the model afterwards",
+        status="fails" if names else "ok",
+        says=f"an attribution changes {', '.join(names)}"
+        if names
+        else "weights, hooks, flags, modes and random states as before",
     )
+    if is_full_precision():
+        return (afterwards,)
+    reduced = Finding(
+        name="the precision you set",
+        status="not checked",
+        says="autocast or a lower precision of float32 products is set aside here, as in every "
+        "attribution: what the model predicts under it was not looked at",
+    )
+    return afterwards, reduced
 
 
 def check_identities(examined: Examined) -> tuple[Finding, ...]:
@@ -157,12 +169,14 @@ def check_prediction(examined: Examined) -> tuple[Finding, ...]:
         theirs = said.log_prob_of(subject.attributed.target.id)
         # of the size a log p may have: one that is nearly 0 would make any rounding look large
         size = max(1.0, abs(theirs))
+        # large logits in half precision are further apart than that
+        apart = torch.finfo(logits.dtype).eps * float(logits.abs().max())
         return [
             Measured(
                 name="log p of the answer",
                 equation="log p attributed = log p that model(tokens) gives",
                 error=abs(subject.attributed.log_prob - theirs) / size,
-                tolerance=_allowed(subject.host),
+                tolerance=max(_allowed(subject.host), apart / size),
             )
         ]
 
@@ -200,20 +214,6 @@ def check_layers(examined: Examined) -> tuple[Finding, ...]:
 
 def check_bounds(examined: Examined) -> tuple[Finding, ...]:
     """No neuron scores above its bound, and the best are those that scoring more of them finds."""
-    host, final = examined.own.host, examined.own.captured.resid_final
-    outs = {name: read_out(host, final, name) for name in CONVENTIONS}
-    bounded = " and ".join(name for name, out in outs.items() if out.bounded)
-    dense = ", ".join(name for name, out in outs.items() if not out.bounded)
-    capped = host.soft_cap is not None
-    applies = Finding(
-        name="certified bounds",
-        status="approximate" if capped else "ok",
-        says=f"apply in {bounded}, to the best neurons alone: through the soft cap on logits the "
-        "lowest, and differences of runs, take scoring every neuron, and there are no intervals"
-        if capped
-        else f"apply in {bounded}; a contrast is linear and needs none; {dense} has none, so "
-        "every neuron is scored",
-    )
 
     def measure(subject: Subject) -> list[Measured]:
         found = subject.attributed
@@ -221,46 +221,65 @@ def check_bounds(examined: Examined) -> tuple[Finding, ...]:
             ("FFN", found.ffns, found.ffn_neurons),
             ("attention", found.attns, found.attn_neurons),
         )
+        outs = {name: out for name, out in _read_outs(subject).items() if out.bounded}
         measured = []
         for name, blocks, best_of in kinds:
-            excess, best = -math.inf, -math.inf
-            listed = set(zip(best_of.layer.tolist(), best_of.number.tolist(), strict=True))
-            for block in blocks:
-                before = found.out.baseline(block.base[None], found.target)
-                bounds, _ = score_bounds([block], found.out, before)
-                few = _spread(block.n_neurons, bounds)
-                few = few[block.coefficients_of(few) != 0]  # the others score 0, by definition
-                if not len(few):
-                    continue
-                which = torch.zeros_like(few)
-                exact = found.out.increase(before, which, block.vectors(few))
-                excess = max(excess, float((exact - bounds[few]).max()))
-                others = [
-                    score
-                    for number, score in zip(few.tolist(), exact.tolist(), strict=True)
-                    if (block.layer, number) not in listed
-                ]
-                best = max(best, *others) if others else best
-            last = float(best_of.score[-1])
+            excess, where = -math.inf, ""
+            for block, (convention, out) in product(blocks, outs.items()):
+                _, scores, bounds = _scored_and_bounded(block, out, found.target)
+                over = float((scores - bounds).max()) if len(scores) else -math.inf
+                if over > excess:
+                    excess, where = over, f"layer {block.layer}, {convention}"
+            best = _best_unlisted(blocks, best_of, found)
             size = max(1e-6, float(best_of.score.abs().max()))
-            rounding = _RANKED[found.out.dtype] * size
             measured += [
                 Measured(
                     name=f"bounds on {name} scores",
-                    equation="exact score <= bound, nats",
+                    equation="score <= bound, nats",
                     error=max(0.0, excess),
                     tolerance=0.0,
+                    where=where,
+                    seen=excess > -math.inf,
                 ),
                 Measured(
                     name=f"the best {name} neurons",
                     equation="none looked at scores above the last listed, nats",
-                    error=max(0.0, best - last),
-                    tolerance=rounding,
+                    error=max(0.0, best - float(best_of.score[-1])),
+                    tolerance=_RANKED[found.out.dtype] * size,
+                    seen=best > -math.inf,
                 ),
             ]
         return measured
 
-    return (*_in_both(examined, measure), applies)
+    lines = _in_both(examined, measure)
+    return (*lines, _certified(examined.own, lines))
+
+
+def _certified(subject: Subject, lines: Sequence[Finding]) -> Finding:
+    """Where bounds apply, as far as the lines of what was measured of them allow to say so."""
+    outs, capped = _read_outs(subject), subject.host.soft_cap is not None
+    bounded = " and ".join(name for name, out in outs.items() if out.bounded)
+    dense = ", ".join(name for name, out in outs.items() if not out.bounded)
+    measured = [each for each in lines if each.name.startswith("bounds on ")]
+    status = worst(measured)
+    if status == "fails":
+        wrong = ", ".join(each.name for each in measured if each.status == "fails")
+        says = f"do not hold ({wrong}): no list of neurons is proven to be of the best"
+    elif status == "not checked":
+        seen = " and ".join(each.name for each in measured if each.status == "ok")
+        says = f"only {seen} were looked at" if seen else "none was looked at"
+    elif capped:
+        status = "approximate"
+        says = (
+            f"apply in {bounded}, to the best neurons alone: through the soft cap on logits the "
+            "lowest, and differences of runs, take scoring every neuron, and there are no intervals"
+        )
+    else:
+        says = (
+            f"apply in {bounded}; a contrast is linear and needs none; {dense} has none, so "
+            "every neuron is scored"
+        )
+    return Finding(name="certified bounds", status=status, says=says)
 
 
 def check_query_scores(examined: Examined) -> tuple[Finding, ...]:
@@ -299,9 +318,10 @@ def check_zeroing(examined: Examined) -> tuple[Finding, ...]:
             "zeroing it from one position": attn,
         }
         prompts = [subject.prompt] * len(parts)
+        scores = (best.ffn_neurons.score[0], best.attn_neurons.score[0], best.attn_neurons.score[0])
         runs = capture_zeroed(subject.host, prompts, [Zeroed((part,)) for part in parts.values()])
         measured = []
-        for name, run in zip(parts, runs, strict=True):
+        for name, score, run in zip(parts, scores, runs, strict=True):
             found = _measured(subject.host, identities(subject.host, run))
             wrong = max(found, key=lambda each: each.error / each.tolerance)
             still = torch.equal(run.resid_final, subject.captured.resid_final)
@@ -313,6 +333,7 @@ def check_zeroing(examined: Examined) -> tuple[Finding, ...]:
                     error=math.nan if still else wrong.error,
                     tolerance=wrong.tolerance,
                     where="the end, which does not move" if still else wrong.name,
+                    seen=not still or bool(score != 0),
                 )
             )
         return measured
@@ -343,10 +364,12 @@ def check_left_padding(examined: Examined) -> tuple[Finding, ...]:
     longer = tokenize(host, Prompt(tokens=(*tokens, tokens[-1])))
     _, padded = capture_all(host, [longer, examined.own.prompt], padding_side="left")
     error = (padded.resid_final - captured.resid_final).abs().max()
+    # nothing differs from nothing by nothing
+    size = captured.resid_final.abs().max().clamp(min=torch.finfo(error.dtype).tiny)
     measured = Measured(
         name="padded on the left",
         equation="the stream at the end = that without padding",
-        error=float(error / captured.resid_final.abs().max()),
+        error=float(error / size),
         tolerance=max(_RUNS[host.dtype], _IN_FLOAT32),
     )
     return (finding_of(measured, None),)
@@ -380,8 +403,11 @@ def check_text(examined: Examined) -> tuple[Finding, ...]:
             says="the model has no tokenizer: ask by token ids",
         )
     elif prompt.text is None:
+        why = why_no_sentence(host)
         finding = Finding(
-            name="prompts as text", status="not checked", says="it was asked by token ids"
+            name="prompts as text",
+            status="refused" if why else "not checked",
+            says=f"{why}; it was asked by token ids" if why else "it was asked by token ids",
         )
     else:
         read = "".join(prompt.token_texts)
@@ -403,7 +429,7 @@ def check_limits(examined: Examined) -> tuple[Finding, ...]:
         Finding(
             name="other prompts",
             status="not checked",
-            says=f"all of this is of one prompt of {length} tokens, read at position "
+            says=f"all of this is of one prompt of {counted(length, 'token')}, read at position "
             f"{examined.own.prompt.read_pos}; the context is {host.n_ctx:,}, and windows of "
             "attention or scaled positions act on longer ones: check again with one of yours",
         ),
@@ -478,11 +504,18 @@ def _measured(host: Host, found: Sequence[Identity]) -> list[Measured]:
             name=identity.name,
             equation=identity.equation,
             error=identity.error,
-            tolerance=min(identity.tolerance, _allowed(host)),
+            tolerance=_tolerance(host, identity),
             where="" if identity.layer is None else f"layer {identity.layer}",
         )
         for identity in found
     ]
+
+
+def _tolerance(host: Host, identity: Identity) -> float:
+    """What the identity allows, and in float64 less where all of the model computes in it."""
+    if host.dtype == torch.float64:
+        return min(identity.tolerance, _allowed(host))
+    return identity.tolerance
 
 
 def _with_target(subject: Subject) -> Prompt:
@@ -515,6 +548,38 @@ def _scores(found: Attribution) -> list[Float[Tensor, " score"]]:
         found.ffn_neurons.score,
         found.attn_neurons.score,
     ]
+
+
+def _read_outs(subject: Subject) -> dict[Convention, ReadOut]:
+    return {
+        name: read_out(subject.host, subject.captured.resid_final, name) for name in CONVENTIONS
+    }
+
+
+def _scored_and_bounded(
+    block: Decomposition, out: ReadOut, target: Target
+) -> tuple[Int[Tensor, " few"], Float[Tensor, " few"], Float[Tensor, " few"]]:
+    """Some neurons of a block that are on, what they score, and what bounds it."""
+    before = out.baseline(block.base[None], target)
+    bounds, _ = score_bounds([block], out, before)
+    few = _spread(block.n_neurons, bounds)
+    few = few[block.coefficients_of(few) != 0]  # the others score 0, by definition
+    if not len(few):
+        return few, bounds[few], bounds[few]
+    return few, out.increase(before, torch.zeros_like(few), block.vectors(few)), bounds[few]
+
+
+def _best_unlisted(
+    blocks: Sequence[Decomposition], listed: RankedNeurons, found: Attribution
+) -> float:
+    """The highest score of those looked at that are not listed."""
+    numbers = set(zip(listed.layer.tolist(), listed.number.tolist(), strict=True))
+    best = -math.inf
+    for block in blocks:
+        few, scores, _ = _scored_and_bounded(block, found.out, found.target)
+        others = zip(few.tolist(), scores.tolist(), strict=True)
+        best = max([best, *(each for at, each in others if (block.layer, at) not in numbers)])
+    return best
 
 
 def _spread(n_neurons: int, bounds: Float[Tensor, " neuron"]) -> Tensor:

@@ -21,6 +21,8 @@ class Measured:
     error: float
     tolerance: float
     where: str = ""
+    seen: bool = True
+    """Whether there was anything to look at."""
 
     @property
     def holds(self) -> bool:
@@ -54,11 +56,25 @@ class Finding:
         return facts
 
 
+# What half precision allows, and nothing wider: an error may hide in it.
+_COARSE = 1e-3
+
+
 def finding_of(own: Measured, double: Measured | None) -> Finding:
-    """The line of what was measured in the model, and in its copy in float64 if there is one."""
+    """The line of what was measured in the model, and in its copy in float64 if there is one.
+
+    Of what was measured in half precision alone, and is not equal to the last bit, it says no more
+    than that it is approximately so.
+    """
+    if not own.seen:
+        says = f"{own.equation}: there was nothing to look at"
+        return Finding(name=own.name, status="not checked", says=says)
+    coarse = double is None and own.tolerance > _COARSE and own.error > 0
     wrong = [each for each in (own, double) if each is not None and not each.holds]
-    says = own.equation
+    status: Status = "approximate" if coarse else "ok"
+    says = f"{own.equation}, as far as half precision shows" if coarse else own.equation
     if wrong:
+        status = "fails"
         where = f" at {wrong[0].where}" if wrong[0].where else ""
         inside = " in float64" if wrong[0] is double else ""
         says = (
@@ -67,7 +83,7 @@ def finding_of(own: Measured, double: Measured | None) -> Finding:
         )
     return Finding(
         name=own.name,
-        status="fails" if wrong else "ok",
+        status=status,
         says=says,
         error=own.error,
         tolerance=own.tolerance,

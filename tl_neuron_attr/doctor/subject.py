@@ -2,7 +2,7 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -83,12 +83,27 @@ def examine(model: Any, prompt: Prompt | None = None, copy_limit: int = COPY_LIM
     return Examined(own=own, double=double, why_no_double=why)
 
 
-def default_prompt(host: Host) -> Prompt:
-    """A sentence if the model reads text, otherwise token ids spread over its vocabulary."""
-    if getattr(host.model, "tokenizer", None) is not None:
-        return Prompt(text=_TEXT)
-    length = min(_LENGTH, host.n_ctx)
-    return Prompt(tokens=tuple((7 + 13 * place) % host.d_vocab for place in range(length)))
+def default_prompt(host: Host, *, position: int = -1, prepend_bos: bool | None = None) -> Prompt:
+    """A sentence if the model reads it, otherwise token ids spread over its vocabulary.
+
+    Raises:
+        InputError: If ``prepend_bos`` is given where it takes token ids.
+    """
+    if why_no_sentence(host, prepend_bos) is None:
+        return Prompt(text=_TEXT, position=position, prepend_bos=prepend_bos)
+    tokenizer, length = getattr(host.model, "tokenizer", None), min(_LENGTH, host.n_ctx)
+    known = len(tokenizer) if isinstance(tokenizer, Sized) else host.d_vocab
+    tokens = tuple((7 + 13 * place) % min(known, host.d_vocab) for place in range(length))
+    return Prompt(tokens=tokens, position=position, prepend_bos=prepend_bos)
+
+
+def why_no_sentence(host: Host, prepend_bos: bool | None = None) -> str | None:
+    """Why the model cannot be asked the default sentence; ``None`` if it can."""
+    try:
+        tokenize(host, Prompt(text=_TEXT, prepend_bos=prepend_bos))
+    except InputError as error:
+        return f"{_TEXT!r} cannot be asked: {error}"
+    return None
 
 
 def as_asked(prompt: TokenizedPrompt, tokens: Sequence[int] | None = None) -> Prompt:
