@@ -25,8 +25,7 @@ from tl_neuron_attr.state import computed_by
 # Largest error allowed, relative to the largest part, by the dtype the model computes in. Dense
 # models in float32 stay below 2e-6; what these catch (a transposed weight, a missing scale, a
 # soft cap) is off by 0.04 and more. In half precision the largest seen is about half of what is
-# allowed. Not tighter in float64: Hugging Face's RMSNorm computes in
-# float32 even there.
+# allowed. Not tighter in float64: Hugging Face's RMSNorm computes in float32 even there.
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-4, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 
 
@@ -228,7 +227,7 @@ def _read_out(host: Host, captured: Capture) -> Identity:
     # a constant shift of all logits (a centred unembedding) changes no probability
     ours, theirs = logits.log_softmax(-1), captured.logits.log_softmax(-1)
     size = float(theirs.abs().max().clamp(min=1.0))
-    # large logits in half precision (GPT-2's may all be near -100) are further apart than that
+    # large logits (a shift common to all, say) are further apart than that in half precision
     apart = torch.finfo(host.dtype).eps * float(captured.logits.abs().max())
     return Identity(
         "the read-out",
