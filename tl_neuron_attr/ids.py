@@ -54,7 +54,7 @@ class Unit:
     @property
     def is_coefficient(self) -> bool:
         """Whether that number is the coefficient this package scores."""
-        return self.basis in ("post", "z")
+        return self.basis == ("post" if isinstance(self.neuron, FFNNeuron) else "z")
 
 
 def layout_of(host: Host) -> Layout:
@@ -82,8 +82,10 @@ def parse_id(text: str, layout: Layout) -> Unit:
     other, they differ by one.
 
     Raises:
-        InputError: If it names no neuron, or none of this model, with the reason.
+        InputError: If it is no text, names no neuron, or none of this model, with the reason.
     """
+    if not isinstance(text, str):
+        raise InputError(f"an id is text, like 'L3.N12'; got {text!r}")
     if re.fullmatch(r"\d+(_\d+)+", text):
         unit = _of_notebook(text)
     elif re.fullmatch(r"L\d+\.E\d+\.N\d+", text):
@@ -148,9 +150,12 @@ def notebook_id(unit: Unit) -> str:
     """As the notebooks of Yu & Ananiadou write it: ``layer_index``, or ``layer_head_dim_pos``.
 
     Raises:
-        InputError: For an attention neuron without source position, or another basis.
+        InputError: For an attention neuron without source position, another basis, or a number that
+            is none.
     """
     neuron = unit.neuron
+    if isinstance(neuron, AttnNeuron):
+        _refuse_basis(neuron, unit.basis)
     if not unit.is_coefficient:
         raise InputError(
             f"the notebooks' ids are of coefficients, and {neuron} is meant in the basis "
