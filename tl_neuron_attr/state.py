@@ -158,7 +158,7 @@ def put_back(model: Any) -> Iterator[None]:
                         handle.hook.remove()
             point.fwd_hooks, point.bwd_hooks = forward, backward
         for table, were in tables:
-            wired = {key: hook for key, hook in table.items() if not _foreign(hook)}
+            wired = {key: hook for key, hook in table.items() if not foreign(hook)}
             table.clear()
             table.update(were | wired)
 
