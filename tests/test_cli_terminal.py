@@ -139,9 +139,8 @@ def test_a_header_gives_way_before_cells_are_cut():
     table.add_row("gradient_activation", "attn", "0.5", "0.800", "0.800")
     printed = io.StringIO()
     print_table(Console(file=printed, width=60), table)
-    shown = printed.getvalue()
-    assert "gradient_activation" in shown and "…" not in shown
-    assert len(shown.rstrip().splitlines()) == 3  # two of them the header's: one part
+    cells = printed.getvalue().rstrip().splitlines()[-1].split()
+    assert cells == ["gradient_activation", "attn", "0.5", "0.800", "0.800"]  # all in one part
 
 
 def test_token_lists_give_way_before_numbers_do():
