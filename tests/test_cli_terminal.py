@@ -1,5 +1,6 @@
 """The terminal: what to type next, examples that run, lines that fit, colours only where wanted."""
 
+import io
 import os
 import pty
 import re
@@ -128,6 +129,18 @@ def test_a_table_too_wide_is_printed_in_parts_and_loses_nothing():
         assert [shown.count(cell) for cell in cells[1:]] == [1] * 11
         parts = len(shown.splitlines()) // 2
         assert shown.count(cells[0]) == parts and (parts == 1) == (width == 200)
+
+
+def test_a_header_gives_way_before_cells_are_cut():
+    table = Table(box=None, pad_edge=False)
+    table.add_column("method")
+    for name in ("kind", "largest score difference", "lowest", "mean overlap"):
+        table.add_column(name, justify="right")
+    table.add_row("gradient_activation", "attn", "0.5", "0.800", "0.800")
+    printed = io.StringIO()
+    print_table(Console(file=printed, width=60), table)
+    cells = printed.getvalue().rstrip().splitlines()[-1].split()
+    assert cells == ["gradient_activation", "attn", "0.5", "0.800", "0.800"]  # all in one part
 
 
 def test_token_lists_give_way_before_numbers_do():

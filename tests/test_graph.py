@@ -3,6 +3,7 @@
 import itertools
 import json
 import math
+import re
 import warnings
 
 import networkx
@@ -842,6 +843,8 @@ def test_the_command_writes_tables_json_and_a_page_that_needs_no_network(tmp_pat
     ]
     page = (out / "graph.html").read_text(encoding="utf-8")
     assert "sankey" in page and 'src="http' not in page
+    (title,) = re.findall("<h1>(.*?)</h1>", page)
+    assert re.fullmatch(r"From the prompt to ·\w+: who set off whom", title)
     saved = json.loads((out / "graph.json").read_text(encoding="utf-8"))
     read = networkx.node_link_graph(saved, edges="edges")
     kinds = {kind for _, kind in read.nodes(data="kind")}

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import FAMILIES, TOKENS, bridge_of, hugging_face_model
@@ -191,3 +192,51 @@ def test_what_cannot_be_written_is_refused_with_the_reason():
     with pytest.raises(InputError, match="module names of OddForCausalLM are not known"):
         module_id(Unit(FFNNeuron(1, 2), "post"), unknown)
     assert hook_id(Unit(FFNNeuron(1, 2), "post"), unknown) == "blocks.1.mlp.hook_post[2]"
+
+
+@pytest.mark.parametrize(
+    ("unit", "reason"),
+    [
+        (lambda: Unit(FFNNeuron(1, 12), "z"), "in the basis 'z'; give it in 'post'"),
+        (lambda: Unit(AttnNeuron(1, 3, 5, 2), "post"), "in the basis 'post'; give it in 'z'"),
+        (
+            lambda: Unit(FFNNeuron(-1, 2), "post"),
+            "the layer of a neuron must be at least 0, got -1",
+        ),
+        (
+            lambda: Unit(AttnNeuron(1, 3, 5, -2), "z"),
+            "the source_pos of a neuron must be at least 0",
+        ),
+        (
+            lambda: Unit(FFNNeuron(1, 2.5), "post"),
+            "the index of a neuron must be an integer, got 2.5",
+        ),
+        (lambda: Unit("L1.N2", "post"), "an FFNNeuron or an AttnNeuron, got 'L1.N2'"),
+    ],
+)
+def test_what_would_not_come_back_the_same_is_not_written(unit, reason, unchecked):
+    with pytest.raises(InputError, match=re.escape(reason)):
+        notebook_id(unit())
+    with pytest.raises(InputError):
+        hook_id(unit(), LLAMA)
+
+
+def test_only_text_is_an_id_and_only_whole_numbers_a_pair(unchecked):
+    for text in (5, None, b"L3.N12"):
+        with pytest.raises(InputError, match="an id is text, like 'L3.N12'; got"):
+            parse_id(text, LLAMA)
+    for layer in ("1", 1.5, True, None):
+        with pytest.raises(InputError, match="the layer of a neuron must be an integer, got"):
+            from_pair("EasyEdit", layer, 12, LLAMA)
+        with pytest.raises(InputError, match="the index of a neuron must be an integer, got"):
+            from_pair("EasyEdit", 1, layer, LLAMA)
+    with pytest.raises(InputError, match="the layer of a neuron must be at least 0, got -1"):
+        from_pair("EasyEdit", -1, 12, LLAMA)
+    of_numpy = from_pair("EasyEdit", np.int64(1), np.int32(12), LLAMA).neuron
+    assert repr(of_numpy) == "FFNNeuron(layer=1, index=12)"
+
+
+def test_a_number_is_the_coefficient_by_the_neuron_s_kind():
+    of_ffn, of_head = FFNNeuron(1, 2), AttnNeuron(1, 2, 3)
+    assert Unit(of_ffn, "post").is_coefficient and Unit(of_head, "z").is_coefficient
+    assert not (Unit(of_ffn, "z").is_coefficient or Unit(of_head, "post").is_coefficient)

@@ -1,5 +1,8 @@
 """Every method conforms; whatever is no method is told what is wrong with it."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from conftest import TOKENS, own_bridge_of
@@ -8,6 +11,7 @@ from test_methods import case_of
 from tl_neuron_attr import Case, ConformanceError, InputError, check_method
 from tl_neuron_attr.methods import METHOD_CHECKS, METHODS, example_cases
 from tl_neuron_attr.methods.static import coefficient, norm
+from tl_neuron_attr.state import put_back, random_states, torch_modes
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +201,38 @@ def in_more_threads(case, kind, top):
     return scores(case, kind)
 
 
+def drawing_for_the_best(case, kind, top):
+    return scores(case, kind) if top is None else 0 * drawing(case, kind, top) + scores(case, kind)
+
+
+def hooking_for_the_best(case, kind, top):
+    return scores(case, kind) if top is None else hooking(case, kind, top)
+
+
+def hooking_then_refusing(case, kind, top):
+    if kind == "ffn":
+        return scores(case, kind)
+    hooking(case, kind, top)
+    raise InputError("this is for FFN neurons")
+
+
+def editing_behind_torch_s_back(case, kind, top):
+    case.result.host.model.blocks[0].mlp.W_out.data.mul_(1.0000001)
+    return scores(case, kind)
+
+
+def writing_into_the_result(case, kind, top):
+    case.result.ffn_neurons.score.add_(1)
+    return scores(case, kind)
+
+
+def writing_into_layers(case, kind, top):
+    case.result.layer_scores.ffn.zero_()
+    return scores(case, kind)
+
+
 @pytest.mark.changes(
-    *("training mode", "the modules' own hooks", "the weights"),
+    *("training mode", "the weights", "the bytes of the weights"),
     *("the gradients (.grad)", "requires_grad"),
 )
 @pytest.mark.parametrize(
@@ -233,6 +267,12 @@ def in_more_threads(case, kind, top):
         (infinite_best, "gives NaN or infinity with top=1; others may be -inf, no more"),
         (elsewhere, "gives scores on meta; give them where the case is, on cpu"),
         (in_more_threads, "changes .*threads.* of torch"),
+        (drawing_for_the_best, "draws from torch's random numbers, which are everybody's"),
+        (hooking_for_the_best, "changes the modules' own hooks of the model"),
+        (hooking_then_refusing, "changes the modules' own hooks of the model"),
+        (editing_behind_torch_s_back, r"changes the weights of the model \(through .data, say\)"),
+        (writing_into_the_result, "writes into the tensors of the case"),
+        (writing_into_layers, "writes into the tensors of the case"),
         (by_gradient_mode, "where gradients are recorded than under no_grad"),
         (by_batch, "another score where the prompt was attributed in a batch"),
     ],
@@ -240,13 +280,94 @@ def in_more_threads(case, kind, top):
 def test_what_is_no_method_is_told_why(method, message):
     model = own_bridge_of("gpt2")
     cases = [case_of(model, tokens) for tokens in (TOKENS, TOKENS[:4])]
-    with torch.random.fork_rng(), pytest.raises(ConformanceError, match=message) as raised:
-        try:
-            check_method(method, cases)
-        finally:
-            torch.set_grad_enabled(True)
-            torch.set_default_dtype(torch.float32)
+    with pytest.raises(ConformanceError, match=message) as raised:
+        check_method(method, cases)
     assert str(raised.value).startswith(method.__name__)
+
+
+LEFT_OPEN = []
+
+
+def inference_mode_left_on(model):
+    LEFT_OPEN.append(torch.inference_mode())
+    LEFT_OPEN[-1].__enter__()
+
+
+GLOBAL_CHANGES = {
+    "the gradient mode": lambda _: torch.set_grad_enabled(not torch.is_grad_enabled()),
+    "inference mode": inference_mode_left_on,
+    "the default dtype": lambda _: torch.set_default_dtype(torch.float64),
+    "the default device": lambda _: torch.set_default_device("meta"),
+    "the precision of float32 products": lambda _: torch.set_float32_matmul_precision("medium"),
+    "the number of threads": lambda _: torch.set_num_threads(torch.get_num_threads() + 1),
+    "deterministic algorithms": lambda _: torch.use_deterministic_algorithms(True, warn_only=True),
+    "the search for anomalies": lambda _: torch.autograd.set_detect_anomaly(True),
+    "the hooks on all modules": lambda _: torch.nn.modules.module.register_module_forward_hook(
+        lambda *_: None
+    ),
+    "autocast": lambda _: torch.set_autocast_enabled("cpu", True),
+    "torch's random numbers": lambda _: torch.rand(1),
+    "numpy's random numbers": lambda _: np.random.rand(),
+    "a hook on a module": lambda model: model.blocks[0].register_forward_hook(lambda *_: None),
+    "a hook at a point": lambda model: model.hook_dict["blocks.0.hook_resid_pre"].add_hook(
+        lambda value, hook: None
+    ),
+    "no hooks at a point": lambda model: model.hook_dict["blocks.1.hook_resid_pre"].remove_hooks(
+        "fwd", including_permanent=True
+    ),
+}
+
+
+@pytest.mark.parametrize("raising", [None, InputError])
+@pytest.mark.parametrize("what", GLOBAL_CHANGES)
+def test_what_a_method_changed_everywhere_is_put_back(what, raising, with_a_hook):
+    def method(case, kind, top):
+        GLOBAL_CHANGES[what](case.result.host.model)
+        if raising is not None:
+            raise raising("not today")
+        return scores(case, kind)
+
+    model = with_a_hook.result.host.model
+    before = all_that_is_put_back(model)
+    for check in METHOD_CHECKS:
+        try:
+            check(method, [with_a_hook])
+        except (ConformanceError, InputError):
+            pass
+        after = all_that_is_put_back(model)
+        assert [name for name, was in before.items() if after[name] != was] == []
+    with torch.inference_mode(False):  # whose end puts back what a guard's own end changes
+        LEFT_OPEN.clear()
+
+
+def test_python_s_random_numbers_are_put_back_too(cases):
+    # around the call alone: beartype, where tests run, draws from them
+    kept = random.getstate()
+    with put_back(cases[0].result.host.model):
+        random.random()
+    assert random.getstate() == kept
+
+
+@pytest.fixture(scope="module")
+def with_a_hook():
+    """A case of a model that has a hook, which must stay."""
+    model = own_bridge_of("gpt2")
+    point = model.hook_dict["blocks.1.hook_resid_pre"]
+    point.add_hook(lambda value, hook: None, is_permanent=True)
+    return case_of(model, TOKENS[:3])
+
+
+def all_that_is_put_back(model):
+    return {
+        **torch_modes(),
+        **random_states(),
+        "tables": [
+            list(table)
+            for module in model.modules()
+            for table in (module._forward_hooks, module._backward_hooks)
+        ],
+        "points": [list(point.fwd_hooks) for point in model.hook_dict.values()],
+    }
 
 
 def test_a_method_for_one_kind_alone_conforms(cases):
@@ -266,6 +387,19 @@ def test_what_cannot_be_called_is_no_method(cases, unchecked):
 def test_there_must_be_something_to_check(cases):
     with pytest.raises(InputError, match="there are no cases"):
         check_method(METHODS["norm"], [])
+
+
+@pytest.mark.parametrize("given", [[1], 1, "ab"])
+def test_what_is_no_case_is_refused(given, unchecked):
+    for check in (check_method, *METHOD_CHECKS):
+        with pytest.raises(InputError, match=r"a list of cases, each a Case\(.*; got (1|'a')$"):
+            check(METHODS["norm"], given)
+
+
+def test_cases_may_come_one_by_one(cases):
+    check_method(METHODS["norm"], iter(cases))
+    for check in METHOD_CHECKS[:3]:
+        check(METHODS["norm"], (case for case in cases))
 
 
 def test_a_case_without_corrupted_prompt_is_passed_over(cases):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,12 @@ from typer.testing import CliRunner
 
 from tl_neuron_attr import InputError, OutputError, Prompt, attribute_all, cli, load_model
 from tl_neuron_attr.files import write_files
+from tl_neuron_attr.markup import escaped
+from tl_neuron_attr.report.page import POLICY
 from tl_neuron_attr.tiny_facts import tiny_facts_dir
 
 ROOT = Path(__file__).parents[1]
+FRANCE, ITALY = "The capital of France is", "The capital of Italy is"
 
 # --- a lint forbids what runs the words of a file ---------------------------------------------
 
@@ -154,6 +158,20 @@ def test_no_word_of_a_prompt_chooses_where_a_file_goes(command, tmp_path, monkey
     assert not [path for path in (asked / "out").rglob("*") if "evil" in path.name]
 
 
+# --- pages load nothing -----------------------------------------------------------------------
+
+
+def test_every_page_that_graph_writes_has_the_policy_in_its_head(tmp_path):
+    ran = CliRunner().invoke(cli.app, ["graph", FRANCE, "--values", "2", "--out", str(tmp_path)])
+    assert ran.exit_code == 0, ran.output
+    pages = {path.name: path.read_text(encoding="utf-8") for path in tmp_path.glob("*.html")}
+    assert sorted(pages) == ["graph.html", "report.html"]
+    for name, text in pages.items():
+        head = text.partition("</head>")[0]
+        assert f'http-equiv="Content-Security-Policy" content="{escaped(POLICY)}"' in head, name
+        assert not re.findall(r"<(?:script|link|img|iframe)\b[^>]*(?:src|href)=\"(?!data:)", text)
+
+
 # --- no network -------------------------------------------------------------------------------
 
 OFFLINE = """
@@ -184,7 +202,6 @@ for line in json.loads(sys.argv[1]):
     codes[" ".join(line)] = (shown.exit_code, shown.output[-500:] if shown.exit_code else "")
 print("\\n" + json.dumps([codes, asked, random.getstate() == before]))
 """
-FRANCE, ITALY = "The capital of France is", "The capital of Italy is"
 COMMANDS = [
     ["attribute", FRANCE, "--out", "france"],
     ["query", FRANCE],

@@ -369,6 +369,8 @@ def test_a_curve_of_accepted_answers_has_their_probability_and_the_best_rank(gpt
         (set(), {}, "no accepted answers"),
         ({"a"}, {}, "no tokenizer to read the target with"),
         ({3, 61}, {}, "target id 61 is outside the model's vocabulary"),
+        ([3, 4, 3], {}, "the accepted answer 3 is given twice; give each once"),
+        ([" a", " a"], {}, "the accepted answer ' a' is given twice; give each once"),
         ({3, 4}, {"against": 5}, "of one token against another"),
         (Distribution(), {"against": 5}, "of one token against another"),
         (

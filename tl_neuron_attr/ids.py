@@ -15,11 +15,12 @@ dimension of the residual stream, a latent of an SAE, a query or key) is refused
 
 import re
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.host import Host
 from tl_neuron_attr.neurons import AttnNeuron, FFNNeuron, parse_neuron
+from tl_neuron_attr.prompts import at_least_zero
 
 Basis = Literal["post", "pre", "gate", "up", "z"]
 """Which number of a neuron an id is about: see this module's docstring."""
@@ -54,7 +55,12 @@ class Unit:
     @property
     def is_coefficient(self) -> bool:
         """Whether that number is the coefficient this package scores."""
-        return self.basis in ("post", "z")
+        return self.basis == _coefficient_of(self.neuron)
+
+
+def _coefficient_of(neuron: FFNNeuron | AttnNeuron) -> Basis:
+    """The basis of the number that this package scores."""
+    return "post" if isinstance(neuron, FFNNeuron) else "z"
 
 
 def layout_of(host: Host) -> Layout:
@@ -82,8 +88,10 @@ def parse_id(text: str, layout: Layout) -> Unit:
     other, they differ by one.
 
     Raises:
-        InputError: If it names no neuron, or none of this model, with the reason.
+        InputError: If it is no text, names no neuron, or none of this model, with the reason.
     """
+    if not isinstance(text, str):
+        raise InputError(f"an id is text, like 'L3.N12'; got {text!r}")
     if re.fullmatch(r"\d+(_\d+)+", text):
         unit = _of_notebook(text)
     elif re.fullmatch(r"L\d+\.E\d+\.N\d+", text):
@@ -93,7 +101,7 @@ def parse_id(text: str, layout: Layout) -> Unit:
             neuron = parse_neuron(text)
         except ValueError as error:
             raise InputError(str(error)) from error
-        unit = Unit(neuron, "post" if isinstance(neuron, FFNNeuron) else "z")
+        unit = Unit(neuron, _coefficient_of(neuron))
     elif text.startswith("blocks."):
         unit = _of_hook(text, layout)
     else:
@@ -148,13 +156,14 @@ def notebook_id(unit: Unit) -> str:
     """As the notebooks of Yu & Ananiadou write it: ``layer_index``, or ``layer_head_dim_pos``.
 
     Raises:
-        InputError: For an attention neuron without source position, or another basis.
+        InputError: For an attention neuron without source position, another basis, or a place that
+            is no whole number.
     """
-    neuron = unit.neuron
+    neuron = _whole(unit.neuron)
     if not unit.is_coefficient:
         raise InputError(
             f"the notebooks' ids are of coefficients, and {neuron} is meant in the basis "
-            f"{unit.basis!r}; give it in 'post' if the neuron alone is meant"
+            f"{unit.basis!r}; give it in {_coefficient_of(neuron)!r} if the neuron alone is meant"
         )
     if isinstance(neuron, FFNNeuron):
         return f"{neuron.layer}_{neuron.index}"
@@ -490,20 +499,33 @@ def _numbers(text: str, inside: str | None) -> list[int]:
         raise InputError(f"{text!r}: its entry must be whole numbers, like [12]") from None
 
 
+def _whole(neuron: Any) -> FFNNeuron | AttnNeuron:
+    """The neuron with plain whole numbers for its place."""
+    if not isinstance(neuron, (FFNNeuron, AttnNeuron)):
+        raise InputError(f"a neuron is an FFNNeuron or an AttnNeuron, got {neuron!r}")
+    place = {
+        name: at_least_zero(value, f"the {name} of a neuron")
+        for name, value in vars(neuron).items()
+        if value is not None or name != "source_pos"
+    }
+    return replace(neuron, **place)
+
+
 def _checked(unit: Unit, layout: Layout) -> Unit:
     """The unit, if the model has such a neuron and such a number of it."""
-    neuron = unit.neuron
-    if not 0 <= neuron.layer < layout.n_layers:
+    neuron = _whole(unit.neuron)
+    unit = replace(unit, neuron=neuron)
+    if neuron.layer >= layout.n_layers:
         raise InputError(f"there is no layer {neuron.layer}: the model has {layout.n_layers}")
     if isinstance(neuron, AttnNeuron):
         if unit.basis != "z":
             raise InputError(f"the basis of an attention neuron is 'z', got {unit.basis!r}")
-        if not (0 <= neuron.head < layout.n_heads and 0 <= neuron.index < layout.d_head):
+        if neuron.head >= layout.n_heads or neuron.index >= layout.d_head:
             raise InputError(
                 f"there is no {neuron}: the model has {layout.n_heads} heads of {layout.d_head}"
             )
         return unit
-    if not 0 <= neuron.index < layout.d_mlp:
+    if neuron.index >= layout.d_mlp:
         raise InputError(f"there is no {neuron}: a layer has {layout.d_mlp} FFN neurons")
     known = ("post", "gate", "up") if layout.gated else ("post", "pre")
     if unit.basis not in known:

@@ -4,6 +4,7 @@ These are plain values. Turning text into token ids needs the model's tokenizer:
 """
 
 import operator
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any, Literal, SupportsIndex
@@ -288,12 +289,16 @@ def as_answer(target: Any) -> Any:
     """What is asked about in the form ``Prompt`` holds it: accepted answers as a frozen set.
 
     Raises:
-        InputError: If it is neither text nor an integer, nor several of these.
+        InputError: If it is neither text nor an integer, nor several of these, each once.
     """
     if target is None or isinstance(target, Distribution):
         return target
     if isinstance(target, (Set, list, tuple)):
-        return frozenset(_token(each, "target") for each in target)
+        tokens = [_token(each, "target") for each in target]
+        for token, times in Counter(tokens).items():
+            if times > 1:
+                raise InputError(f"the accepted answer {token!r} is given twice; give each once")
+        return frozenset(tokens)
     return _token(target, "target")
 
 

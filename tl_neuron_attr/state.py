@@ -5,7 +5,9 @@ name of what they are of: two of them are compared, and the names of what differ
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -124,6 +126,78 @@ def random_states(devices: Iterable[torch.device] = ()) -> State:
 def changed(before: State, after: State) -> tuple[str, ...]:
     """The names of what is no longer what it was."""
     return tuple(name for name, was in before.items() if after.get(name) != was)
+
+
+@contextmanager
+def put_back(model: Any) -> Iterator[None]:
+    """Afterwards torch's modes, all random states and the hooks are as before, whatever was raised.
+
+    For what others wrote. Of the model nothing else is put back: ``changed`` tells of it.
+    """
+    modes = torch_modes()
+    gradients, inference = modes["the gradient mode"]
+    of_python, of_numpy = random.getstate(), np.random.get_state(legacy=True)
+    cards = {each.device for each in model.parameters() if each.device.type == "cuda"}
+    points = [(point, *map(list, _handles(point))) for point in model.hook_dict.values()]
+    tables = [(table, dict(table)) for table in _hook_tables(model)]
+    try:
+        # the one way out of an inference mode that somebody entered and did not leave
+        with torch.random.fork_rng(cards), torch.inference_mode(inference):
+            with torch.set_grad_enabled(gradients):
+                yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+        for name in changed(modes, torch_modes()):
+            if name in _SETTERS:
+                _SETTERS[name](modes[name])
+        for point, forward, backward in points:
+            for now, were in zip(_handles(point), (forward, backward), strict=True):
+                for handle in now:
+                    if handle not in were:
+                        handle.hook.remove()
+            point.fwd_hooks, point.bwd_hooks = forward, backward
+        for table, were in tables:
+            wired = {key: hook for key, hook in table.items() if not foreign(hook)}
+            table.clear()
+            table.update(were | wired)
+
+
+def _set_default_device(name: str) -> None:
+    torch.set_default_device(None)
+    if str(torch.get_default_device()) != name:
+        torch.set_default_device(name)
+
+
+# How a mode is put back; those of gradients have a context, and hooks a table of their own.
+_SETTERS: Mapping[str, Callable[[Any], Any]] = {
+    "the default dtype": torch.set_default_dtype,
+    "the default device": _set_default_device,
+    "the precision of float32 products": torch.set_float32_matmul_precision,
+    "the number of threads": torch.set_num_threads,
+    "deterministic algorithms": lambda was: torch.use_deterministic_algorithms(
+        was[0], warn_only=was[1]
+    ),
+    "the search for anomalies": lambda was: torch.set_anomaly_enabled(*was),
+    "autocast": lambda was: [
+        torch.set_autocast_enabled(device, on)
+        for device, on in zip(("cpu", "cuda"), was, strict=True)
+    ],
+}
+
+
+def _handles(point: Any) -> tuple[list[Any], list[Any]]:
+    """TransformerLens's hooks at a point: of the forward and of the backward pass."""
+    return point.fwd_hooks, point.bwd_hooks
+
+
+def _hook_tables(model: Any) -> Iterator[dict[int, Any]]:
+    """Where torch keeps hooks: those of each module, and those of all there are."""
+    for module in model.modules():
+        yield from (module._forward_hooks, module._forward_pre_hooks)
+        yield from (module._backward_hooks, module._backward_pre_hooks)
+    for name in _EVERYWHERE:
+        yield getattr(torch.nn.modules.module, name)
 
 
 # Where torch keeps hooks that act on every module there is.

@@ -43,7 +43,7 @@ from tl_neuron_attr.errors import InputError
 from tl_neuron_attr.files import check_writable
 from tl_neuron_attr.graph import Graph, Kinds, Node, value_query_graph
 from tl_neuron_attr.prompts import at_least_one, fraction, visible
-from tl_neuron_attr.views import sankey
+from tl_neuron_attr.report.graph import picture
 
 _KINDS: tuple[Kinds, ...] = ("ffn", "attn", "both")
 
@@ -131,9 +131,9 @@ def graph(
             )
         found = value_query_graph(result, **asked, opposing=opposing, tokens=5)
         if out is not None:
-            page = sankey(found.node_table(), found.edge_table()).to_html(include_plotlyjs=True)
+            pages = {"graph.html": picture(found.node_table(), found.edge_table())}
             made_with = {**result.facts(), "again": command_line(context)}
-            found.save(out, {"graph.html": page}, made_with=made_with, report=True)
+            found.save(out, pages, made_with=made_with, report=True)
         if as_json:
             print(json.dumps(found.node_link(), allow_nan=False))
         else:

@@ -28,7 +28,7 @@ from tl_neuron_attr.cli.options import (
     errors_in_one_sentence,
     quiet_libraries,
 )
-from tl_neuron_attr.cli.terminal import WIDTH
+from tl_neuron_attr.cli.terminal import WIDTH, print_table
 from tl_neuron_attr.neurons import FFNNeuron
 from tl_neuron_attr.plan import in_bytes
 from tl_neuron_attr.readout import DEFAULT_BUDGET
@@ -200,20 +200,20 @@ def summary(
             f"[bold]{escape(str(found.facts['model_name']))}[/]  {len(found.shards):,} of "
             f"{found.n_shards:,} shards; top {settings.top:,}, {settings.convention}"
         )
-        console.print(_prompt_table(whole.prompts))
+        print_table(console, _prompt_table(whole.prompts))
         _show_neurons(console, whole.neurons)
         if len(whole.layers):
             console.print("\n[bold]Layers of the highest mean rise[/], all prompts, nats")
-            console.print(_layer_table(whole.layers))
+            print_table(console, _layer_table(whole.layers))
         if whole.methods is not None and len(whole.methods):
             console.print("\n[bold]What each method lists[/], all prompts")
-            console.print(_frequency_table(whole.methods))
+            print_table(console, _frequency_table(whole.methods))
         if whole.overlap is not None and len(whole.overlap):
             console.print("\n[bold]What methods list alike[/], mean share of either's, all prompts")
-            console.print(_agreement_table(whole.overlap))
+            print_table(console, _agreement_table(whole.overlap))
         if whole.interventions is not None and len(whole.interventions):
             console.print("\n[bold]The answer without them[/]: mean change of log p (nats), p, MRR")
-            console.print(_effect_table(whole.interventions))
+            print_table(console, _effect_table(whole.interventions))
 
 
 def upgrade(
@@ -252,7 +252,7 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
             plans = _table(["differs", "first", "second"], left=3)
             for row in records(found.plans):
                 plans.add_row(*(escape(row[name][:40]) for name in ("name", "first", "second")))
-            console.print(plans)
+            print_table(console, plans)
         same = found.answers["same_target"].tolist().count(True)
         console.print(
             f"\n{len(found.answers):,} prompts in both, {same:,} with the same target; "
@@ -264,13 +264,15 @@ def diff(first: _RunDirectory, second: _RunDirectory, as_json: AsJson = False) -
                 "left out"
             )
         if len(found.prompts):
-            console.print(_overlap_table(found.prompts, ["knowledge_type", "kind"]))
+            print_table(console, _overlap_table(found.prompts, ["knowledge_type", "kind"]))
         if len(found.methods):
             console.print("\n[bold]By method[/]")
-            console.print(_overlap_table(found.methods, ["knowledge_type", "method", "kind"]))
+            print_table(
+                console, _overlap_table(found.methods, ["knowledge_type", "method", "kind"])
+            )
         if len(found.interventions):
             console.print("\n[bold]What zeroing does to log p[/], means over prompts, nats")
-            console.print(_change_table(found.interventions))
+            print_table(console, _change_table(found.interventions))
 
 
 # --- what is shown ----------------------------------------------------------------------------
@@ -343,7 +345,7 @@ def _show_neurons(console: Console, neurons: pd.DataFrame) -> None:
                 f"{row['share']:.0%}",
                 f"{row['mean_score']:+.4f}",
             )
-        console.print(table)
+        print_table(console, table)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -162,6 +162,8 @@ def print_table(console: Console, table: Table) -> None:
         header = Measurement.get(console, console.options, column.header)
         # the words of a header may stand under each other
         sizes.append(max([*found, header.maximum if column.no_wrap else header.minimum]))
+        # rich would else cut cells to keep the header of another column on one line
+        column.no_wrap = sizes[-1] >= header.maximum
     parts: list[list[int]] = [[0]]
     for number in range(1, len(sizes)):
         taken = sum(sizes[place] + 2 for place in parts[-1])

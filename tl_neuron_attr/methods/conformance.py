@@ -8,12 +8,13 @@
 
 A check raises ``ConformanceError`` with a sentence that says what is wrong, and says nothing
 otherwise. A method that raises ``InputError`` for a kind of neurons is not asked about it again;
-but it must take one of the two kinds.
+but it must take one of the two kinds. After every call torch's modes, the random states and the
+hooks are put back; what a method did to weights, gradients and flags stays, and is told.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import fields, replace
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import fields, is_dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -21,16 +22,24 @@ from torch import Tensor
 
 from tl_neuron_attr.attribute import attribute, attribute_all
 from tl_neuron_attr.errors import ConformanceError, InputError
-from tl_neuron_attr.host import open_host
+from tl_neuron_attr.host import Host, open_host
+from tl_neuron_attr.index import ProjectionIndex
 from tl_neuron_attr.methods.case import Case, Method, neuron_shape
 from tl_neuron_attr.methods.registry import method_name
 from tl_neuron_attr.models import load_model
 from tl_neuron_attr.prompts import Prompt
-from tl_neuron_attr.state import changed, model_state, random_states, torch_modes
+from tl_neuron_attr.state import (
+    changed,
+    model_state,
+    put_back,
+    random_states,
+    torch_modes,
+    weights_digest,
+)
 from tl_neuron_attr.targets import tokenize
 from tl_neuron_attr.topk import Kind
 
-Check = Callable[[Method, Sequence[Case]], None]
+Check = Callable[[Method, Iterable[Case]], None]
 """``check(method, cases)``: raises ``ConformanceError`` if the method is not one."""
 
 KINDS: tuple[Kind, ...] = ("ffn", "attn")
@@ -62,7 +71,7 @@ def example_cases(model: Any = None) -> tuple[Case, ...]:
     return tuple(cases)
 
 
-def check_method(method: Method, cases: Sequence[Case] | None = None) -> None:
+def check_method(method: Method, cases: Iterable[Case] | None = None) -> None:
     """Run a method through every check; it is one if nothing is raised.
 
     ``cases`` are by default ``example_cases()``, on the bundled model. Give at least two, of
@@ -70,10 +79,11 @@ def check_method(method: Method, cases: Sequence[Case] | None = None) -> None:
 
     Raises:
         ConformanceError: With what is wrong, at the first check that fails.
+        InputError: If there are no cases, or among them something else.
 
-    Cost: about 25 calls of the method for each case.
+    Cost: 28 calls of the method for each of two cases; two passes over the weights' bytes.
     """
-    cases = example_cases() if cases is None else cases
+    cases = example_cases() if cases is None else _listed(cases)
     for check in METHOD_CHECKS:
         check(method, cases)
 
@@ -81,7 +91,7 @@ def check_method(method: Method, cases: Sequence[Case] | None = None) -> None:
 # --- the checks -------------------------------------------------------------------------------
 
 
-def check_scores(method: Method, cases: Sequence[Case]) -> None:
+def check_scores(method: Method, cases: Iterable[Case]) -> None:
     """One finite number a neuron, in float32 or better, that hangs on nothing."""
 
     def check(case: Case, kind: Kind) -> None:
@@ -98,38 +108,34 @@ def check_scores(method: Method, cases: Sequence[Case]) -> None:
     _check_each(method, cases, check)
 
 
-def check_leaves_all_alone(method: Method, cases: Sequence[Case]) -> None:
+def check_leaves_all_alone(method: Method, cases: Iterable[Case]) -> None:
     """Weights, gradients, hooks, modes, random states and the case are what they were before."""
 
     def check(case: Case, kind: Kind) -> None:
-        host = case.result.host
-        before, numbers = model_state(host.model), _numbers(case)
-        drawn_from = random_states([host.device])
-        with _modes_restored() as modes_changed:
-            _call(method, case, kind)
-            modes = modes_changed()
-        for what in changed(before, model_state(host.model)):
-            _fail(method, f"changes {what} of the model; leave it as it was")
-        if modes:
-            _fail(method, f"changes {modes} of torch; leave it as it was, also after an exception")
-        for what in changed(drawn_from, random_states([host.device])):
-            _fail(
-                method,
-                f"draws from {what}, which are everybody's; take a generator with a seed of your "
-                "own (torch.Generator, numpy.random.default_rng)",
-            )
-        if any(map(_differ, numbers, _numbers(case))):
-            _fail(method, "writes into the tensors of the case; clone what you change")
+        refused: InputError | None = None
+        for top in (None, *_TOPS):
+            try:
+                _ask_and_compare(method, case, kind, top)
+            except InputError as error:
+                # with a top alone: ``check_best`` has a word on that
+                refused = error if top is None else refused
+        if refused is not None:
+            raise refused
 
+    cases = _listed(cases)
+    models = list({id(case.result.host.model): case.result.host.model for case in cases}.values())
+    before = [weights_digest(model) for model in models]
     _check_each(method, cases, check)
+    if before != [weights_digest(model) for model in models]:
+        _fail(method, "changes the weights of the model (through .data, say); work on a copy")
 
 
-def check_same_every_time(method: Method, cases: Sequence[Case]) -> None:
+def check_same_every_time(method: Method, cases: Iterable[Case]) -> None:
     """The same bits again, whatever was asked in between, and under another random seed."""
 
     def check(case: Case, kind: Kind) -> None:
         first = _call(method, case, kind).clone()
-        for other in cases:
+        for other in listed:
             if other is not case:
                 with suppress(InputError):
                     _call(method, other, kind)
@@ -145,10 +151,11 @@ def check_same_every_time(method: Method, cases: Sequence[Case]) -> None:
                 "depend on the case, the kind and top alone",
             )
 
-    _check_each(method, cases, check)
+    listed = _listed(cases)
+    _check_each(method, listed, check)
 
 
-def check_best(method: Method, cases: Sequence[Case]) -> None:
+def check_best(method: Method, cases: Iterable[Case]) -> None:
     """With ``top`` the best so many are the best of all, with their scores; others may be -inf."""
 
     def check(case: Case, kind: Kind) -> None:
@@ -176,7 +183,7 @@ def check_best(method: Method, cases: Sequence[Case]) -> None:
     _check_each(method, cases, check)
 
 
-def check_any_grad_mode(method: Method, cases: Sequence[Case]) -> None:
+def check_any_grad_mode(method: Method, cases: Iterable[Case]) -> None:
     """The same scores whether or not the caller records gradients."""
 
     def check(case: Case, kind: Kind) -> None:
@@ -191,7 +198,7 @@ def check_any_grad_mode(method: Method, cases: Sequence[Case]) -> None:
     _check_each(method, cases, check)
 
 
-def check_batch_does_not_matter(method: Method, cases: Sequence[Case]) -> None:
+def check_batch_does_not_matter(method: Method, cases: Iterable[Case]) -> None:
     """A prompt attributed beside others has the scores it has alone, to rounding."""
 
     def check(case: Case, kind: Kind) -> None:
@@ -222,10 +229,9 @@ METHOD_CHECKS: tuple[Check, ...] = (
 # --- what they rest on ------------------------------------------------------------------------
 
 
-def _check_each(method: Method, cases: Sequence[Case], check: Callable[[Case, Kind], None]) -> None:
+def _check_each(method: Method, cases: Iterable[Case], check: Callable[[Case, Kind], None]) -> None:
     """A check of each case with each kind that the method takes there: it must take some."""
-    if not cases:
-        raise InputError("there are no cases to check a method with; give at least one")
+    cases = _listed(cases)
     if not callable(method):
         raise ConformanceError(
             f"a method is a function of (case, kind, top), got {method!r}; pass the function itself"
@@ -245,7 +251,54 @@ def _check_each(method: Method, cases: Sequence[Case], check: Callable[[Case, Ki
         )
 
 
+def _listed(cases: Any) -> tuple[Case, ...]:
+    """The cases, once it is known that there are some, and nothing else among them."""
+    listed = tuple(cases) if isinstance(cases, Iterable) else ()
+    wrong = [each for each in listed if not isinstance(each, Case)]
+    if wrong or not isinstance(cases, Iterable):
+        raise InputError(
+            "a method is checked with a list of cases, each a Case(result=attribute(...)); got "
+            f"{(wrong or [cases])[0]!r}"
+        )
+    if not listed:
+        raise InputError("there are no cases to check a method with; give at least one")
+    return listed
+
+
+def _ask_and_compare(method: Method, case: Case, kind: Kind, top: int | None) -> None:
+    """Ask once, and look at what changed meanwhile, also where the method raised."""
+    host = case.result.host
+    before, numbers = model_state(host.model), [each.clone() for each in _tensors(case)]
+    with put_back(host.model):
+        modes, drawn_from = torch_modes(), random_states(host.devices)
+        try:
+            _ask(method, case, kind, top)
+        finally:
+            for what in changed(before, model_state(host.model)):
+                _fail(method, f"changes {what} of the model; leave it as it was")
+            if names := changed(modes, torch_modes()):
+                _fail(
+                    method,
+                    f"changes {', '.join(names)} of torch; leave it as it was, also after an "
+                    "exception",
+                )
+            for what in changed(drawn_from, random_states(host.devices)):
+                _fail(
+                    method,
+                    f"draws from {what}, which are everybody's; take a generator with a seed of "
+                    "your own (torch.Generator, numpy.random.default_rng)",
+                )
+            if any(map(_differ, numbers, _tensors(case))):
+                _fail(method, "writes into the tensors of the case; clone what you change")
+
+
 def _call(method: Method, case: Case, kind: Kind, top: int | None = None) -> Tensor:
+    """What the method gives; modes, random states and hooks are put back."""
+    with put_back(case.result.host.model):
+        return _ask(method, case, kind, top)
+
+
+def _ask(method: Method, case: Case, kind: Kind, top: int | None) -> Tensor:
     """What the method gives, which must be a tensor; ``InputError`` where it cannot be used."""
     try:
         scores = method(case, kind, top)
@@ -279,7 +332,7 @@ def _check_form(method: Method, case: Case, kind: Kind, scores: Tensor) -> None:
     if scores.requires_grad:
         _fail(method, "gives scores that require gradients; detach them, or work under no_grad")
     own = {tensor.untyped_storage().data_ptr() for tensor in _tensors(case)}
-    own |= {weight.untyped_storage().data_ptr() for weight in host.model.parameters()}
+    own |= {weight.untyped_storage().data_ptr() for weight in _weights(host)}
     if scores.untyped_storage().data_ptr() in own:
         _fail(method, "gives a tensor of the case or of the model itself; clone it")
 
@@ -317,33 +370,28 @@ def _attributed_beside_others(case: Case) -> Case:
 
 
 def _tensors(case: Case) -> list[Tensor]:
-    captured = case.result.captured
-    values = [getattr(captured, field.name) for field in fields(captured)]
-    return [value for value in values if isinstance(value, Tensor)]
+    """All numbers of the case: the capture's and the result's. Weights have a digest."""
+    host = case.result.host
+    weights = {each.untyped_storage().data_ptr() for each in _weights(host)}
+    found = list(_tensors_in(case.result))
+    return [each for each in found if each.untyped_storage().data_ptr() not in weights]
 
 
-def _numbers(case: Case) -> list[Tensor]:
-    return [tensor.detach().clone() for tensor in _tensors(case)]
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, tuple):
+        for each in value:
+            yield from _tensors_in(each)
+    # an index is as large as the model, and of it, not of the case
+    elif is_dataclass(value) and not isinstance(value, (Host, ProjectionIndex)):
+        for field in fields(value):
+            yield from _tensors_in(getattr(value, field.name))
+
+
+def _weights(host: Host) -> list[Tensor]:
+    return [*host.model.parameters(), *host.model.buffers()]
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
     return one.shape != other.shape or not torch.equal(one, other)
-
-
-@contextmanager
-def _modes_restored() -> Iterator[Callable[[], str]]:
-    """Gives a function that names torch's global modes that were changed; they are put back."""
-    before = torch_modes()
-    precision = torch.get_float32_matmul_precision()
-    dtype, (grad, _) = torch.get_default_dtype(), before["the gradient mode"]
-    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
-
-    try:
-        yield lambda: ", ".join(changed(before, torch_modes()))
-    finally:
-        torch.set_grad_enabled(grad)
-        torch.set_default_dtype(dtype)
-        torch.set_float32_matmul_precision(precision)
-        torch.use_deterministic_algorithms(deterministic)
-        if torch.get_num_threads() != threads:
-            torch.set_num_threads(threads)

@@ -21,6 +21,9 @@ const Figures = (() => {
     copy.hoverlabel = { bgcolor: colour('--band'), bordercolor: colour('--line'),
       font: { color: colour('--ink') } };
     if (!hovers) copy.dragmode = false;  // a finger on a figure scrolls the page
+    if (dark.matches) (copy.annotations || []).forEach(({ font }) => {
+      if (font && font.color) font.color = BRIGHTER[font.color] || font.color;
+    });
     const narrow = window.innerWidth < 640;
     if (narrow && copy.margin) { copy.margin.l = 44; copy.margin.r = 8; }
     const [one, two] = [copy.xaxis, copy.xaxis2].map(axis => axis && axis.domain);
@@ -48,7 +51,9 @@ const Figures = (() => {
       marker.colorscale = marker.colorscale.map(([at, hue]) => [at, BRIGHTER[hue] || hue]);
       if (marker.opacity) marker.opacity = 0.85;
     });
-    copy.forEach(trace => [trace, trace.marker, trace.line].filter(Boolean).forEach(part => {
+    const parts = trace => trace.type === 'sankey' ? [trace.node, trace.textfont]
+      : [trace, trace.marker, trace.line, trace.marker && trace.marker.line];
+    copy.forEach(trace => parts(trace).filter(Boolean).forEach(part => {
       if (typeof part.color === 'string') part.color = BRIGHTER[part.color] || part.color;
       if (Array.isArray(part.color)) part.color = part.color.map(each => BRIGHTER[each] || each);
     }));

@@ -2,7 +2,7 @@
 
 import pandas as pd
 
-from tl_neuron_attr.markup import Shown
+from tl_neuron_attr.markup import Shown, escaped
 from tl_neuron_attr.report.asked import (
     POSITIONS,
     SIGNS,
@@ -17,7 +17,7 @@ from tl_neuron_attr.report.asked import (
     warned,
 )
 from tl_neuron_attr.report.listed import called
-from tl_neuron_attr.report.page import Section, page
+from tl_neuron_attr.report.page import Section, document, figure, page
 from tl_neuron_attr.tables import Saved
 from tl_neuron_attr.views import sankey
 
@@ -36,6 +36,14 @@ HOW = (
     POSITIONS,
 )
 _ROLES = {"value": "value neuron", "query": "query neuron", "both": "value and query neuron"}
+
+
+def picture(nodes: pd.DataFrame, edges: pd.DataFrame) -> str:
+    """A file with the diagram alone. From ``Graph.node_table()`` and ``Graph.edge_table()``."""
+    (answer,) = nodes.loc[nodes["role"] == "answer", "label"]
+    title = f"From the prompt to {answer}: who set off whom"
+    body = f"<h1>{escaped(title)}</h1>\n{figure(sankey(nodes, edges), 'f0')}"
+    return document(title, body, scripts=["figures.js"])
 
 
 def graph_page(saved: Saved) -> str:
