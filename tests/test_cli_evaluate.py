@@ -67,6 +67,7 @@ def test_one_number_of_neurons_is_a_table_with_intervals(run, prompts, tmp_path,
     assert again["after"].tolist() == pytest.approx(summary["after"].tolist())
 
 
+@pytest.mark.slow
 def test_several_numbers_are_curves_and_several_kinds_several_tables(run, prompts):
     shown = run(
         *("--prompts", prompts, "--methods", "a,e", "--top", "3,10", "--neurons", "ffn,both"),

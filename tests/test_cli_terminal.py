@@ -33,6 +33,7 @@ BEFORE = {
 """What must have been run before a command's example."""
 OLD_RUN = Path(__file__).parent / "data" / "run-v1"  # what upgrade is for
 SLOW = {"paper"}  # the whole paper takes minutes; tests/test_paper_run.py runs it on a few prompts
+QUICK = {"attribute", "query", "prompts"}  # all examples together take 15 seconds
 
 
 def run(*arguments, width=100):
@@ -92,7 +93,14 @@ def test_help_has_an_example(command):
 
 
 @pytest.mark.usefixtures("few_cards")
-@pytest.mark.parametrize("command", [name for name in COMMANDS if name not in SLOW])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow])
+        for name in COMMANDS
+        if name not in SLOW
+    ],
+)
 def test_the_example_runs_offline_and_fits_narrow_terminals(command, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     arguments = example_of(command)

@@ -253,6 +253,7 @@ def agreement(scores, exact):
     return float(torch.corrcoef(ranks)[0, 1])
 
 
+@pytest.mark.slow
 def test_on_the_bundled_model_they_come_closer_to_zeroing_in_this_order():
     model = bundled_model(dtype=torch.float64)
     case = Case(result=attribute(model, "The capital of France is", target=" Paris", top=5))

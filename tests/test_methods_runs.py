@@ -463,6 +463,7 @@ def test_weights_made_under_inference_mode_have_no_gradients_and_it_is_said(name
         METHODS[name](case, "ffn", None)
 
 
+@pytest.mark.slow
 def test_ablation_of_a_confident_answer_is_not_lost_in_the_rounding_of_its_log_probability():
     """In float32, what most neurons do to an answer of p = .999 is less than log p's rounding."""
     model = bundled_model()

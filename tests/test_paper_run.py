@@ -276,6 +276,7 @@ def test_ctrl_c_says_that_the_same_command_goes_on_from_there(tmp_path, monkeypa
         assert shown.stdout == ""
 
 
+@pytest.mark.slow
 def test_what_is_wrong_with_a_file_of_prompts_is_said_and_kept_on_the_page(tmp_path):
     rows = [
         {"text": text, "answer": answer, "relation": "capitals", "subject": subject}

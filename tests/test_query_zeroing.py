@@ -29,6 +29,7 @@ def bundled():
     )()
 
 
+@pytest.mark.slow
 def test_zeroing_query_neurons_takes_far_more_from_the_answer_than_zeroing_random_ones(bundled):
     effects = zeroing_effects(*bundled, choose=query_neurons, zeroed=(10, 100), prompts_per_type=2)
     row = effects[0]

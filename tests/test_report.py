@@ -215,6 +215,7 @@ def test_words_say_the_certificate_and_the_command_that_makes_it_again(result, d
     assert command and PROMPT in command[0] and f"--target-id {result.target.id}" in command[0]
 
 
+@pytest.mark.slow
 def test_the_command_on_the_page_gives_the_same_numbers(directory, tmp_path):
     text = " ".join(page_of(directory / "report.html").text)
     command = re.search(r"tl-neuron-attr (attribute '(.*?)'.*?) --out OUT", text)
@@ -385,6 +386,7 @@ def test_the_index_counts_neurons_and_averages_layers_over_prompts(model, tmp_pa
     assert both and set(twice) == both
 
 
+@pytest.mark.slow
 def test_results_of_a_set_are_not_kept(model, tmp_path):
     import gc
     import weakref
@@ -416,6 +418,7 @@ def test_an_empty_set_and_models_of_other_depth_are_refused(directory, tiny_gpt2
 # --- the command ------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_directory_again_and_makes_indices(directory, tmp_path):
     run = CliRunner().invoke
     done = run(app, ["report", str(directory), "--out", str(tmp_path / "a.html")])

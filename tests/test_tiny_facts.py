@@ -350,6 +350,7 @@ def test_a_trained_folder_can_be_loaded(trained):
     assert model.config.vocab_size == len(tokenizer)
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_leaves_no_folder_behind(tmp_path, monkeypatch):
     def fail(*arguments):
         raise RuntimeError("the disk is full")
