@@ -636,6 +636,7 @@ def test_the_command_shows_writes_and_exits_with_0(tmp_path, bundled, monkeypatc
     assert max(map(len, shown.output.split("\nwrote ")[0].splitlines())) <= 80
     facts = json.loads((tmp_path / "doctor.json").read_text(encoding="utf-8"))
     page = (tmp_path / "doctor.html").read_text(encoding="utf-8")
+    assert "<script>" not in page  # nothing is drawn, so nothing draws
     assert facts["holds"] and "the FFN neurons" in page and "://" not in page
     assert sorted(path.name for path in tmp_path.iterdir()) == ["doctor.html", "doctor.json"]
 

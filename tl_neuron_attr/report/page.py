@@ -74,7 +74,8 @@ def document(
         library = [f"<script>{_script(get_plotlyjs())}</script>"] * plotly
     css = "\n".join(asset(name) for name in ("page.css", *styles))
     own = [f"<script>{asset(name)}</script>" for name in scripts]
-    code = "\n".join([*own, *library, "<script>Figures.start();</script>"])
+    drawn = ["<script>Figures.start();</script>"] * ("figures.js" in scripts)
+    code = "\n".join([*own, *library, *drawn])
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{escaped(policy)}">\n'
