@@ -146,7 +146,6 @@ def put_back(model: Any) -> Iterator[None]:
             with torch.set_grad_enabled(gradients):
                 yield
     finally:
-        random.setstate(of_python)
         np.random.set_state(of_numpy)
         for name in changed(modes, torch_modes()):
             if name in _SETTERS:
@@ -161,6 +160,7 @@ def put_back(model: Any) -> Iterator[None]:
             wired = {key: hook for key, hook in table.items() if not foreign(hook)}
             table.clear()
             table.update(were | wired)
+        random.setstate(of_python)  # last: beartype, where tests run, draws from them
 
 
 def _set_default_device(name: str) -> None:
