@@ -661,13 +661,15 @@ def test_every_table_of_neurons_says_which_expert_each_is_in():
         answer.neurons(by_token=True),
         compared.neurons(),
         result.query_values("both", top_values=30),
-        value_query_graph(result, "both", max_values=30).node_table(),
+        value_query_graph(
+            result, "both", kind="both", share=1.0, max_values=60, max_inputs=60
+        ).node_table(),
     )
     layout = layout_of(result.host)
     for table in tables:
         of_ffn = table[table["kind"] == "ffn"]
         ids = [expert_id(neuron, layout) for neuron in neurons_of(of_ffn)]
-        assert len(ids) >= 5
+        assert len(ids) >= 10
         assert of_ffn["expert"].tolist() == [int(each.split(".")[1][1:]) for each in ids]
         assert table.loc[table["kind"] == "attn", "expert"].isna().all()
 
