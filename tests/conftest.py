@@ -200,6 +200,12 @@ REFUSED = {
 if not SINCE_4:
     REFUSED["cohere"] = (*_COHERE, "rotates its queries")
 
+
+def slow(*names):
+    """What ``.ci/run`` repeats a test for, and the default run does not."""
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 MIXTURE_CLASSES = {class_name for class_name, _ in MIXTURES.values()}
 
 # Families that are tested as HookedTransformer too, number for number against the bridge.

@@ -17,6 +17,7 @@ from conftest import (
     leaving_the_random_state,
     needs_hooked_transformer,
     own_bridge_of,
+    slow,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -143,8 +144,14 @@ def rows_of(table):
 NEURONS = [FFNNeuron(0, 3), AttnNeuron(1, 1, 2, 2), AttnNeuron(1, 0, 4)]
 
 
+# one of each kind of block by default
+BLOCKS = ["gpt2", "qwen3", "neox-parallel", "gemma2"]
+
+
 @pytest.mark.parametrize("neuron", NEURONS, ids=str)
-@pytest.mark.parametrize("family", [*FAMILIES, "gemma2"])
+@pytest.mark.parametrize(
+    "family", [*BLOCKS, *slow(*[name for name in FAMILIES if name not in BLOCKS])]
+)
 def test_effects_on_later_neurons_are_their_definition(family, neuron):
     model = bridge_of(family)
     result = attributed(model, top=5)

@@ -256,6 +256,7 @@ def test_bounds_spare_most_neurons_and_an_index_more(tmp_path):
     assert 30 < evaluated["index"] <= 40 < evaluated["norms"] < 150
 
 
+@pytest.mark.slow
 def test_with_an_index_the_neurons_are_the_same_in_every_family(any_model, tmp_path):
     index = projection_index(any_model, tmp_path)
     plain = attribute(any_model, TOKENS, target=9, top=1)

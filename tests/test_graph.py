@@ -21,6 +21,7 @@ from conftest import (
     leaving_the_random_state,
     needs_hooked_transformer,
     own_bridge_of,
+    slow,
 )
 from hypothesis import given
 from hypothesis import strategies as st
@@ -291,7 +292,9 @@ CASES = {
 
 @pytest.mark.parametrize("case", list(CASES))
 @pytest.mark.parametrize("convention", ["exact", "published"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "neox", "neox-parallel", "gptj"])
+@pytest.mark.parametrize(
+    "family", ["gpt2", "llama", "neox-parallel", *slow("qwen2", "neox", "gptj")]
+)
 def test_the_graph_is_its_definition(family, convention, case):
     model = bridge_of(family, dtype=torch.float64)
     result = attributed(model, convention=convention)
