@@ -229,10 +229,11 @@ def cost_of_the_layer(model, prompts):
     around them could do without.
     """
     calls = {
-        "tokenizer": (type(model.tokenizer), "__call__"),
         "Parquet, writing": (pq.ParquetWriter, "write_table"),
         "Parquet, reading": (pq.ParquetFile, "read"),
     }
+    if model.tokenizer is not None:
+        calls["tokenizer"] = (type(model.tokenizer), "__call__")
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         run_prompts(model, prompts[:16], Path(scratch) / "warm")  # imports, the model's self-check
