@@ -99,6 +99,7 @@ cases = st.fixed_dictionaries(
         "norm_scale": st.sampled_from([0.01, 0.7, 40.0]),
         "rows": st.sampled_from([1.0, 0.05, 0.005]),
         "base": st.sampled_from([0.0, 1.0, 10.0]),
+        "mean": st.sampled_from([0.0, 100.0, 1e4]),  # of the base: centring takes it away
         "centered": st.booleans(),
     }
 )
@@ -116,6 +117,7 @@ PLAIN = {
     "norm_scale": 1.0,
     "rows": 0.05,
     "base": 0.0,
+    "mean": 0.0,
     "centered": True,
 }
 
@@ -162,7 +164,7 @@ def build(case, dtype):
         if shape == "sizes":
             rows *= 10.0 ** torch.randint(-12, 5, (len(rows), 1), generator=generator)
             rows[0] = 0
-        block = replace(block, base=case["base"] * block.base)
+        block = replace(block, base=case["base"] * block.base + case["mean"] * case["centered"])
         if case["kind"] == "attn":
             blocks.append(replace(block, W_O=rows.view(4, 3, d_model).to(dtype)))
             continue
@@ -619,7 +621,7 @@ def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ranges_are_widened_by_what_may_round_in_the_index_and_in_the_slope(dtype):
-    out, blocks, target = build({**PLAIN, "base": 1.0, "norm_scale": 0.7}, dtype)
+    out, blocks, target = build({**PLAIN, "base": 1.0, "mean": 3.0, "norm_scale": 0.7}, dtype)
     before = out.baseline(torch.stack([block.base for block in blocks]), target)
     index = index_of(blocks, out)
     spreads = intervals_module._spreads(blocks, out, before, index)
@@ -642,9 +644,10 @@ def test_ranges_are_widened_by_what_may_round_in_the_index_and_in_the_slope(dtyp
             room = wide(getattr(spread, name)) - known
             wanted = 64 * torch.finfo(torch.float32).eps * known + rounding
             assert np.allclose(room, wanted, rtol=0.1)
-        # a logit of the base is a product and a bias
+        # a logit of the base, centred before, is a product and a bias
         unit = (math.sqrt(20) + 8) * torch.finfo(dtype).eps
-        size = float(out.normalize(blocks[layer].base).norm())
+        mean = float(blocks[layer].base.mean() * out.gain.abs().max() / out.norm_scale)
+        size = math.hypot(out.normalize(blocks[layer].base).norm(), math.sqrt(20) * mean)
         bias = float(out.b_U.abs().max())
         wanted = unit * (size * index.widest + bias)
         assert spread.base_rounding == pytest.approx(wanted, rel=1e-5)

@@ -27,11 +27,12 @@ nothing more.
 
 Rounding. Every interval is widened by what may round, in the model of ``topk``: the slack of the
 tangent, ``8 sqrt(d_model) eps |u| reach + 32 eps``, and by what one logit of delta may be off, e.
-Errors of the other logits, by e and in the base's by h, count as far as the neuron moves the
-prediction: by at most ``min(1, sqrt(gap / 2)) * (exp(2 (e + h)) - 1) + e^2 / 2``, for the total
-variation between the predictions is at most sqrt(gap / 2) (Pinsker's inequality). The index holds
-float32 numbers with an allowance of their own, ``Projections.rounding``, by which ranges and
-moments are widened: that part does not shrink where scores are computed in float64, the rest does.
+Errors of the other logits, by e and in the base's by h (what rounds at its size before centring),
+count as far as the neuron moves the prediction: by at most
+``min(1, sqrt(gap / 2)) * (exp(2 (e + h)) - 1) + e^2 / 2``, for the total variation between the
+predictions is at most sqrt(gap / 2) (Pinsker's inequality). The index holds float32 numbers with
+an allowance of their own, ``Projections.rounding``, by which ranges and moments are widened: that
+part does not shrink where scores are computed in float64, the rest does.
 """
 
 import math
@@ -482,6 +483,11 @@ def _base_rounding(out: ReadOut, before: Baseline, widest: float) -> list[float]
     """By how much a log-probability of each base may be off."""
     largest_bias = 0.0 if out.b_U is None else float(out.b_U.abs().max())
     sizes = torch.linalg.vector_norm(out.normalize(before.resid), dim=-1)
+    if out.centered:  # the mean that is taken away may be far larger than what it leaves
+        assert before.norm_scale is not None  # the read-out is affine
+        gain = 1.0 if out.gain is None else float(out.gain.abs().max())
+        mean = before.resid.to(out.dtype).mean(-1).abs() / before.norm_scale
+        sizes = sizes.hypot(gain * math.sqrt(before.resid.shape[-1]) * mean)
     unit = rounding_unit(out.W_U.shape[0], out.dtype)
     return (unit * (sizes * widest + largest_bias)).tolist()
 
