@@ -619,6 +619,22 @@ def test_ends_of_the_second_stage_are_the_tangent_less_its_gaps():
     assert (loose <= least).all() and (loose < least).any()
 
 
+@pytest.mark.parametrize("gain", [None, -3.0])
+def test_the_allowance_for_a_base_counts_its_mean_the_largest_gain_and_the_largest_bias(gain):
+    out, blocks, target = build({**PLAIN, "base": 1.0, "mean": -3.0, "bias": 5.0}, torch.float64)
+    gains = (
+        torch.ones(20).double() if gain is None else out.gain.index_fill(0, torch.tensor(7), gain)
+    )
+    out = replace(out, gain=None if gain is None else gains)
+    before = out.baseline(blocks[0].base[None], target)
+    (found,) = intervals_module._base_rounding(out, before, 2.0)
+    centred = blocks[0].base - blocks[0].base.mean()
+    taken = math.sqrt(20) * float(blocks[0].base.mean()) * (1.0 if gain is None else 3.0)
+    size = math.hypot((centred * gains + out.bias).norm(), taken)
+    unit = (math.sqrt(20) + 8) * torch.finfo(torch.float64).eps
+    assert found == pytest.approx(unit * (2.0 * size + float(out.b_U.abs().max())), rel=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_ranges_are_widened_by_what_may_round_in_the_index_and_in_the_slope(dtype):
     out, blocks, target = build({**PLAIN, "base": 1.0, "mean": 3.0, "norm_scale": 0.7}, dtype)

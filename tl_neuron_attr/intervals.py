@@ -442,8 +442,7 @@ def _spreads_of_norms(
     contrast = before.aims.against is not None
     apart = None if contrast else out.deviations(before)
     inflate = 1 + _SUM_ROUNDING * torch.finfo(out.dtype).eps
-    gain = 1.0 if out.gain is None else float(out.gain.abs().max())
-    unit = rounding_unit(out.W_U.shape[0], out.dtype) * gain
+    unit = rounding_unit(out.W_U.shape[0], out.dtype) * _largest_gain(out)
     base_rounding = [0.0] * len(blocks)
     if apart is not None:
         base_rounding = _base_rounding(out, before, apart.widest)
@@ -479,15 +478,18 @@ def _constant(tangent: TangentBound, base_rounding: float) -> float:
     return tangent.constant + (0.0 if tangent.answers is None else 2 * base_rounding)
 
 
+def _largest_gain(out: ReadOut) -> float:
+    return 1.0 if out.gain is None else float(out.gain.abs().max())
+
+
 def _base_rounding(out: ReadOut, before: Baseline, widest: float) -> list[float]:
     """By how much a log-probability of each base may be off."""
     largest_bias = 0.0 if out.b_U is None else float(out.b_U.abs().max())
     sizes = torch.linalg.vector_norm(out.normalize(before.resid), dim=-1)
     if out.centered:  # the mean that is taken away may be far larger than what it leaves
         assert before.norm_scale is not None  # the read-out is affine
-        gain = 1.0 if out.gain is None else float(out.gain.abs().max())
-        mean = before.resid.to(out.dtype).mean(-1).abs() / before.norm_scale
-        sizes = sizes.hypot(gain * math.sqrt(before.resid.shape[-1]) * mean)
+        mean = before.resid.to(out.dtype).mean(-1) / before.norm_scale
+        sizes = sizes.hypot(_largest_gain(out) * math.sqrt(out.W_U.shape[0]) * mean)
     unit = rounding_unit(out.W_U.shape[0], out.dtype)
     return (unit * (sizes * widest + largest_bias)).tolist()
 
